@@ -1,0 +1,233 @@
+// libicecache: the client library of icecached, the node's service for long KV caches.
+//
+// A worker connects, opens a landing (the buffer that selections are written to) and sequences, appends K and V as it
+// produces them, and at each layer of a decode step retrieves the tokens that its queries attend to.
+//
+// Thread-safety: every call may be made from any thread, also on the same handle, except *_close, which no other call
+// on that handle may overlap. No call aborts, prints, exits or starts a thread. After fork() the child's calls answer
+// ICE_FORKED. Deadlines are durations in microseconds; 0 takes the client's default. Handles of a client are invalid
+// after ice_client_close. When the daemon dies, pending and later calls answer ICE_DISCONNECTED; ice_client_reconnect
+// starts a new session: landings and sequences of the old one must be closed and opened again.
+#ifndef ICECACHE_H
+#define ICECACHE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ICE_API     __attribute__((visibility("default")))
+#define ICE_CHECKED ICE_API __attribute__((warn_unused_result))
+
+typedef enum ice_status {
+    ICE_OK = 0,
+    // Only the request is lost.
+    ICE_INVALID_ARGUMENT = 1,
+    ICE_BAD_MESSAGE = 2,
+    ICE_TOO_LARGE = 3,
+    ICE_NOT_SUPPORTED = 5,
+    ICE_UNKNOWN_SEQUENCE = 6,
+    ICE_UNKNOWN_LANDING = 7,
+    ICE_UNKNOWN_LAYER = 8,
+    ICE_SHAPE_MISMATCH = 9,
+    ICE_POSITION_GAP = 10,
+    ICE_CONFLICT = 11,
+    ICE_OUT_OF_BOUNDS = 12,
+    ICE_NOT_FINITE = 13,
+    ICE_POOL_FULL = 14,
+    ICE_INDEX_FULL = 15,
+    ICE_SHARED_FULL = 16,
+    ICE_LIMIT = 17,
+    ICE_BUSY = 18,
+    ICE_QUEUE_FULL = 19,
+    ICE_TIMEOUT = 20,
+    ICE_NO_MEMORY = 21,
+    ICE_SYSTEM = 28,
+    // The session is lost: reconnect.
+    ICE_VERSION_MISMATCH = 4,
+    ICE_SHUTTING_DOWN = 22,
+    ICE_UNKNOWN_SESSION = 23,
+    ICE_DISCONNECTED = 24,
+    ICE_FORKED = 26,
+    ICE_PERMISSION = 27,
+    // The daemon is not there, or has a defect.
+    ICE_NO_DAEMON = 25,
+    ICE_INTERNAL = 29,
+} ice_status;
+
+typedef enum ice_dtype { ICE_BF16 = 1, ICE_FP16 = 2, ICE_FP32 = 3 } ice_dtype;
+
+typedef struct ice_client ice_client;
+typedef struct ice_landing ice_landing;
+typedef struct ice_sequence ice_sequence;
+typedef struct ice_ticket ice_ticket;
+
+// "ICE_POOL_FULL", and what it means and what to do. Never NULL, also for unknown values.
+ICE_API const char *ice_status_name(ice_status status);
+ICE_API const char *ice_status_text(ice_status status);
+// The last error's own text on this thread (names the field, limit or path), "" after a success. Valid until the
+// thread's next call of this library.
+ICE_API const char *ice_last_error(void);
+ICE_API const char *ice_version(void);
+
+// ---- client ----
+
+struct ice_client_options {
+    const char *socket_directory; // NULL: $ICECACHE_SOCKET_DIR, /run/icecache for root, else the user's runtime folder
+    const char *name;             // shown in logs and statistics; NULL: the program's name
+    uint64_t deadline_us;         // default of every call; 0: 5 s
+    uint64_t staging_bytes;       // shared memory for appends and reads, made at first use; 0: 64 MiB
+};
+
+// options may be NULL. *out is owned by the caller, written on success only.
+ICE_CHECKED ice_status ice_client_connect(const struct ice_client_options *options, ice_client **out);
+// Ends the session: everything it holds is freed by the daemon. Accepts NULL.
+ICE_API void ice_client_close(ice_client *client);
+// A new session on the same sockets, after ICE_DISCONNECTED or ICE_UNKNOWN_SESSION. Pending tickets answer
+// ICE_DISCONNECTED, sequences and landings of the old session ICE_UNKNOWN_SESSION (close them).
+ICE_CHECKED ice_status ice_client_reconnect(ice_client *client);
+// Random per daemon start: a change says that the daemon has been restarted. 0 when not connected.
+ICE_API uint64_t ice_client_boot_token(const ice_client *client);
+
+// ---- landing ----
+
+// [row, layer, KV head, {K, V}, slot, head_dim]. slots: at least sinks + window + budget of any retrieve.
+struct ice_landing_shape {
+    uint32_t rows, layers, kv_heads, slots, head_dim;
+    ice_dtype dtype;
+};
+
+ICE_CHECKED ice_status ice_landing_open(ice_client *client, const struct ice_landing_shape *shape, uint64_t deadline_us,
+                                        ice_landing **out);
+// Waits for requests in flight on its rows at most one default deadline; then frees. Accepts NULL.
+ICE_API void ice_landing_close(ice_landing *landing);
+
+// What a retrieve left for one (row, layer, KV head). Borrowed: valid until the row's next submit or the close.
+struct ice_landing_view {
+    const void *keys;          // [count, head_dim], dtype of the landing
+    const void *values;        // [count, head_dim]
+    const uint32_t *positions; // [count]
+    uint32_t count;
+};
+// ICE_BUSY while the row belongs to a request in flight.
+ICE_CHECKED ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
+                                        struct ice_landing_view *out);
+
+// ---- sequence ----
+
+struct ice_sequence_options {
+    const char *name_space;   // tenant; NULL: "default"
+    const void *model_digest; // identity of weights and RoPE settings; 1 to 64 bytes
+    size_t model_digest_bytes;
+    uint32_t tp_rank, tp_size;                        // tensor parallelism; tp_size 0: 1
+    uint32_t layers, kv_heads, query_heads, head_dim; // of this rank; head_dim a multiple of 16 up to 256
+    ice_dtype dtype;
+    float softmax_scale;           // 0: 1/sqrt(head_dim)
+    uint32_t block_tokens;         // block size of prefix hashes; 0: 16
+    const uint32_t *anchor_layers; // NULL, or per layer the layer whose selection it follows (itself: none)
+    uint64_t max_tokens;           // 0: the daemon's limit
+};
+
+ICE_CHECKED ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_options *options,
+                                         uint64_t deadline_us, ice_sequence **out);
+// Frees all that the sequence holds, here and in the daemon. Accepts NULL.
+ICE_API void ice_sequence_close(ice_sequence *sequence);
+
+struct ice_sequence_info {
+    uint64_t length;      // of the longest layer
+    uint64_t length_min;  // of the shortest
+    uint64_t indexed_min; // tokens in the tree, smallest over layers and heads
+    uint64_t pages, pool_bytes, index_bytes;
+    uint64_t build_us; // time that the daemon spent clustering it, summed over lanes
+    bool idle;         // no clustering is waiting or running
+};
+ICE_CHECKED ice_status ice_sequence_info(ice_sequence *sequence, uint64_t deadline_us, struct ice_sequence_info *out);
+
+#define ICE_ALL_LAYERS UINT32_MAX
+
+// K and V in host memory. Element (layer i, token t, KV head h) starts at keys + i*layer + t*token + h*head bytes and
+// has head_dim contiguous elements of the sequence's dtype. Every element must lie inside [keys, keys + keys_bytes),
+// else ICE_OUT_OF_BOUNDS. Strides are in bytes, the same for keys and values.
+struct ice_kv_source {
+    const void *keys, *values; // borrowed during the call
+    size_t keys_bytes, values_bytes;
+    size_t layer_stride, token_stride, head_stride;
+};
+
+// Appends tokens first .. first+n-1 of one layer or of all (keys as attention uses them, after RoPE). Contiguous: a
+// first beyond the length is ICE_POSITION_GAP; an equal range again has no effect and is ok; a different one over old
+// positions is ICE_CONFLICT. Large appends are split; each part is all or nothing over all lanes. *length_out (may be
+// NULL) is the length that was reached, also on error. ICE_POOL_FULL and ICE_INDEX_FULL come before anything is
+// appended.
+ICE_CHECKED ice_status ice_append(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
+                                  const struct ice_kv_source *source, uint64_t deadline_us, uint64_t *length_out);
+
+// Writes K and V of positions first .. first+n-1 in position order into memory laid out like ice_kv_source.
+struct ice_kv_target {
+    void *keys, *values;
+    size_t keys_bytes, values_bytes;
+    size_t layer_stride, token_stride, head_stride;
+};
+ICE_CHECKED ice_status ice_read(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
+                                const struct ice_kv_target *target, uint64_t deadline_us);
+
+// ---- retrieve ----
+
+enum ice_granularity { ICE_TOKEN_WISE = 0, ICE_PAGE_WISE = 1 };
+
+// One layer of one or several sequences of one client and one shape.
+struct ice_retrieve_options {
+    ice_landing *landing;
+    uint32_t layer;
+    uint32_t sequence_count;
+    ice_sequence *const *sequences; // [sequence_count]
+    const uint32_t *rows;           // [sequence_count] landing row of each
+    const uint64_t *first_queries;  // [sequence_count] position of the first query
+    uint32_t queries;               // consecutive query positions per sequence; 0: 1
+    const void *query_vectors;      // [sequence, query, query_head, head_dim], contiguous, after RoPE, unscaled
+    ice_dtype query_dtype;
+    const void *keys, *values; // NULL, or [sequence, query, kv_head, head_dim] in the sequence's dtype: appended first
+    uint32_t budget;           // tokens per KV head, at least 1
+    uint32_t sinks, window;    // ICE_DEFAULT_SINKS / ICE_DEFAULT_WINDOW are the usual choice; 0: none
+    bool worker_holds_ends;    // sinks and window are not sent
+    float coverage;            // 0, or stop once this share of the attention mass is reached
+    enum ice_granularity granularity;
+    uint64_t deadline_us;
+};
+#define ICE_DEFAULT_SINKS  16u
+#define ICE_DEFAULT_WINDOW 64u
+
+struct ice_retrieve_result {
+    bool partial;             // the deadline cut the search short
+    uint32_t head_count;      // sequence_count x kv_heads, the length of the arrays below, sequences outermost
+    const uint32_t *counts;   // slots filled
+    const float *masses;      // estimated share of the attention that is covered
+    const uint64_t *indexed;  // tokens in the tree at the time
+    const uint64_t *versions; // tree versions
+    uint64_t bytes_moved;
+    uint32_t queue_us, search_us, copy_us; // spent in the daemon
+};
+
+// Blocking: submit and wait. result (may be NULL) is filled on success; its arrays are borrowed until this thread's
+// next call of ice_retrieve.
+ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,
+                                    struct ice_retrieve_result *result);
+
+// The rows belong to the daemon from submit until the reply has come, also after a time-out: until then submits to them
+// answer ICE_BUSY. All memory in options is copied. *out is owned by the caller until ice_ticket_close.
+ICE_CHECKED ice_status ice_retrieve_submit(ice_client *client, const struct ice_retrieve_options *options,
+                                           ice_ticket **out);
+// Waits until the reply or the time-out. ICE_TIMEOUT: the ticket stays open and may be waited for again. result's
+// arrays are borrowed until ice_ticket_close.
+ICE_CHECKED ice_status ice_retrieve_wait(ice_ticket *ticket, uint64_t deadline_us, struct ice_retrieve_result *result);
+// Forgets the ticket (the rows stay busy until the daemon has answered). Accepts NULL.
+ICE_API void ice_ticket_close(ice_ticket *ticket);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

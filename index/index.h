@@ -1,0 +1,184 @@
+// The DCI-tree of one lane: which tokens do these queries attend to?
+//
+// Method: IceCache (arXiv 2604.10539) over Prioritized DCI (arXiv 1703.00440). Keys are compared in the space of
+// T_K(k) = [k/c, sqrt(1 - |k|^2/c^2)], T_Q(q) = [q/|q|, 0], where the nearest neighbour is the largest inner product.
+//
+// The index is pure: no I/O, no clock, no threads, no logging; memory only through the allocator it is given, none in
+// search. It moves no K or V bytes: it says where a row belongs (page and row), and a change of place is a plan that
+// the owner carries out and commits, or drops. Pages are numbered by the index (dense u32, reused after release); the
+// owner maps them to memory. Tokens are named by position towards the outside.
+//
+// Determinism: the tree is a function of the seed and of the appended keys in order, not of how the appends were cut
+// or when the work was done. Equal tree and query give the same selection, ties broken by the lower position.
+//
+// Thread-safety: an index belongs to one thread; distinct indexes are independent. A search context may be used with
+// any index, one search at a time.
+#ifndef ICECACHE_INDEX_INDEX_H
+#define ICECACHE_INDEX_INDEX_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define INDEX_HEAD_DIM_MAX    256u
+#define INDEX_HEAD_DIM_STEP   16u
+#define INDEX_PAGE_TOKENS_MAX 256u
+#define INDEX_GROUP_MAX       64u  // query heads per KV head
+#define INDEX_QUERIES_MAX     256u // query positions of one search
+#define INDEX_TOKENS_MAX      (1u << 24)
+#define INDEX_MUST_CHECK      __attribute__((warn_unused_result))
+
+enum index_status {
+    INDEX_OK = 0,
+    INDEX_NO_MEMORY,  // the allocator refused; nothing changed
+    INDEX_NOT_FINITE, // a key or query is NaN, infinite or too large to square; nothing changed
+    INDEX_INVALID,    // a parameter is out of range; nothing changed
+    INDEX_FULL,       // INDEX_TOKENS_MAX reached; nothing changed
+};
+
+enum index_dtype { INDEX_BF16 = 1, INDEX_FP16 = 2, INDEX_FP32 = 3 };
+
+// Memory of the index. Sizes are passed back on release so that the owner can count bytes.
+struct index_allocator {
+    void *(*acquire)(void *owner, size_t bytes);              // 64-byte aligned, NULL when refused
+    void (*release)(void *owner, void *memory, size_t bytes); // accepts NULL
+    void *owner;
+};
+
+struct index_params {
+    uint32_t head_dim;      // multiple of 16, at most 256
+    enum index_dtype dtype; // of the keys handed to index_append
+    uint32_t page_tokens;   // rows of a page; 0: 16
+    float promotion_ratio;  // r: n_l = r * n_(l-1); 0: the default, 1/32
+    uint64_t seed;
+};
+
+struct index;
+
+INDEX_MUST_CHECK enum index_status index_create(const struct index_params *params,
+                                                const struct index_allocator *allocator, struct index **out);
+void index_destroy(struct index *index); // accepts NULL
+
+uint64_t index_length(const struct index *index);  // tokens appended
+uint64_t index_indexed(const struct index *index); // tokens in the tree: positions 0 .. indexed-1; the rest is scanned
+uint64_t index_version(const struct index *index); // same seed, keys and indexed count: same version, same tree
+uint64_t index_bytes(const struct index *index);   // memory held
+uint32_t index_page_bound(const struct index *index);               // every page id in use is below it
+uint32_t index_page_rows(const struct index *index, uint32_t page); // rows in use; 0: the page is not in use
+
+// Where a token's K and V row lies.
+struct index_place {
+    uint32_t page;
+    uint32_t row;
+};
+
+// ---- append ----
+// Two steps, so that an append over many lanes is all or nothing. prepare copies n keys behind the tail, checks them,
+// and names the place of each new token; a page that was not in use before (index_page_rows is 0) is the owner's to
+// provide before it commits. Until commit nothing of it can be seen; drop forgets it. One append may
+// be prepared at a time. Appends and searches may happen at any point of a build, also while a plan is pending.
+// keys: n rows of head_dim elements, stride_bytes apart (borrowed during the call; may change under the call without
+// harm to the index). places: room for n entries, written on success only.
+INDEX_MUST_CHECK enum index_status index_append_prepare(struct index *index, const void *keys, size_t stride_bytes,
+                                                        uint32_t n, struct index_place *places);
+void index_append_commit(struct index *index);
+void index_append_drop(struct index *index);
+
+// Where positions first .. first+n-1 lie (committed ones only; n of them must exist).
+void index_locate(const struct index *index, uint64_t first, uint32_t n, struct index_place *places);
+// Positions of the rows of a page, in row order, UINT32_MAX for a row that is not in use. Returns rows in use.
+uint32_t index_page_positions(const struct index *index, uint32_t page, uint32_t *positions /* page_tokens */);
+
+// ---- build: clustering of the tail ----
+// Work is done in slices, with no clock: each call does about work_units units (one unit: one key scored against one
+// query or node at head_dim 128, roughly 20-50 ns) and returns. The cuts are at fixed token counts.
+enum index_build_state {
+    INDEX_BUILD_IDLE,     // nothing to do until more tokens are appended
+    INDEX_BUILD_MORE,     // call again
+    INDEX_BUILD_PLAN,     // a plan is pending: carry it out and commit it, or drop it
+    INDEX_BUILD_NO_MEMORY // the allocator refused; nothing changed; call again later
+};
+
+// Copies of K and V rows that the owner makes. Sources stay valid and searchable until commit; targets are rows that
+// are not in use, so the copies may be made in any order and in slices, with searches in between.
+struct index_move {
+    struct index_place from, to;
+};
+struct index_plan {
+    const struct index_move *moves; // borrowed until commit or drop
+    uint32_t move_count;
+    const uint32_t *new_pages; // page ids that need memory before the first move
+    uint32_t new_page_count;
+    const uint32_t *released_pages; // page ids whose memory may go after commit (not before)
+    uint32_t released_page_count;
+};
+
+bool index_build_is_due(const struct index *index); // index_build_step would do something
+enum index_build_state index_build_step(struct index *index, uint64_t work_units);
+void index_plan_get(const struct index *index, struct index_plan *plan); // state INDEX_BUILD_PLAN only
+void index_plan_commit(struct index *index);
+void index_plan_drop(struct index *index); // the tree stays as it was; the same plan comes again
+
+// ---- search ----
+struct index_query {
+    const float *queries;    // [query][head][head_dim], after RoPE, unscaled; borrowed until search_finish
+    uint32_t query_count;    // query positions, their masses are summed
+    uint32_t head_count;     // query heads that share this KV head
+    uint64_t first_position; // query i stands at first_position + i and sees positions 0 .. first_position + i
+    float scale;             // softmax scale
+    uint32_t budget;         // tokens to select outside sinks and window
+    uint32_t sinks, window;  // positions < sinks, and the last `window` up to the last query; never selected
+    bool page_wise;          // whole pages of the tree, at most budget / page_tokens of them (at least one)
+    float coverage;          // in (0, 1]: stop as soon as the estimated mass reaches it; 0: spend the budget
+    float effort; // share of the leaf pages to open at most, (0, 1]; 0: the default. Enough are always opened to fill
+                  // the budget
+};
+
+struct index_selected {
+    uint32_t position;
+    float mass; // estimated share of the attention, mean over heads and queries
+    struct index_place place;
+};
+struct index_selection {
+    uint32_t count;      // selected tokens, ascending by position
+    float selected_mass; // sum of their masses
+    float ends_mass;     // mass of sinks and window
+    uint32_t scanned;    // keys scored
+    bool partial;        // finished before the search was complete
+};
+
+struct index_search;
+
+// A context for searches with at most budget_max selected tokens, group heads, queries; it grows to the largest index
+// it has seen only in index_search_begin's reserve call (below), never in a step.
+INDEX_MUST_CHECK enum index_status index_search_create(const struct index_allocator *allocator,
+                                                       struct index_search **out);
+void index_search_destroy(struct index_search *search); // accepts NULL
+// Makes room for a search with this query on this index. The only call that may allocate.
+INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *search, const struct index *index,
+                                                        const struct index_query *query);
+// Begins a search (checks the queries). The index must not be appended to or committed on until finish.
+INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index *index,
+                                                      const struct index_query *query);
+// Does about work_units units; true when the search is complete.
+bool index_search_step(struct index_search *search, uint64_t work_units);
+// Selects from what has been scored so far. *tokens is borrowed from the context until the next begin.
+void index_search_finish(struct index_search *search, struct index_selection *selection,
+                         const struct index_selected **tokens);
+
+// ---- check ----
+// Full walk over the invariants: every token in exactly one page row, positions and places agree, page counts, children
+// nearest to their parents within the level's construction, levels nested. Writes the first violation to `text`.
+bool index_check(const struct index *index, char *text, size_t capacity);
+
+// Shape of the tree, for tests and statistics.
+struct index_shape {
+    uint32_t levels; // including level 0
+    uint32_t level_counts[16];
+    uint32_t pages; // in use, open ones included
+    uint32_t leaf_pages;
+    double fill; // tokens per leaf page
+};
+void index_shape(const struct index *index, struct index_shape *shape);
+
+#endif

@@ -1,0 +1,39 @@
+// The control socket: one protobuf message per SOCK_SEQPACKET packet, with file descriptors beside it.
+// Used by the daemon, the client library and icecachectl. All calls are thread-safe on distinct sockets.
+#ifndef ICECACHE_PROTO_CONTROL_H
+#define ICECACHE_PROTO_CONTROL_H
+
+#include "proto/status.h"
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+// Names of the files in a daemon's socket directory.
+#define CONTROL_SOCKET_NAME      "control.sock"
+#define CONTROL_DATA_SOCKET_NAME "data.sock"
+#define CONTROL_LOCK_NAME        "icecached.lock"
+
+// Where a daemon and its clients meet when nobody says otherwise: $ICECACHE_SOCKET_DIR, else /run/icecache for root,
+// else $XDG_RUNTIME_DIR/icecache, else /tmp/icecache-<uid>. Writes a NUL-terminated path.
+ICE_MUST_CHECK ice_status control_default_directory(char *path, size_t capacity);
+// directory + "/" + name; ICE_TOO_LARGE where it does not fit a socket address (107 bytes).
+ICE_MUST_CHECK ice_status control_path(char *path, size_t capacity, const char *directory, const char *name);
+
+// Connects (non-blocking, CLOEXEC). ICE_NO_DAEMON where nobody listens, ICE_PERMISSION, ICE_TOO_LARGE (path),
+// ICE_SYSTEM.
+ICE_MUST_CHECK ice_status control_connect(const char *path, int *fd_out);
+
+// Sends one packet with at most one descriptor (fd -1: none; borrowed). Waits at most deadline_ms for room (0: not at
+// all, ICE_TIMEOUT). ICE_DISCONNECTED where the peer is gone. Never raises SIGPIPE.
+ICE_MUST_CHECK ice_status control_send(int socket, const void *bytes, size_t size, int fd, int deadline_ms);
+
+// Receives one packet of at most capacity bytes; *fd_out is owned by the caller (-1: none; any further descriptors that
+// a peer sends are closed). ICE_TIMEOUT, ICE_DISCONNECTED (end of file), ICE_BAD_MESSAGE (packet truncated).
+ICE_MUST_CHECK ice_status control_receive(int socket, void *bytes, size_t capacity, size_t *size_out, int *fd_out,
+                                          int deadline_ms);
+
+// Peer's credentials as the kernel knows them.
+ICE_MUST_CHECK ice_status control_peer(int socket, pid_t *pid, uid_t *uid, gid_t *gid);
+
+#endif

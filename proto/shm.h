@@ -1,0 +1,44 @@
+// Layout of the shared memory between the daemon and a worker.
+//
+// A landing is one memfd: the data, [row][layer][kv_head][{K,V}][slot][head_dim], then a u32 count per
+// [row][layer][kv_head], then u32 positions [row][layer][kv_head][slot]. Every part starts on a 4 KiB boundary, so a
+// kernel on a GPU can read counts and positions at fixed addresses. No pointers, no headers: both sides compute the
+// same offsets from the shape that was agreed on the control socket.
+//
+// The worker may write anywhere at any time: the daemon only ever writes, and never reads back what it wrote.
+#ifndef ICECACHE_PROTO_SHM_H
+#define ICECACHE_PROTO_SHM_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct landing_shape {
+    uint32_t rows, layers, kv_heads, slots, head_dim;
+    uint32_t dtype; // enum dtype
+};
+
+struct landing_layout {
+    uint64_t slot_bytes;       // one K or V row
+    uint64_t side_bytes;       // slots x slot_bytes: all K, or all V, of one (row, layer, head)
+    uint64_t head_bytes;       // 2 x side_bytes
+    uint64_t counts_offset;    // u32 [row][layer][kv_head]
+    uint64_t positions_offset; // u32 [row][layer][kv_head][slot]
+    uint64_t total_bytes;      // a multiple of 4 KiB
+};
+
+// Fills *layout; false where a dimension is zero or above its limit, or the size overflows 2^46 bytes.
+bool landing_layout_init(struct landing_layout *layout, const struct landing_shape *shape);
+
+// Index of (row, layer, head) in the counts; times slots in the positions; times head_bytes in the data.
+static inline uint64_t landing_cell(const struct landing_shape *shape, uint32_t row, uint32_t layer, uint32_t kv_head)
+{
+    return ((uint64_t)row * shape->layers + layer) * shape->kv_heads + kv_head;
+}
+
+// Bytes of one side (K or V) of a staging area's content in Append's and Read's layout.
+static inline uint64_t staging_side_bytes(uint32_t layers, uint32_t kv_heads, uint64_t tokens, uint64_t slot_bytes)
+{
+    return (uint64_t)layers * kv_heads * tokens * slot_bytes;
+}
+
+#endif

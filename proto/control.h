@@ -21,15 +21,17 @@ ICE_MUST_CHECK ice_status control_default_directory(char *path, size_t capacity)
 ICE_MUST_CHECK ice_status control_path(char *path, size_t capacity, const char *directory, const char *name);
 
 // Connects (non-blocking, CLOEXEC). ICE_NO_DAEMON where nobody listens, ICE_PERMISSION, ICE_TOO_LARGE (path),
-// ICE_SYSTEM.
+// ICE_TIMEOUT (the daemon's backlog is full: try again a little later), ICE_NO_MEMORY, ICE_SYSTEM.
 ICE_MUST_CHECK ice_status control_connect(const char *path, int *fd_out);
 
-// Sends one packet with at most one descriptor (fd -1: none; borrowed). Waits at most deadline_ms for room (0: not at
-// all, ICE_TIMEOUT). ICE_DISCONNECTED where the peer is gone. Never raises SIGPIPE.
+// Sends one packet of 1 to WIRE_CONTROL_BYTES_MAX bytes with at most one descriptor (fd -1: none; borrowed). Waits at
+// most deadline_ms for room (0 or less: not at all, ICE_TIMEOUT). ICE_DISCONNECTED where the peer is gone,
+// ICE_INVALID_ARGUMENT for an empty packet, ICE_TOO_LARGE. Never raises SIGPIPE.
 ICE_MUST_CHECK ice_status control_send(int socket, const void *bytes, size_t size, int fd, int deadline_ms);
 
-// Receives one packet of at most capacity bytes; *fd_out is owned by the caller (-1: none; any further descriptors that
-// a peer sends are closed). ICE_TIMEOUT, ICE_DISCONNECTED (end of file), ICE_BAD_MESSAGE (packet truncated).
+// Receives one packet of at most capacity bytes; *fd_out is owned by the caller (-1: none, always so on error; any
+// further descriptors that a peer sends are closed). ICE_TIMEOUT, ICE_DISCONNECTED (end of file, or an empty packet),
+// ICE_BAD_MESSAGE (packet truncated), ICE_SYSTEM (also where there is no free descriptor for one that was sent).
 ICE_MUST_CHECK ice_status control_receive(int socket, void *bytes, size_t capacity, size_t *size_out, int *fd_out,
                                           int deadline_ms);
 

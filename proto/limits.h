@@ -10,6 +10,7 @@
 #define WIRE_ARENA_BYTES_MAX            (256u << 10) // memory for decoding one request
 #define WIRE_CONTROL_BYTES_MAX          (4u << 10)   // one packet on the control socket
 #define WIRE_FRAMES_MAX                 2u           // frames of a message, routing id not counted
+#define WIRE_SHARED_BYTES_MAX           (1ull << 46) // one landing or staging area, and offsets into it
 
 #define WIRE_LAYERS_MAX                 512u
 #define WIRE_KV_HEADS_MAX               256u

@@ -26,7 +26,8 @@ struct landing_layout {
     uint64_t total_bytes;      // a multiple of 4 KiB
 };
 
-// Fills *layout; false where a dimension is zero or above its limit, or the size overflows 2^46 bytes.
+// Fills *layout on success; false where a dimension is zero or above its limit, the dtype is unknown, or the size
+// exceeds WIRE_SHARED_BYTES_MAX.
 bool landing_layout_init(struct landing_layout *layout, const struct landing_shape *shape);
 
 // Index of (row, layer, head) in the counts; times slots in the positions; times head_bytes in the data.

@@ -28,7 +28,8 @@ void wire_error_set(struct wire_error *error, ice_status status, const char *for
 
 // Decodes and validates frame 1 of a request. *out lives in the arena (borrowed until its reset). A wrong protocol
 // version, a missing body, an unknown enum, a count over its limit: each has its status and text. request_id_out gets
-// the request's id also when the rest is refused (0 where it cannot be read), so that the reply finds its caller.
+// the request's id also when the rest is refused (0 where it cannot be read), so that the reply finds its caller. In a
+// SequenceOpen the defaults are filled in: name_space "default", tp_size 1, block_tokens 16 (softmax_scale stays 0).
 ICE_MUST_CHECK ice_status wire_request_decode(const void *bytes, size_t size, struct wire_arena *arena,
                                               Icecache__Wire__Request **out, uint64_t *request_id_out,
                                               struct wire_error *error);
@@ -41,7 +42,8 @@ ICE_MUST_CHECK ice_status wire_control_request_decode(const void *bytes, size_t 
 ICE_MUST_CHECK ice_status wire_reply_decode(const void *bytes, size_t size, Icecache__Wire__Reply **out);
 ICE_MUST_CHECK ice_status wire_control_reply_decode(const void *bytes, size_t size, Icecache__Wire__ControlReply **out);
 
-// Bytes of frame 2 that a valid Retrieve asks for, given the sequence's shape. 0 is never a valid answer.
+// Bytes of frame 2 that a valid Retrieve asks for, given the sequence's shape. 0 is never a valid answer: something is
+// out of range. The answer may exceed WIRE_VECTORS_BYTES_MAX; frame 2 itself never does.
 struct wire_shape {
     uint32_t layers, kv_heads, query_heads, head_dim;
     uint32_t dtype;

@@ -195,9 +195,10 @@ static int attend(struct replay *replay, uint32_t step, uint32_t layer, uint32_t
         if (position > trace->first_query + step) {
             return replay_fail(replay, "the landing holds a position after the query", ICE_INTERNAL);
         }
-        if (memcmp((const char *)view.keys + i * row_bytes, trace_key(trace, layer, kv_head, position), row_bytes) ||
+        if (memcmp((const char *)view.keys + i * row_bytes, trace_key(trace, layer, kv_head, position), row_bytes) !=
+                0 ||
             memcmp((const char *)view.values + i * row_bytes, trace_value(trace, layer, kv_head, position),
-                   row_bytes)) {
+                   row_bytes) != 0) {
             replay->wrong_rows++;
         }
     }
@@ -223,7 +224,7 @@ static int decode_cell(struct replay *replay, uint32_t step, uint32_t layer, uin
     const struct trace *trace = &replay->trace;
     struct replay_row *row = &replay->rows[budget_index];
     struct ice_retrieve_result retrieved;
-    double elapsed_us;
+    double elapsed_us = 0;
     int result = replay_retrieve(replay, step, layer, budget_index, &retrieved, &elapsed_us);
     if (result != REPLAY_OK) {
         return result;

@@ -77,7 +77,7 @@ static int check_head(const struct replay *replay, uint32_t step, uint32_t layer
 static int check_step(struct replay *replay, uint32_t step, uint32_t layer, const struct scratch *scratch)
 {
     struct ice_retrieve_result retrieved;
-    double elapsed_us;
+    double elapsed_us = 0;
     int result = replay_retrieve(replay, step, layer, 0, &retrieved, &elapsed_us);
     for (uint32_t kv_head = 0; kv_head < replay->trace.kv_heads && result == REPLAY_OK; kv_head++) {
         result = check_head(replay, step, layer, kv_head, scratch);

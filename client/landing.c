@@ -1,0 +1,350 @@
+// Landings: opening, looking at what a retrieve left, and who owns a row.
+//
+// A row belongs to the daemon from a retrieve's submit until its reply, also when the caller has stopped waiting:
+// row_owners names the request. The client's lock guards row_owners; all else is constant from open to close. The
+// memory is written by the daemon only: it is mapped for reading, and its counts are checked before they are used.
+#include "client/error.h"
+#include "client/exchange.h"
+#include "client/handles.h"
+
+#include "proto/dtype.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+_Static_assert((int)ICE_BF16 == (int)DTYPE_BF16 && (int)ICE_FP16 == (int)DTYPE_FP16 && (int)ICE_FP32 == (int)DTYPE_FP32,
+               "icecache.h and dtype.h disagree");
+
+// ---- rows ----
+
+bool landing_rows_busy(const struct pending *pending)
+{
+    for (uint32_t i = 0; pending->landing != NULL && i < pending->row_count; i++) {
+        if (pending->landing->row_owners[pending->rows[i]] != 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+ice_status landing_rows_acquire(const struct pending *pending)
+{
+    for (uint32_t i = 0; pending->landing != NULL && i < pending->row_count; i++) {
+        uint64_t *owner = &pending->landing->row_owners[pending->rows[i]];
+        if (*owner == pending->id) {
+            return error_set(ICE_INVALID_ARGUMENT, "rows names row %u twice", pending->rows[i]);
+        }
+        if (*owner != 0) {
+            return error_set(ICE_BUSY, "row %u still belongs to an earlier retrieve; wait for its reply",
+                             pending->rows[i]);
+        }
+        *owner = pending->id;
+    }
+    return ICE_OK;
+}
+
+void landing_rows_release(const struct pending *pending)
+{
+    for (uint32_t i = 0; pending->landing != NULL && i < pending->row_count; i++) {
+        uint64_t *owner = &pending->landing->row_owners[pending->rows[i]];
+        if (*owner == pending->id) {
+            *owner = 0;
+        }
+    }
+}
+
+static bool all_rows_free(void *argument)
+{
+    const ice_landing *landing = argument;
+    for (uint32_t row = 0; row < landing->shape.rows; row++) {
+        if (landing->row_owners[row] != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// ---- open ----
+
+static ice_status shape_check(const struct ice_landing_shape *shape, struct landing_shape *out,
+                              struct landing_layout *layout)
+{
+    if (shape == NULL) {
+        return error_set(ICE_INVALID_ARGUMENT, "shape is NULL");
+    }
+    if (!dtype_is_valid((uint32_t)shape->dtype)) {
+        return error_set(ICE_INVALID_ARGUMENT, "shape.dtype %d is none of ICE_BF16, ICE_FP16, ICE_FP32",
+                         (int)shape->dtype);
+    }
+    const struct {
+        const char *name;
+        uint32_t value, most;
+    } fields[] = {
+        {"rows", shape->rows, WIRE_ROWS_MAX},
+        {"layers", shape->layers, WIRE_LAYERS_MAX},
+        {"kv_heads", shape->kv_heads, WIRE_KV_HEADS_MAX},
+        {"slots", shape->slots, WIRE_SLOTS_MAX},
+        {"head_dim", shape->head_dim, WIRE_HEAD_DIM_MAX},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        if (fields[i].value == 0) {
+            return error_set(ICE_INVALID_ARGUMENT, "shape.%s is 0", fields[i].name);
+        }
+        if (fields[i].value > fields[i].most) {
+            return error_set(ICE_TOO_LARGE, "shape.%s is %u, the limit is %u", fields[i].name, fields[i].value,
+                             fields[i].most);
+        }
+    }
+    if (shape->head_dim % WIRE_HEAD_DIM_STEP != 0) {
+        return error_set(ICE_INVALID_ARGUMENT, "shape.head_dim %u is not a multiple of %u", shape->head_dim,
+                         WIRE_HEAD_DIM_STEP);
+    }
+    *out = (struct landing_shape){shape->rows,  shape->layers,   shape->kv_heads,
+                                  shape->slots, shape->head_dim, (uint32_t)shape->dtype};
+    if (!landing_layout_init(layout, out) || layout->total_bytes > SIZE_MAX) {
+        return error_set(ICE_TOO_LARGE, "a landing of this shape is larger than any memory; use fewer rows or slots");
+    }
+    return ICE_OK;
+}
+
+static ice_status request_landing(ice_client *client, uint64_t generation, const struct landing_shape *shape,
+                                  uint64_t until_us, struct pending **out)
+{
+    struct pending *pending = pending_create();
+    if (pending == NULL) {
+        return ICE_NO_MEMORY;
+    }
+    Icecache__Wire__LandingOpen open = ICECACHE__WIRE__LANDING_OPEN__INIT;
+    open.rows = shape->rows;
+    open.layers = shape->layers;
+    open.kv_heads = shape->kv_heads;
+    open.slots = shape->slots;
+    open.head_dim = shape->head_dim;
+    open.dtype = shape->dtype;
+    Icecache__Wire__ControlRequest request = ICECACHE__WIRE__CONTROL_REQUEST__INIT;
+    request.body_case = ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN;
+    request.landing_open = &open;
+    ice_status status = exchange_submit_control(client, generation, &request, pending);
+    if (status != ICE_OK) {
+        pending_destroy(pending);
+        return status;
+    }
+    status = exchange_wait(client, generation, pending, until_us);
+    if (status != ICE_OK) {
+        exchange_abandon(client, pending);
+        return status;
+    }
+    *out = pending;
+    return ICE_OK;
+}
+
+// Accepts the memory only if it is all there and cannot shrink under our reads.
+static ice_status landing_map(ice_landing *landing, const struct pending *pending)
+{
+    const Icecache__Wire__ControlReply *reply = pending->control_reply;
+    if (reply == NULL || reply->body_case != ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING || pending->fd < 0) {
+        return error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing memory");
+    }
+    struct stat stat;
+    int seals = fcntl(pending->fd, F_GET_SEALS);
+    if (reply->landing->bytes != landing->layout.total_bytes || fstat(pending->fd, &stat) != 0 || stat.st_size < 0 ||
+        (uint64_t)stat.st_size < landing->layout.total_bytes) {
+        return error_set(ICE_INTERNAL, "the landing's memory does not have the %llu bytes of its shape",
+                         (unsigned long long)landing->layout.total_bytes);
+    }
+    if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+        return error_set(ICE_INTERNAL, "the landing's memory is not sealed against shrinking");
+    }
+    void *base = mmap(NULL, (size_t)landing->layout.total_bytes, PROT_READ, MAP_SHARED, pending->fd, 0);
+    if (base == MAP_FAILED) {
+        return error_set(errno == ENOMEM ? ICE_NO_MEMORY : ICE_SYSTEM, "mmap of a landing: %s", strerror(errno));
+    }
+    (void)madvise(base, (size_t)landing->layout.total_bytes, MADV_DONTDUMP);
+    landing->base = base;
+    landing->id = reply->landing->landing_id;
+    return ICE_OK;
+}
+
+static void request_close(ice_client *client, uint64_t generation, uint32_t id, uint64_t until_us)
+{
+    struct pending *pending = pending_create();
+    if (pending == NULL) {
+        return; // the daemon frees it with the session
+    }
+    Icecache__Wire__LandingClose close = ICECACHE__WIRE__LANDING_CLOSE__INIT;
+    close.landing_id = id;
+    Icecache__Wire__ControlRequest request = ICECACHE__WIRE__CONTROL_REQUEST__INIT;
+    request.body_case = ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_CLOSE;
+    request.landing_close = &close;
+    if (exchange_submit_control(client, generation, &request, pending) != ICE_OK) {
+        pending_destroy(pending);
+        return;
+    }
+    // Waited for, so that what it held is free again when this returns; the status says nothing to a closing caller.
+    ice_status status = exchange_wait(client, generation, pending, until_us);
+    (void)status;
+    exchange_abandon(client, pending);
+}
+
+static ice_status landing_open(ice_client *client, ice_landing *landing, uint64_t until_us)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    landing->generation = client->generation;
+    struct pending *pending = NULL;
+    ice_status status = request_landing(client, landing->generation, &landing->shape, until_us, &pending);
+    if (status == ICE_OK) {
+        status = landing_map(landing, pending);
+        if (status == ICE_OK) {
+            handle_link(&client->landings, &landing->handle);
+        } else if (pending->control_reply != NULL &&
+                   pending->control_reply->body_case == ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING) {
+            error_hold();
+            request_close(client, landing->generation, pending->control_reply->landing->landing_id, until_us);
+            error_let_go();
+        }
+        exchange_abandon(client, pending);
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+    return status;
+}
+
+ice_status ice_landing_open(ice_client *client, const struct ice_landing_shape *shape, uint64_t deadline_us,
+                            ice_landing **out)
+{
+    error_clear();
+    ice_status status = client_check(client);
+    if (status != ICE_OK) {
+        return status;
+    }
+    if (out == NULL) {
+        return error_set(ICE_INVALID_ARGUMENT, "out is NULL");
+    }
+    uint64_t until_us = client_until(client, deadline_us);
+    struct landing_shape wanted;
+    struct landing_layout layout;
+    status = shape_check(shape, &wanted, &layout);
+    if (status != ICE_OK) {
+        return status;
+    }
+    ice_landing *landing = calloc(1, sizeof *landing);
+    uint64_t *owners = calloc(wanted.rows, sizeof *owners);
+    if (landing == NULL || owners == NULL) {
+        free(landing);
+        free(owners);
+        return error_set(ICE_NO_MEMORY, "no memory for a landing's record");
+    }
+    landing->client = client;
+    landing->shape = wanted;
+    landing->layout = layout;
+    landing->row_owners = owners;
+    status = landing_open(client, landing, until_us);
+    if (status != ICE_OK) {
+        landing_free(landing);
+        return status;
+    }
+    *out = landing;
+    return ICE_OK;
+}
+
+// ---- close ----
+
+void landing_free(ice_landing *landing)
+{
+    if (landing->base != NULL) {
+        (void)munmap(landing->base, (size_t)landing->layout.total_bytes);
+    }
+    free(landing->row_owners);
+    free(landing);
+}
+
+void ice_landing_close(ice_landing *landing)
+{
+    if (landing == NULL) {
+        return;
+    }
+    ice_client *client = landing->client;
+    if (client_is_forked(client)) {
+        landing_free(landing);
+        return;
+    }
+    uint64_t until_us = client_until(client, 0);
+    error_hold();
+    (void)pthread_mutex_lock(&client->lock);
+    if (exchange_check(client, landing->generation) == ICE_OK) {
+        ice_status status = exchange_wait_until(client, landing->generation, all_rows_free, landing, until_us);
+        (void)status; // whatever it is, the memory goes now: the daemon has its own mapping
+        request_close(client, landing->generation, landing->id, until_us);
+    }
+    for (uint32_t i = 0; i < EXCHANGE_REQUESTS_MAX; i++) {
+        if (client->table[i] != NULL && client->table[i]->landing == landing) {
+            client->table[i]->landing = NULL;
+        }
+    }
+    handle_unlink(&landing->handle);
+    (void)pthread_mutex_unlock(&client->lock);
+    error_let_go();
+    landing_free(landing);
+}
+
+// ---- view ----
+
+static ice_status row_check(ice_landing *landing, uint32_t row)
+{
+    ice_client *client = landing->client;
+    (void)pthread_mutex_lock(&client->lock);
+    ice_status status = exchange_check(client, landing->generation);
+    if (status == ICE_OK && landing->row_owners[row] != 0) {
+        // Nobody may be receiving: the late reply, or the end of the session, may already be here.
+        exchange_pump(client);
+        exchange_pump_control(client);
+        status = exchange_check(client, landing->generation);
+    }
+    if (status == ICE_OK && landing->row_owners[row] != 0) {
+        status = error_set(ICE_BUSY, "row %u belongs to a retrieve in flight; wait for its reply", row);
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+    return status;
+}
+
+ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
+                            struct ice_landing_view *out)
+{
+    error_clear();
+    if (landing == NULL || out == NULL) {
+        return error_set(ICE_INVALID_ARGUMENT, "%s is NULL", landing == NULL ? "landing" : "out");
+    }
+    ice_status status = client_check(landing->client);
+    if (status != ICE_OK) {
+        return status;
+    }
+    const struct landing_shape *shape = &landing->shape;
+    if (row >= shape->rows || kv_head >= shape->kv_heads) {
+        return error_set(ICE_INVALID_ARGUMENT, "row %u, KV head %u: the landing has %u rows of %u KV heads", row,
+                         kv_head, shape->rows, shape->kv_heads);
+    }
+    if (layer >= shape->layers) {
+        return error_set(ICE_UNKNOWN_LAYER, "layer %u: the landing has %u layers", layer, shape->layers);
+    }
+    status = row_check(landing, row);
+    if (status != ICE_OK) {
+        return status;
+    }
+    uint64_t cell = landing_cell(shape, row, layer, kv_head);
+    uint32_t count;
+    memcpy(&count, landing->base + landing->layout.counts_offset + cell * sizeof count, sizeof count);
+    if (count > shape->slots) {
+        return error_set(ICE_INTERNAL, "the landing says %u tokens in %u slots", count, shape->slots);
+    }
+    const uint8_t *keys = landing->base + cell * landing->layout.head_bytes;
+    const uint8_t *positions =
+        landing->base + landing->layout.positions_offset + cell * shape->slots * sizeof(uint32_t);
+    out->keys = keys;
+    out->values = keys + landing->layout.side_bytes;
+    out->positions = (const void *)positions; // a multiple of 4 bytes from a page boundary
+    out->count = count;
+    return ICE_OK;
+}

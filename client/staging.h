@@ -1,0 +1,35 @@
+// The shared memory through which appends and reads pass: two halves, each used by one part of one call at a time.
+#ifndef ICECACHE_CLIENT_STAGING_H
+#define ICECACHE_CLIENT_STAGING_H
+
+#include "client/exchange.h"
+
+#define STAGING_HALVES 2u
+
+// Guarded by the client's lock, except the bytes of a half, which belong to whoever acquired it.
+struct staging {
+    uint32_t references; // of the client, and one per acquired half: the mapping outlives a lost session until then
+    uint8_t *base;
+    uint64_t mapped_bytes, half_bytes;
+    bool busy[STAGING_HALVES];
+};
+
+// All with the lock held.
+
+// Opens the staging area where there is none yet and waits for a free half.
+ICE_MUST_CHECK ice_status staging_acquire(ice_client *client, uint64_t generation, uint64_t until_us,
+                                          struct staging **staging, uint32_t *half);
+// The other half, if it is free at once.
+bool staging_try_acquire(ice_client *client, struct staging **staging, uint32_t *half);
+void staging_release(ice_client *client, struct staging *staging, uint32_t half);
+// The reply to the request that opens it has come: maps the memory or stores why not.
+void staging_adopt(ice_client *client, struct pending *pending);
+// The session has ended.
+void staging_forget(ice_client *client);
+
+static inline uint64_t staging_offset(const struct staging *staging, uint32_t half)
+{
+    return half * staging->half_bytes;
+}
+
+#endif

@@ -1,0 +1,128 @@
+"""Writes the first inputs of the fuzz corpus: valid messages of every kind, and the refusals that bit once.
+
+Usage: seeds.py [folder], by default the corpus folder beside this file. Numbers are the fields of proto/icecache.proto.
+"""
+import pathlib
+import struct
+import sys
+
+
+def varint(value):
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def u(field, value):
+    return varint(field << 3) + varint(value)
+
+
+def f64(field, value):
+    return varint(field << 3 | 1) + struct.pack("<Q", value)
+
+
+def f32(field, value):
+    return varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def b(field, value):
+    value = value.encode() if isinstance(value, str) else value
+    return varint(field << 3 | 2) + varint(len(value)) + value
+
+
+def packed(field, values):
+    return b(field, b"".join(varint(v) for v in values))
+
+
+TOKEN = bytes(range(16))
+
+
+def request(field, body, version=1, token=TOKEN):
+    return u(1, version) + u(2, 42) + f64(3, 7) + b(4, token) + b(field, body)
+
+
+OPEN = (b(1, "tenant") + b(2, b"\x5a" * 32) + u(3, 1) + u(4, 2) + u(5, 4) + u(6, 8) + u(7, 32) + u(8, 128) + u(9, 1)
+        + f32(10, 0.125) + u(11, 32) + packed(12, range(4)) + u(13, 131072))
+RETRIEVE = (u(1, 1) + u(2, 3) + b(3, struct.pack("<3Q", 11, 12, 13)) + packed(4, [0, 2, 1]) + packed(5, [100, 200, 300])
+            + u(6, 2) + u(7, 3) + u(8, 256) + u(9, 16) + u(10, 64) + u(12, 1) + f32(13, 0.9) + u(15, 20000) + u(16, 1))
+COUNTS = packed(1, [2, 0, 3]) + b(2, struct.pack("<3f", .5, .25, 1)) + packed(3, [9, 8, 300]) + packed(4, [1, 2, 3])
+STATS = b(1, "0.1.0") + u(2, 1000) + b(22, b(1, "queue") + u(2, 3) + varint(3 << 3 | 1) + struct.pack("<d", 1.5)) + b(
+    23, f64(1, 5) + f64(2, 6) + u(3, 100) + b(4, "tenant") + b(12, "idle"))
+
+
+def reply(field, body):
+    return u(1, 42) + f64(2, 99) + b(field, body)
+
+
+SEEDS = {
+    "request": {
+        "open": request(5, OPEN),
+        "open_small": request(5, b(2, b"d") + u(5, 1) + u(6, 1) + u(7, 1) + u(8, 16) + u(9, 3)),
+        "open_twice": request(5, OPEN) + b(5, packed(12, [0]) + b(1, "other")),
+        "close": request(6, f64(1, 5)),
+        "append": request(7, f64(1, 5) + u(2, 3) + u(3, 2) + u(4, 4096) + u(5, 512) + u(6, 65536) + u(7, 1024)),
+        "append_wraps": request(7, f64(1, 5) + u(2, 2**32 - 1) + u(3, 2) + u(4, 2**64 - 1) + u(5, 1) + u(6, 2**64 - 1)),
+        "retrieve": request(8, RETRIEVE),
+        "retrieve_unpacked": request(8, f64(3, 11) + f64(3, 12) + u(4, 1) + u(4, 2) + u(5, 1) + u(5, 2) + u(6, 1)
+                                     + u(7, 1) + u(8, 64)),
+        "retrieve_row_twice": request(8, RETRIEVE + packed(4, [0, 2, 1]) + packed(5, [1]) + f64(3, 11)),
+        "retrieve_nan": request(8, RETRIEVE + f32(13, float("nan"))),
+        "retrieve_then_open": request(8, RETRIEVE) + b(5, OPEN),
+        "read": request(9, f64(1, 5) + u(3, 1) + u(4, 10) + u(5, 90)),
+        "info": request(10, f64(1, 5)),
+        "stats": request(11, u(1, 256)),
+        "version": request(11, b"", version=2),
+        "version_garbled": u(1, 9) + u(2, 42) + b"\x1f\xff",
+        "token": request(11, b"", token=b"short"),
+        "unknown_fields": u(99, 1) + b(98, b"later") + request(11, u(50, 3)),
+        "empty_messages": b(11, b"") * 600,
+        "length_over": u(1, 1) + b"\x22\xff\xff\xff\xff\x0f",
+    },
+    "control_request": {
+        "hello": u(1, 1) + b(2, u(1, 1) + b(2, "engine") + u(3, 1)),
+        "hello_version": u(1, 1) + b(2, u(1, 2)),
+        "hello_escape": u(1, 1) + b(2, u(1, 1) + b(2, b"\x1b[2J\xff")),
+        "staging": u(1, 2) + b(3, u(1, 1 << 26)),
+        "landing": u(1, 3) + b(4, u(1, 4) + u(2, 32) + u(3, 8) + u(4, 336) + u(5, 128) + u(6, 2)),
+        "landing_huge": u(1, 3) + b(4, u(1, 4096) + u(2, 512) + u(3, 32) + u(4, 1 << 24) + u(5, 256) + u(6, 3)),
+        "landing_close": u(1, 4) + b(5, u(1, 8)),
+        "no_body": u(1, 5),
+    },
+    "reply": {
+        "error": u(1, 42) + u(3, 14) + b(4, "the pool is full"),
+        "open": reply(5, f64(1, 9)),
+        "append": reply(6, u(1, 1000)),
+        "retrieve": reply(7, COUNTS + packed(6, [1, 2, 3, 4, 5]) + u(7, 10) + u(10, 4096)),
+        "retrieve_short": reply(7, COUNTS),
+        "retrieve_uneven": reply(7, COUNTS + packed(4, [7])),
+        "retrieve_wraps": reply(7, packed(1, [2**32 - 1, 5, 1]) + COUNTS[5:] + packed(6, range(5))),
+        "read": reply(8, u(1, 90)),
+        "info": reply(9, packed(1, [5, 6]) + packed(2, [1, 2]) + u(7, 1)),
+        "stats": reply(10, STATS),
+        "stats_twice": reply(10, STATS) + b(10, STATS),
+    },
+    "control_reply": {
+        "hello": u(1, 1) + b(4, f64(1, 5) + f64(2, 6) + b(3, TOKEN) + b(4, "ipc:///run/icecache/data.sock")
+                             + b(5, "0.1.0") + u(6, 64) + u(7, 1 << 24)),
+        "hello_token": u(1, 1) + b(4, b(3, b"short")),
+        "hello_then_staging": u(1, 1) + b(4, b(3, TOKEN)) + b(5, u(1, 4096)),
+        "staging": u(1, 2) + b(5, u(1, 4096)),
+        "landing": u(1, 3) + b(6, u(1, 1) + u(2, 12288)),
+        "error": u(1, 4) + u(2, 16) + b(3, "the memory for landings is used up"),
+    },
+}
+
+
+def main():
+    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).parent / "corpus"
+    for target, inputs in SEEDS.items():
+        (folder / target).mkdir(parents=True, exist_ok=True)
+        for name, content in inputs.items():
+            (folder / target / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,9 @@ def read_header(source):
 def exported(library):
     done = subprocess.run(["nm", "-D", "--defined-only", "--format=posix", library], check=True, capture_output=True,
                           text=True)
-    return {line.split()[0].split("@")[0] for line in done.stdout.splitlines() if line}
+    # Lines are "name type value size"; type A is the version script's own node.
+    rows = (line.split() for line in done.stdout.splitlines() if line)
+    return {row[0].split("@")[0] for row in rows if row[1] != "A"}
 
 
 def compare(wanted, found):

@@ -1,0 +1,45 @@
+// The daemon's options: one list of (field, flag, type, default, min, max, help). A flag --pool-bytes is also the
+// environment variable ICECACHE_POOL_BYTES; the flag wins.
+#ifndef ICECACHE_CACHED_CONFIG_H
+#define ICECACHE_CACHED_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+// clang-format off
+#define CONFIG_NUMBERS(X) \
+    X(pool_bytes,            "pool-bytes",            SIZE,     1ull << 30,  2ull << 20, 1ull << 46, "memory for pages of K and V, taken at start") \
+    X(index_bytes,           "index-bytes",           SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for the trees") \
+    X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings and staging") \
+    X(shards,                "shards",                NUMBER,   0,           0,          256,        "threads that own lanes; 0: cores less one, at most 8") \
+    X(page_tokens,           "page-tokens",           NUMBER,   16,          1,          256,        "tokens per page") \
+    X(seed,                  "seed",                  NUMBER,   1,           0,          INT64_MAX,  "seed of the trees") \
+    X(sessions_max,          "sessions-max",          NUMBER,   64,          1,          4096,       "workers connected at once") \
+    X(sequences_max,         "sequences-max",         NUMBER,   4096,        1,          1u << 20,   "sequences open at once") \
+    X(landings_max,          "landings-max",          NUMBER,   64,          1,          4096,       "landings per session") \
+    X(inflight_max,          "inflight-max",          NUMBER,   256,         1,          1024,       "requests in flight per session") \
+    X(tokens_max,            "tokens-max",            NUMBER,   1u << 20,    1,          1u << 24,   "positions per sequence") \
+    X(staging_bytes_max,     "staging-bytes-max",     SIZE,     256ull << 20,1u << 12,   1ull << 40, "largest staging area of a session") \
+    X(retrieve_deadline_ms,  "retrieve-deadline-ms",  NUMBER,   1000,        1,          600000,     "deadline of a retrieve that names none") \
+    X(drain_ms,              "drain-ms",              NUMBER,   5000,        0,          600000,     "how long SIGTERM waits for requests in flight") \
+    X(socket_mode,           "socket-mode",           OCTAL,    0600,        0,          0777,       "mode of the sockets; 0660 admits the folder's group")
+// clang-format on
+
+struct config {
+#define CONFIG_FIELD(field, flag, type, initial, min, max, help) uint64_t field;
+    CONFIG_NUMBERS(CONFIG_FIELD)
+#undef CONFIG_FIELD
+    char socket_directory[108];
+    char log_level[16];
+};
+
+enum config_outcome { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION, CONFIG_ERROR };
+
+// Defaults, then the environment, then the arguments. On CONFIG_ERROR, error says what is wrong and what is allowed.
+enum config_outcome config_read(struct config *config, int argc, char *const *argv, char *error, size_t capacity);
+void config_print_help(FILE *file);
+// "64m" -> bytes (k, m, g, t; binary). False where it is no size.
+bool config_parse_size(const char *text, uint64_t *out);
+
+#endif

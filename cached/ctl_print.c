@@ -1,0 +1,134 @@
+// Output of icecachectl. Single thread. Strings come from workers (namespaces), so JSON escapes them.
+#include "cached/ctl_print.h"
+
+#include <inttypes.h>
+#include <stdbool.h>
+#include <stdio.h>
+
+static const char *size_text(uint64_t bytes, char *text, size_t capacity)
+{
+    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    double value = (double)bytes;
+    unsigned unit = 0;
+    while (value >= 1024 && unit < 4) {
+        value /= 1024;
+        unit++;
+    }
+    snprintf(text, capacity, unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+    return text;
+}
+
+static void print_usage_row(const char *name, uint64_t used, uint64_t capacity)
+{
+    char a[32], b[32];
+    printf("  %-8s %12s of %-12s %5.1f %%\n", name, size_text(used, a, sizeof a), size_text(capacity, b, sizeof b),
+           capacity ? 100.0 * (double)used / (double)capacity : 0.0);
+}
+
+static void print_totals(const Icecache__Wire__StatsReply *stats)
+{
+    char text[32];
+    printf("icecached %s, up %.1f s, %u shards, huge pages %s\n", stats->version, (double)stats->uptime_us / 1e6,
+           stats->shards, stats->huge_pages);
+    printf("sessions %u  sequences %u  tokens %" PRIu64 "  pages %" PRIu64 "\n", stats->sessions, stats->sequences,
+           stats->tokens, stats->pages);
+    printf("retrieves %" PRIu64 " (%" PRIu64 " partial)  appends %" PRIu64 "  reads %" PRIu64 "  errors %" PRIu64
+           "  moved %s\n",
+           stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->errors,
+           size_text(stats->bytes_moved, text, sizeof text));
+    printf("memory\n");
+    print_usage_row("pool", stats->pool_bytes, stats->pool_capacity_bytes);
+    print_usage_row("index", stats->index_bytes, stats->index_capacity_bytes);
+    print_usage_row("shared", stats->shared_bytes, stats->shared_capacity_bytes);
+    printf("phase        count      p50 us      p99 us    p99.9 us      max us\n");
+    for (size_t i = 0; i < stats->n_phases; i++) {
+        const Icecache__Wire__PhaseStats *phase = stats->phases[i];
+        printf("  %-8s %7" PRIu64 " %11.1f %11.1f %11.1f %11.1f\n", phase->name, phase->count, phase->p50_us,
+               phase->p99_us, phase->p999_us, phase->max_us);
+    }
+}
+
+void ctl_print_table(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    char pool[32], index[32];
+    print_totals(pages[0]->stats);
+    printf(
+        "sequence       pid  namespace         tokens   indexed     pages       pool      index  retrieves  phase\n");
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->stats->n_sequence; i++) {
+            const Icecache__Wire__SequenceStats *row = pages[page]->stats->sequence[i];
+            printf("%8" PRIu64 "  %8u  %-15.15s %8" PRIu64 "  %8" PRIu64 "  %8" PRIu64 " %10s %10s %10" PRIu64 "  %s\n",
+                   row->sequence_id, row->pid, row->name_space, row->tokens, row->indexed, row->pages,
+                   size_text(row->pool_bytes, pool, sizeof pool), size_text(row->index_bytes, index, sizeof index),
+                   row->retrieves, row->phase);
+        }
+    }
+}
+
+static void json_string(const char *name, const char *value)
+{
+    printf("\"%s\":\"", name);
+    for (const unsigned char *c = (const unsigned char *)value; *c; c++) {
+        if (*c == '"' || *c == '\\')
+            printf("\\%c", *c);
+        else if (*c < 0x20 || *c >= 0x7f)
+            printf("\\u%04x", *c);
+        else
+            putchar(*c);
+    }
+    putchar('"');
+}
+
+static void json_totals(const Icecache__Wire__StatsReply *stats)
+{
+    json_string("version", stats->version);
+    printf(",\"uptime_seconds\":%.3f,\"shards\":%u,", (double)stats->uptime_us / 1e6, stats->shards);
+    json_string("huge_pages", stats->huge_pages);
+    printf(",\"sessions\":%u,\"sequences\":%u,\"tokens\":%" PRIu64 ",\"pages\":%" PRIu64, stats->sessions,
+           stats->sequences, stats->tokens, stats->pages);
+    printf(",\"retrieves\":%" PRIu64 ",\"retrieves_partial\":%" PRIu64 ",\"appends\":%" PRIu64 ",\"reads\":%" PRIu64
+           ",\"errors\":%" PRIu64 ",\"sessions_reclaimed\":%" PRIu64,
+           stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->errors,
+           stats->sessions_reclaimed);
+    printf(",\"bytes\":{\"moved\":%" PRIu64 ",\"pool\":%" PRIu64 ",\"pool_capacity\":%" PRIu64 ",\"pool_huge\":%" PRIu64
+           ",\"index\":%" PRIu64 ",\"index_capacity\":%" PRIu64 ",\"shared\":%" PRIu64 ",\"shared_capacity\":%" PRIu64
+           "}",
+           stats->bytes_moved, stats->pool_bytes, stats->pool_capacity_bytes, stats->huge_page_bytes,
+           stats->index_bytes, stats->index_capacity_bytes, stats->shared_bytes, stats->shared_capacity_bytes);
+    printf(",\"phases\":{");
+    for (size_t i = 0; i < stats->n_phases; i++) {
+        const Icecache__Wire__PhaseStats *phase = stats->phases[i];
+        printf("%s\"%s\":{\"count\":%" PRIu64 ",\"p50_us\":%.3f,\"p99_us\":%.3f,\"p999_us\":%.3f,\"max_us\":%.3f}",
+               i ? "," : "", phase->name, phase->count, phase->p50_us, phase->p99_us, phase->p999_us, phase->max_us);
+    }
+    printf("}");
+}
+
+static void json_sequence(const Icecache__Wire__SequenceStats *row)
+{
+    printf("{\"id\":%" PRIu64 ",\"session\":\"%016" PRIx64 "\",\"pid\":%u,", row->sequence_id, row->session_id,
+           row->pid);
+    json_string("namespace", row->name_space);
+    printf(",\"tokens\":%" PRIu64 ",\"indexed\":%" PRIu64 ",\"pages\":%" PRIu64 ",\"pool_bytes\":%" PRIu64
+           ",\"index_bytes\":%" PRIu64 ",\"retrieves\":%" PRIu64 ",\"appended_tokens\":%" PRIu64 ",",
+           row->tokens, row->indexed, row->pages, row->pool_bytes, row->index_bytes, row->retrieves,
+           row->appended_tokens);
+    json_string("phase", row->phase);
+    printf("}");
+}
+
+void ctl_print_json(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    printf("{");
+    json_totals(pages[0]->stats);
+    printf(",\"sequence\":[");
+    bool first = true;
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->stats->n_sequence; i++) {
+            printf("%s", first ? "" : ",");
+            first = false;
+            json_sequence(pages[page]->stats->sequence[i]);
+        }
+    }
+    printf("]}\n");
+}

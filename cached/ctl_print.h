@@ -1,0 +1,11 @@
+// How icecachectl shows statistics: a table for people, JSON with stable keys for programs.
+#ifndef ICECACHE_CACHED_CTL_PRINT_H
+#define ICECACHE_CACHED_CTL_PRINT_H
+
+#include "proto/wire.h"
+
+// pages: the replies of one listing in order; totals are the first one's.
+void ctl_print_table(Icecache__Wire__Reply *const *pages, size_t count);
+void ctl_print_json(Icecache__Wire__Reply *const *pages, size_t count);
+
+#endif

@@ -1,0 +1,93 @@
+// The one table of outside effects: clock, random, memory, shared memory, files, control sockets and the data bus. Real
+// in production (env_linux.c); tests wrap it to fail the n-th call or to simulate the world. Nothing else in cached/
+// asks the system for anything that a test would want to fail.
+//
+// All functions are thread-safe unless said otherwise. Functions that return int answer 0 or -errno.
+#ifndef ICECACHE_CACHED_ENV_H
+#define ICECACHE_CACHED_ENV_H
+
+#include "proto/status.h"
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+// How the pool's memory was obtained, best first.
+enum env_huge { ENV_HUGE_HUGETLB_2M, ENV_HUGE_TRANSPARENT, ENV_HUGE_NONE };
+
+struct env_region {
+    void *base;
+    uint64_t bytes;
+    enum env_huge kind;
+    uint64_t huge_bytes; // as smaps reports it after populating
+};
+
+struct env_bus;
+
+// One message on the bus, received: frame 1 and, where there is one, frame 2. Owned by the receiver until bus_release.
+struct env_message {
+    uint8_t route[256]; // opaque address of the sender
+    size_t route_bytes;
+    const void *header;
+    size_t header_bytes;
+    const void *vectors;
+    size_t vectors_bytes;
+    pid_t peer_pid; // as the kernel knows it, 0: unknown
+    uid_t peer_uid;
+    int surplus_frames; // frames beyond the protocol's number, dropped
+    void *handle;
+};
+
+struct env {
+    void *owner;
+
+    uint64_t (*now_ns)(struct env *env); // monotonic
+    int (*random)(struct env *env, void *bytes, size_t size);
+
+    // 64-byte aligned, not zeroed; NULL when there is none. release accepts NULL.
+    void *(*acquire)(struct env *env, size_t bytes);
+    void (*release)(struct env *env, void *memory, size_t bytes);
+
+    // Private memory in the largest pages there are, populated, not inherited by children, not in core dumps.
+    int (*map_region)(struct env *env, uint64_t bytes, struct env_region *out);
+    void (*unmap_region)(struct env *env, struct env_region *region);
+
+    // Shared memory that cannot be resized by anyone.
+    int (*memfd_create)(struct env *env, const char *name, uint64_t bytes, int *fd_out);
+    int (*map_shared)(struct env *env, int fd, uint64_t bytes, void **out); // populated
+    void (*unmap_shared)(struct env *env, void *memory, uint64_t bytes);
+    void (*close_fd)(struct env *env, int fd);
+
+    // Files of the socket directory.
+    int (*make_directory)(struct env *env, const char *path);
+    int (*lock_file)(struct env *env, const char *path, int *fd_out, pid_t *holder); // -EWOULDBLOCK: held by *holder
+    int (*unlink)(struct env *env, const char *path);
+
+    // Control sockets, non-blocking.
+    int (*listen)(struct env *env, const char *path, mode_t mode, int *fd_out);
+    int (*accept)(struct env *env, int listener, int *fd_out); // -EAGAIN: none waiting
+    ice_status (*control_send)(struct env *env, int socket, const void *bytes, size_t size, int fd);
+    ice_status (*control_receive)(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out);
+
+    // The data bus. One thread only (the reactor).
+    int (*bus_open)(struct env *env, const char *path, mode_t mode, struct env_bus **out);
+    void (*bus_close)(struct env *env, struct env_bus *bus);
+    int (*bus_fd)(struct env *env, struct env_bus *bus); // readable: look at the bus again, until it says -EAGAIN
+    int (*bus_receive)(struct env *env, struct env_bus *bus, struct env_message *out); // -EAGAIN: nothing there
+    void (*bus_release)(struct env *env, struct env_message *message);
+    // Never waits: -EAGAIN the peer does not read, -EHOSTUNREACH the peer is gone. bytes are copied.
+    int (*bus_send)(struct env *env, struct env_bus *bus, const uint8_t *route, size_t route_bytes, const void *bytes,
+                    size_t size);
+};
+
+// The real table. owner is unused.
+void env_linux_init(struct env *env);
+
+// Shorthands.
+static inline uint64_t env_now_ns(struct env *env)
+{
+    return env->now_ns(env);
+}
+void *env_acquire_zeroed(struct env *env, size_t bytes);
+
+#endif

@@ -1,0 +1,280 @@
+// The real outside: Linux system calls behind the table in env.h. Errors come back as -errno; nothing is logged here.
+// No state of its own, so any thread may call. The data bus is in env_zmq.c.
+#include "cached/env_linux.h"
+
+#include "proto/control.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define HUGE_2M ((uint64_t)2 << 20)
+
+static uint64_t now_ns(struct env *env)
+{
+    (void)env;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static int random_fill(struct env *env, void *bytes, size_t size)
+{
+    (void)env;
+    return getrandom(bytes, size, 0) == (ssize_t)size ? 0 : -EIO;
+}
+
+static void *acquire(struct env *env, size_t bytes)
+{
+    (void)env;
+    return aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+}
+
+static void release(struct env *env, void *memory, size_t bytes)
+{
+    (void)env;
+    (void)bytes;
+    free(memory);
+}
+
+// Huge bytes of the mapping that starts at base, as the kernel counts them (madvise's own answer is no proof).
+static uint64_t huge_bytes_of(const void *base)
+{
+    FILE *file = fopen("/proc/self/smaps", "re");
+    if (!file)
+        return 0;
+    char line[256];
+    bool inside = false;
+    uint64_t bytes = 0;
+    while (fgets(line, sizeof line, file)) {
+        unsigned long long from = 0, to = 0, kilobytes = 0;
+        if (sscanf(line, "%llx-%llx ", &from, &to) == 2)
+            inside = (uintptr_t)from <= (uintptr_t)base && (uintptr_t)base < (uintptr_t)to;
+        else if (inside && sscanf(line, "AnonHugePages: %llu kB", &kilobytes) == 1)
+            bytes += kilobytes << 10;
+        else if (inside && sscanf(line, "Private_Hugetlb: %llu kB", &kilobytes) == 1)
+            bytes += kilobytes << 10;
+    }
+    fclose(file);
+    return bytes;
+}
+
+// Maps at a 2 MiB boundary, so that transparent huge pages cover all of it.
+static void *map_aligned(uint64_t bytes)
+{
+    uint64_t room = bytes + HUGE_2M;
+    uint8_t *raw = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (raw == MAP_FAILED)
+        return NULL;
+    uint64_t before = (HUGE_2M - (uintptr_t)raw % HUGE_2M) % HUGE_2M;
+    if (before)
+        munmap(raw, before);
+    munmap(raw + before + bytes, room - before - bytes);
+    return raw + before;
+}
+
+static int map_region(struct env *env, uint64_t bytes, struct env_region *out)
+{
+    (void)env;
+    enum env_huge kind = ENV_HUGE_HUGETLB_2M;
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (21 << MAP_HUGE_SHIFT), -1, 0);
+    if (base == MAP_FAILED) {
+        kind = ENV_HUGE_TRANSPARENT;
+        base = map_aligned(bytes);
+        if (!base)
+            return -errno;
+        madvise(base, bytes, MADV_HUGEPAGE); // refused where huge pages are off: then smaps says so below
+    }
+    // Forked children must not copy it, core dumps must not hold users' data.
+    if (madvise(base, bytes, MADV_DONTFORK) || madvise(base, bytes, MADV_DONTDUMP) ||
+        madvise(base, bytes, MADV_POPULATE_WRITE)) {
+        int error = errno;
+        munmap(base, bytes);
+        return -error;
+    }
+    *out = (struct env_region){.base = base, .bytes = bytes, .kind = kind, .huge_bytes = huge_bytes_of(base)};
+    if (kind == ENV_HUGE_TRANSPARENT && out->huge_bytes == 0)
+        out->kind = ENV_HUGE_NONE;
+    return 0;
+}
+
+static void unmap_region(struct env *env, struct env_region *region)
+{
+    (void)env;
+    if (region->base)
+        munmap(region->base, region->bytes);
+    *region = (struct env_region){0};
+}
+
+static int make_memfd(struct env *env, const char *name, uint64_t bytes, int *fd_out)
+{
+    (void)env;
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -errno;
+    if (ftruncate(fd, (off_t)bytes) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+        int error = errno;
+        close(fd);
+        return -error;
+    }
+    *fd_out = fd;
+    return 0;
+}
+
+static int map_shared(struct env *env, int fd, uint64_t bytes, void **out)
+{
+    (void)env;
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (memory == MAP_FAILED)
+        return -errno;
+    // Populated now, because a page that cannot be had later would be a SIGBUS in the middle of a copy.
+    if (madvise(memory, bytes, MADV_POPULATE_WRITE)) {
+        int error = errno;
+        munmap(memory, bytes);
+        return -error;
+    }
+    madvise(memory, bytes, MADV_DONTDUMP);
+    *out = memory;
+    return 0;
+}
+
+static void unmap_shared(struct env *env, void *memory, uint64_t bytes)
+{
+    (void)env;
+    if (memory)
+        munmap(memory, bytes);
+}
+
+static void close_fd(struct env *env, int fd)
+{
+    (void)env;
+    if (fd >= 0)
+        close(fd);
+}
+
+static int make_directory(struct env *env, const char *path)
+{
+    (void)env;
+    if (mkdir(path, 0700) == 0 || errno == EEXIST)
+        return 0;
+    return -errno;
+}
+
+static int lock_file(struct env *env, const char *path, int *fd_out, pid_t *holder)
+{
+    (void)env;
+    *holder = 0;
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return -errno;
+    char text[32] = "";
+    if (flock(fd, LOCK_EX | LOCK_NB)) {
+        int error = errno;
+        if (read(fd, text, sizeof text - 1) > 0)
+            *holder = (pid_t)strtol(text, NULL, 10);
+        close(fd);
+        return -error;
+    }
+    int size = snprintf(text, sizeof text, "%d\n", (int)getpid());
+    if (ftruncate(fd, 0) || pwrite(fd, text, (size_t)size, 0) != size) {
+        int error = errno ? errno : EIO;
+        close(fd);
+        return -error;
+    }
+    *fd_out = fd;
+    return 0;
+}
+
+static int unlink_file(struct env *env, const char *path)
+{
+    (void)env;
+    return unlink(path) && errno != ENOENT ? -errno : 0;
+}
+
+static int listen_control(struct env *env, const char *path, mode_t mode, int *fd_out)
+{
+    (void)env;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        return -ENAMETOOLONG;
+    strcpy(address.sun_path, path);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return -errno;
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) || chmod(path, mode) || listen(fd, 64)) {
+        int error = errno;
+        close(fd);
+        return -error;
+    }
+    *fd_out = fd;
+    return 0;
+}
+
+static int accept_control(struct env *env, int listener, int *fd_out)
+{
+    (void)env;
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd < 0)
+        return -errno;
+    *fd_out = fd;
+    return 0;
+}
+
+static ice_status send_control(struct env *env, int socket, const void *bytes, size_t size, int fd)
+{
+    (void)env;
+    return control_send(socket, bytes, size, fd, 0);
+}
+
+static ice_status receive_control(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out)
+{
+    int fd = -1;
+    ice_status status = control_receive(socket, bytes, capacity, size_out, &fd, 0);
+    close_fd(env, fd); // clients have nothing to pass
+    return status;
+}
+
+void *env_acquire_zeroed(struct env *env, size_t bytes)
+{
+    void *memory = env->acquire(env, bytes);
+    if (memory)
+        memset(memory, 0, bytes);
+    return memory;
+}
+
+void env_linux_init(struct env *env)
+{
+    *env = (struct env){
+        .now_ns = now_ns,
+        .random = random_fill,
+        .acquire = acquire,
+        .release = release,
+        .map_region = map_region,
+        .unmap_region = unmap_region,
+        .memfd_create = make_memfd,
+        .map_shared = map_shared,
+        .unmap_shared = unmap_shared,
+        .close_fd = close_fd,
+        .make_directory = make_directory,
+        .lock_file = lock_file,
+        .unlink = unlink_file,
+        .listen = listen_control,
+        .accept = accept_control,
+        .control_send = send_control,
+        .control_receive = receive_control,
+    };
+    env_zmq_init(env);
+}

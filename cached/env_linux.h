@@ -1,0 +1,9 @@
+// Parts of the real table of outside effects.
+#ifndef ICECACHE_CACHED_ENV_LINUX_H
+#define ICECACHE_CACHED_ENV_LINUX_H
+
+#include "cached/env.h"
+
+void env_zmq_init(struct env *env); // fills the bus_ entries
+
+#endif

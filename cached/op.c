@@ -1,0 +1,344 @@
+// Operations on the reactor: making them from requests, the order on each sequence, the checks that depend on state,
+// and the end. What happens on the shards is in op_lane.c.
+//
+// Order: a request enters the queues of all its sequences at once and starts when it is admitted by each; so a retrieve
+// that comes after an append sees it, and two requests never wait for each other in a circle.
+#include "cached/op.h"
+
+#include "cached/log.h"
+#include "cached/server.h"
+#include "proto/dtype.h"
+
+#include <assert.h>
+#include <string.h>
+
+// ---- admission ----
+
+static bool admit(struct sequence *sequence, const struct admission *admission)
+{
+    if (sequence->writer || (admission->exclusive && sequence->readers > 0))
+        return false;
+    if (admission->exclusive)
+        sequence->writer = true;
+    else
+        sequence->readers++;
+    return true;
+}
+
+static void op_begin(struct op *op);
+
+static void admission_enter(struct admission *admission)
+{
+    struct sequence *sequence = admission->sequence;
+    admission->next = NULL;
+    if (!sequence->waiting && admit(sequence, admission))
+        return;
+    if (sequence->waiting)
+        sequence->waiting_tail->next = admission;
+    else
+        sequence->waiting = admission;
+    sequence->waiting_tail = admission;
+    admission->op->admissions_missing++;
+}
+
+static void admission_leave(struct admission *admission)
+{
+    struct sequence *sequence = admission->sequence;
+    if (admission->exclusive)
+        sequence->writer = false;
+    else
+        sequence->readers--;
+}
+
+// Starts what may start now that something has left the sequence.
+static void admit_waiting(struct sequence *sequence)
+{
+    while (sequence->waiting && admit(sequence, sequence->waiting)) {
+        struct admission *admitted = sequence->waiting;
+        sequence->waiting = admitted->next;
+        if (--admitted->op->admissions_missing == 0)
+            op_begin(admitted->op);
+    }
+}
+
+void op_submit(struct op *op)
+{
+    op->server->ops++;
+    // Counted up first, so that the op cannot begin before it stands in every queue.
+    op->admissions_missing = 1;
+    for (uint32_t i = 0; i < op->sequence_count; i++)
+        admission_enter(&op->admissions[i]);
+    if (--op->admissions_missing == 0)
+        op_begin(op);
+}
+
+// ---- checks that depend on the sequences' state; NULL status text means the status' own ----
+
+static ice_status check_append(const struct sequence *sequence, uint32_t layer, uint32_t layers, uint64_t first,
+                               uint64_t tokens)
+{
+    if (first + tokens > sequence->tokens_max)
+        return ICE_TOO_LARGE;
+    if (first > sequence_length(sequence, layer, layers))
+        return ICE_POSITION_GAP;
+    return ICE_OK;
+}
+
+static ice_status check_retrieve(const struct op *op)
+{
+    for (uint32_t i = 0; i < op->sequence_count; i++) {
+        const struct sequence *sequence = op->admissions[i].sequence;
+        if (op->append) {
+            ice_status status = check_append(sequence, op->layer, 1, op->first_queries[i], op->queries);
+            if (status != ICE_OK)
+                return status;
+        } else if (op->first_queries[i] + op->queries > sequence->lengths[op->layer]) {
+            return ICE_POSITION_GAP;
+        }
+    }
+    return ICE_OK;
+}
+
+// Room for the whole append before its first part is stored. A last part leaves nothing promised.
+static ice_status reserve_append(struct op *op, struct sequence *sequence)
+{
+    struct server *server = op->server;
+    uint64_t lanes = (uint64_t)op->layers * sequence->shape.kv_heads;
+    uint64_t tokens = op->reserve_tokens > op->tokens ? op->reserve_tokens : 0;
+    uint64_t frames = tokens ? lanes * (tokens / server->config->page_tokens + 2) : 0;
+    uint64_t bytes = lanes * tokens * (sequence->row_bytes + SERVER_INDEX_TOKEN_BYTES);
+    if (tokens == 0)
+        return ICE_OK;
+    if (!pool_reserve(server->pool, &sequence->frames_promised, sequence->frame_bytes, frames))
+        return ICE_POOL_FULL;
+    if (!budget_reserve(&server->index_budget, &sequence->index_promised, bytes)) {
+        pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
+        return ICE_INDEX_FULL;
+    }
+    return ICE_OK;
+}
+
+static void unreserve_append(struct op *op, struct sequence *sequence)
+{
+    struct server *server = op->server;
+    pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
+    budget_unreserve(&server->index_budget, &sequence->index_promised);
+}
+
+static void fill_lanes(struct op *op)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < op->sequence_count; i++) {
+        struct sequence *sequence = op->admissions[i].sequence;
+        for (uint32_t layer = 0; layer < op->layers; layer++) {
+            for (uint32_t head = 0; head < sequence->shape.kv_heads; head++, n++) {
+                op->lanes[n] = (struct op_lane){
+                    .task = {.run = op_lane_run},
+                    .op = op,
+                    .lane = sequence_lane(sequence, op->layer + layer, head),
+                    .admission = &op->admissions[i],
+                    .sequence_index = i,
+                    .layer_index = layer,
+                    .positions = op->positions ? op->positions + (size_t)n * op->slots_max : NULL,
+                };
+            }
+        }
+    }
+    assert(n == op->lane_count);
+}
+
+// Binds the landing's rows to the op's sequences; a row that held another sequence is emptied first.
+static void bind_rows(struct op *op)
+{
+    struct landing *landing = op->landing;
+    for (uint32_t i = 0; i < op->sequence_count; i++) {
+        struct landing_row *row = &landing->rows[op->rows[i]];
+        uint64_t id = op->admissions[i].sequence->id;
+        if (row->sequence_id != id && row->sequence_id != 0)
+            gpu_host_ops.clear_row(landing->memory, op->rows[i]);
+        row->sequence_id = id;
+    }
+}
+
+static ice_status check_begin(struct op *op)
+{
+    struct sequence *sequence = op->admissions[0].sequence;
+    switch (op->kind) {
+    case OP_APPEND: {
+        ice_status status = check_append(sequence, op->layer, op->layers, op->first,
+                                         op->reserve_tokens > op->tokens ? op->reserve_tokens : op->tokens);
+        return status == ICE_OK ? reserve_append(op, sequence) : status;
+    }
+    case OP_RETRIEVE:
+        return check_retrieve(op);
+    case OP_READ:
+        return op->first + op->tokens > sequence_length(sequence, op->layer, op->layers) ? ICE_OUT_OF_BOUNDS : ICE_OK;
+    default:
+        return ICE_OK;
+    }
+}
+
+static void op_begin(struct op *op)
+{
+    if (op->kind == OP_CLOSE) {
+        sequence_destroy_lanes(op->admissions[0].sequence);
+        return;
+    }
+    if (op->session->dead) {
+        op_finish(op, ICE_UNKNOWN_SESSION, NULL);
+        return;
+    }
+    ice_status status = check_begin(op);
+    if (status != ICE_OK) {
+        op_finish(op, status, NULL);
+        return;
+    }
+    if (op->kind == OP_RETRIEVE)
+        bind_rows(op);
+    fill_lanes(op);
+    bool writes = op->kind == OP_APPEND || op->append;
+    op_start_phase(op, writes ? PHASE_PREPARE : op->kind == OP_READ ? PHASE_READ : PHASE_SEARCH);
+}
+
+// ---- the end ----
+
+void op_attach(struct op *op, struct session *session)
+{
+    op->session = session;
+    op->session_next = session->ops;
+    if (session->ops)
+        session->ops->session_previous = op;
+    session->ops = op;
+    session->inflight++;
+    session_hold(session);
+}
+
+void op_detach(struct op *op)
+{
+    struct session *session = op->session;
+    if (op->session_previous)
+        op->session_previous->session_next = op->session_next;
+    else
+        session->ops = op->session_next;
+    if (op->session_next)
+        op->session_next->session_previous = op->session_previous;
+    session->inflight--;
+    session_release(op->server, session);
+}
+
+void op_cancel_all(struct session *session)
+{
+    for (struct op *op = session->ops; op; op = op->session_next)
+        atomic_store_explicit(&op->cancelled, true, memory_order_relaxed);
+}
+
+static void note_lengths(struct op *op)
+{
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        struct op_lane *part = &op->lanes[i];
+        struct sequence *sequence = part->lane->sequence;
+        uint64_t first = op->kind == OP_APPEND ? op->first : op->first_queries[part->sequence_index];
+        uint64_t length = first + (op->kind == OP_APPEND ? op->tokens : op->queries);
+        uint64_t *held = &sequence->lengths[op->layer + part->layer_index];
+        if (length > *held) {
+            if (op->layer + part->layer_index == 0)
+                sequence->appended_tokens += length - *held;
+            *held = length;
+        }
+    }
+}
+
+static void note_stats(struct op *op, ice_status status)
+{
+    struct server_stats *stats = &op->server->stats;
+    uint64_t now = env_now_ns(op->server->env);
+    if (status != ICE_OK) {
+        stats->errors++;
+        return;
+    }
+    if (op->kind == OP_APPEND) {
+        stats->appends++;
+        histogram_add(&stats->append, now - op->received_ns);
+        return;
+    }
+    if (op->kind == OP_READ) {
+        stats->reads++;
+        histogram_add(&stats->read, now - op->received_ns);
+        return;
+    }
+    uint64_t begun = UINT64_MAX, search = 0, copy = 0;
+    bool partial = false;
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        const struct op_lane *part = &op->lanes[i];
+        begun = part->begun_ns < begun ? part->begun_ns : begun;
+        search = part->search_ns > search ? part->search_ns : search;
+        copy = part->copy_ns > copy ? part->copy_ns : copy;
+        partial |= part->partial;
+        stats->bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
+    }
+    stats->retrieves++;
+    stats->retrieves_partial += partial;
+    histogram_add(&stats->queue, begun - op->received_ns);
+    histogram_add(&stats->search, search);
+    histogram_add(&stats->copy, copy);
+    histogram_add(&stats->total, now - op->received_ns);
+    for (uint32_t i = 0; i < op->sequence_count; i++)
+        op->admissions[i].sequence->retrieves++;
+}
+
+static void release_memory(struct op *op)
+{
+    struct server *server = op->server;
+    if (op->rows_taken) {
+        for (uint32_t i = 0; i < op->sequence_count; i++)
+            op->landing->rows[op->rows[i]].busy = false;
+    }
+    if (op->landing)
+        landing_release(server, op->landing);
+    if (op->kind == OP_APPEND || op->kind == OP_READ)
+        staging_release(server, op->session);
+    server->env->bus_release(server->env, &op->message);
+}
+
+static void op_free(struct op *op)
+{
+    struct env *env = op->server->env;
+    env->release(env, op->positions, op->positions_bytes);
+    env->release(env, op, op->bytes);
+}
+
+static void finish_close(struct op *op)
+{
+    struct server *server = op->server;
+    if (op->route_bytes > 0 && !op->session->dead)
+        reply_op(op, ICE_OK, NULL);
+    server->ops--;
+    op_detach(op);
+}
+
+void op_finish(struct op *op, ice_status status, const char *text)
+{
+    struct server *server = op->server;
+    struct session *session = op->session;
+    if (op->kind == OP_CLOSE) {
+        finish_close(op);
+        return;
+    }
+    if (op->phase == PHASE_COMMIT) // also where the search behind it failed: the tokens are there
+        note_lengths(op);
+    if (op->kind == OP_APPEND && (status != ICE_OK || op->reserve_tokens <= op->tokens))
+        unreserve_append(op, op->admissions[0].sequence);
+    note_stats(op, status);
+    // The rows are the worker's again before it can read the reply.
+    release_memory(op);
+    if (!session->dead)
+        reply_op(op, status, text);
+    server->ops--;
+    for (uint32_t i = 0; i < op->sequence_count; i++)
+        admission_leave(&op->admissions[i]);
+    // What starts now may end at once and free itself, but never this op.
+    for (uint32_t i = 0; i < op->sequence_count; i++)
+        admit_waiting(op->admissions[i].sequence);
+    op_detach(op);
+    op_free(op);
+}

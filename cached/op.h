@@ -1,0 +1,101 @@
+// An operation: one request on its way through the daemon.
+//
+//   received (reactor) -> admitted by all its sequences (reactor) -> phases on the shards of its lanes -> done
+//   (reactor)
+//
+// Phases: APPEND = prepare, then commit or drop; RETRIEVE = search, or prepare, then commit and search, or drop; READ =
+// read. The shard that finishes a phase last starts the next one; the last phase's last shard hands the op to the
+// reactor.
+#ifndef ICECACHE_CACHED_OP_H
+#define ICECACHE_CACHED_OP_H
+
+#include "cached/completion.h"
+#include "cached/env.h"
+#include "cached/sequence.h"
+#include "cached/session.h"
+#include "cached/task_queue.h"
+#include "proto/wire.h"
+
+enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE };
+enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ };
+
+// One lane's part of an op, and what came of it. Written by the lane's shard, read by the reactor when the op is done.
+struct op_lane {
+    struct task task;
+    struct op *op;
+    struct lane *lane;
+    struct admission *admission; // the sequence's place in the op
+    uint32_t sequence_index;     // in the request
+    uint32_t layer_index;        // in the request
+    bool prepared;
+    bool partial;
+    uint32_t count;      // slots filled
+    uint32_t *positions; // of the slots, where the worker asked for them in the reply
+    float mass;
+    uint64_t indexed, version;
+    uint64_t begun_ns, search_ns, copy_ns;
+};
+
+struct op {
+    // Immutable once admitted.
+    enum op_kind kind;
+    size_t bytes; // of this allocation
+    struct server *server;
+    struct session *session; // held
+    uint64_t request_id;
+    uint8_t route[256];
+    size_t route_bytes;
+    uint64_t received_ns, deadline_ns;
+    struct env_message message; // frame 2 of a retrieve, held until the op is done
+    uint32_t layer, layers;
+    uint64_t first; // append, read
+    uint32_t tokens;
+    uint64_t reserve_tokens;
+    uint64_t staging_offset;
+    struct landing *landing; // held
+    uint32_t queries, query_dtype, budget, sinks, window;
+    bool holds_ends, append, page_wise;
+    float coverage;
+    uint32_t sequence_count;
+    struct admission *admissions; // [sequence_count]
+    uint32_t *rows;               // [sequence_count]
+    uint64_t *first_queries;      // [sequence_count]
+    uint32_t lane_count;
+    struct op_lane *lanes;
+    uint32_t *positions; // [lane][slots_max], NULL: not asked for
+    size_t positions_bytes;
+    uint32_t slots_max;
+
+    // Reactor only.
+    struct op *session_previous, *session_next; // in flight
+    uint32_t admissions_missing;
+    bool rows_taken;
+    struct completion completion;
+
+    // Shards, in phases.
+    enum op_phase phase;
+    _Atomic uint32_t lanes_left;
+    _Atomic bool cancelled;   // the session has ended: be quick
+    _Atomic uint32_t failure; // ice_status of the first lane that failed
+};
+
+// Makes an op for a validated message, or sends the error reply and answers NULL. The op owns `message` then.
+struct op *op_create(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                     struct env_message *message);
+// Enters the queues of its sequences; starts at once where nothing is in the way.
+void op_submit(struct op *op);
+// A close op without a request behind it where request is NULL (the session has ended).
+void op_close_sequence(struct server *server, struct sequence *sequence, const Icecache__Wire__Request *request,
+                       const struct env_message *message);
+// Asks the shards to be quick with everything that a dead session has in flight.
+void op_cancel_all(struct session *session);
+// Links an op to its session, which it holds from now on; unlinks it.
+void op_attach(struct op *op, struct session *session);
+void op_detach(struct op *op);
+// Reactor: ends an op: reply, statistics, next in the queues.
+void op_finish(struct op *op, ice_status status, const char *text);
+// Shards (op_lane.c).
+void op_lane_run(struct task *task, void *shard);
+void op_start_phase(struct op *op, enum op_phase phase);
+
+#endif

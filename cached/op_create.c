@@ -1,0 +1,312 @@
+// From a decoded request to an operation: finds what the request names, checks shapes and bounds that do not depend on
+// what is queued before it, and takes hold of all it needs. Reactor only.
+#include "cached/op.h"
+
+#include "cached/server.h"
+#include "proto/dtype.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+struct refusal {
+    ice_status status;
+    char text[256];
+};
+
+static bool refuse(struct refusal *refusal, ice_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+static bool refuse(struct refusal *refusal, ice_status status, const char *format, ...)
+{
+    refusal->status = status;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(refusal->text, sizeof refusal->text, format, arguments);
+    va_end(arguments);
+    return false;
+}
+
+static size_t align8(size_t bytes)
+{
+    return (bytes + 7) & ~(size_t)7;
+}
+
+static struct op *allocate(struct server *server, enum op_kind kind, uint32_t sequences, uint32_t lanes)
+{
+    size_t head = align8(sizeof(struct op));
+    size_t admissions = align8(sequences * sizeof(struct admission));
+    size_t firsts = align8(sequences * sizeof(uint64_t));
+    size_t rows = align8(sequences * sizeof(uint32_t));
+    size_t bytes = head + admissions + firsts + rows + lanes * sizeof(struct op_lane);
+    uint8_t *memory = env_acquire_zeroed(server->env, bytes);
+    if (!memory)
+        return NULL;
+    struct op *op = (struct op *)memory;
+    op->kind = kind;
+    op->server = server;
+    op->bytes = bytes;
+    op->sequence_count = sequences;
+    op->lane_count = lanes;
+    op->admissions = (struct admission *)(memory + head);
+    op->first_queries = (uint64_t *)(memory + head + admissions);
+    op->rows = (uint32_t *)(memory + head + admissions + firsts);
+    op->lanes = (struct op_lane *)(memory + head + admissions + firsts + rows);
+    return op;
+}
+
+static struct sequence *find_sequence(struct server *server, struct session *session, uint64_t id,
+                                      struct refusal *refusal)
+{
+    struct sequence *sequence = sequence_find(server, session, id);
+    if (!sequence)
+        refuse(refusal, ICE_UNKNOWN_SEQUENCE, "sequence %llu is not open in this session", (unsigned long long)id);
+    return sequence;
+}
+
+static bool check_layers(const struct sequence *sequence, uint32_t layer, uint32_t layers, struct refusal *refusal)
+{
+    if (layers == 0 || layer >= sequence->shape.layers || layers > sequence->shape.layers - layer)
+        return refuse(refusal, ICE_UNKNOWN_LAYER, "layers %u..%llu: the sequence has layers 0..%u", layer,
+                      (unsigned long long)layer + layers - 1, sequence->shape.layers - 1);
+    return true;
+}
+
+static bool check_staging(const struct session *session, const struct sequence *sequence, uint32_t layers,
+                          uint32_t tokens, uint64_t offset, struct refusal *refusal)
+{
+    uint64_t bytes = 2 * staging_side_bytes(layers, sequence->shape.kv_heads, tokens, sequence->row_bytes);
+    if (!session->staging.base)
+        return refuse(refusal, ICE_OUT_OF_BOUNDS, "no staging area is open; open one on the control socket first");
+    if (offset > session->staging.bytes || bytes > session->staging.bytes - offset)
+        return refuse(refusal, ICE_OUT_OF_BOUNDS, "%llu bytes at offset %llu do not fit the staging area of %llu bytes",
+                      (unsigned long long)bytes, (unsigned long long)offset,
+                      (unsigned long long)session->staging.bytes);
+    return true;
+}
+
+// Append and read: one sequence, a range of layers and positions, the staging.
+static struct op *create_ranged(struct server *server, struct session *session, enum op_kind kind, uint64_t id,
+                                uint32_t layer, uint32_t layers, uint32_t tokens, uint64_t offset,
+                                struct refusal *refusal)
+{
+    struct sequence *sequence = find_sequence(server, session, id, refusal);
+    if (!sequence || !check_layers(sequence, layer, layers, refusal) ||
+        !check_staging(session, sequence, layers, tokens, offset, refusal))
+        return NULL;
+    struct op *op = allocate(server, kind, 1, layers * sequence->shape.kv_heads);
+    if (!op) {
+        refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
+        return NULL;
+    }
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = kind == OP_APPEND};
+    op->layer = layer;
+    op->layers = layers;
+    op->tokens = tokens;
+    op->staging_offset = offset;
+    session->staging.users++;
+    return op;
+}
+
+static struct op *create_append(struct server *server, struct session *session, const Icecache__Wire__Append *message,
+                                struct refusal *refusal)
+{
+    struct op *op = create_ranged(server, session, OP_APPEND, message->sequence_id, message->layer, message->layers,
+                                  message->tokens, message->staging_offset, refusal);
+    if (op) {
+        op->first = message->first;
+        op->reserve_tokens = message->reserve_tokens;
+    }
+    return op;
+}
+
+static struct op *create_read(struct server *server, struct session *session, const Icecache__Wire__Read *message,
+                              struct refusal *refusal)
+{
+    struct op *op = create_ranged(server, session, OP_READ, message->sequence_id, message->layer, message->layers,
+                                  message->tokens, message->staging_offset, refusal);
+    if (op)
+        op->first = message->first;
+    return op;
+}
+
+static bool check_landing(const struct landing *landing, const struct sequence *sequence,
+                          const Icecache__Wire__Retrieve *message, struct refusal *refusal)
+{
+    const struct landing_shape *shape = &landing->shape;
+    if (message->layer >= shape->layers)
+        return refuse(refusal, ICE_UNKNOWN_LAYER, "layer %u: the landing has layers 0..%u", message->layer,
+                      shape->layers - 1);
+    if (shape->head_dim != sequence->shape.head_dim || shape->kv_heads != sequence->shape.kv_heads ||
+        shape->dtype != sequence->shape.dtype)
+        return refuse(refusal, ICE_SHAPE_MISMATCH,
+                      "landing (%u KV heads, head_dim %u, %s) and sequence (%u KV heads, head_dim %u, %s) differ",
+                      shape->kv_heads, shape->head_dim, dtype_name((enum dtype)shape->dtype), sequence->shape.kv_heads,
+                      sequence->shape.head_dim, dtype_name((enum dtype)sequence->shape.dtype));
+    uint64_t slots = (uint64_t)message->budget;
+    if (!message->worker_holds_ends)
+        slots += (uint64_t)message->sinks + message->window;
+    if (slots > shape->slots)
+        return refuse(refusal, ICE_TOO_LARGE, "sinks + window + budget need %llu slots, the landing has %u",
+                      (unsigned long long)slots, shape->slots);
+    return true;
+}
+
+static bool check_row(const struct landing *landing, uint32_t row, struct refusal *refusal)
+{
+    if (row >= landing->shape.rows)
+        return refuse(refusal, ICE_OUT_OF_BOUNDS, "row %u: the landing has rows 0..%u", row, landing->shape.rows - 1);
+    if (landing->rows[row].busy)
+        return refuse(refusal, ICE_BUSY, "landing row %u still belongs to an earlier request; wait for its reply", row);
+    return true;
+}
+
+// All sequences of a retrieve, equal in shape, each with a free row of the landing.
+static bool check_sequences(struct server *server, struct session *session, const struct landing *landing,
+                            const Icecache__Wire__Retrieve *message, struct sequence **sequences,
+                            struct refusal *refusal)
+{
+    for (size_t i = 0; i < message->n_sequence_ids; i++) {
+        struct sequence *sequence = find_sequence(server, session, message->sequence_ids[i], refusal);
+        if (!sequence || !check_layers(sequence, message->layer, 1, refusal) ||
+            !check_landing(landing, sequence, message, refusal) || !check_row(landing, message->rows[i], refusal))
+            return false;
+        if (i > 0 && sequence->shape.query_heads != sequences[0]->shape.query_heads)
+            return refuse(refusal, ICE_SHAPE_MISMATCH, "the sequences of one retrieve differ in query heads");
+        sequences[i] = sequence;
+    }
+    return true;
+}
+
+static bool check_vectors(const Icecache__Wire__Retrieve *message, const struct sequence *sequence,
+                          const struct env_message *frames, struct refusal *refusal)
+{
+    uint64_t bytes = wire_retrieve_vectors_bytes(message, &sequence->shape);
+    if (bytes != frames->vectors_bytes)
+        return refuse(
+            refusal, ICE_SHAPE_MISMATCH,
+            "frame 2 has %zu bytes; these sequences, queries and heads make %llu (head counts or dtype differ?)",
+            frames->vectors_bytes, (unsigned long long)bytes);
+    return true;
+}
+
+static void fill_retrieve(struct op *op, const Icecache__Wire__Retrieve *message, struct sequence *const *sequences,
+                          struct landing *landing)
+{
+    op->landing = landing;
+    landing->users++;
+    op->layer = message->layer;
+    op->layers = 1;
+    op->queries = message->queries;
+    op->query_dtype = message->query_dtype;
+    op->budget = message->budget;
+    op->sinks = message->sinks;
+    op->window = message->window;
+    op->holds_ends = message->worker_holds_ends;
+    op->append = message->append;
+    op->page_wise = message->page_wise;
+    op->coverage = message->coverage;
+    for (uint32_t i = 0; i < op->sequence_count; i++) {
+        op->admissions[i] = (struct admission){.op = op, .sequence = sequences[i], .exclusive = message->append};
+        op->rows[i] = message->rows[i];
+        op->first_queries[i] = message->first_queries[i];
+        landing->rows[op->rows[i]].busy = true;
+    }
+    op->rows_taken = true;
+}
+
+// Room for the positions in the reply, where the worker asked for them.
+static bool allocate_positions(struct op *op, const Icecache__Wire__Retrieve *message, struct refusal *refusal)
+{
+    uint64_t slots = (uint64_t)message->budget + (message->worker_holds_ends ? 0 : message->sinks + message->window);
+    uint64_t bytes = op->lane_count * slots * sizeof(uint32_t);
+    if (!message->want_positions)
+        return true;
+    if (bytes > WIRE_REPLY_BYTES_MAX / 2)
+        return refuse(refusal, ICE_TOO_LARGE, "%llu bytes of positions do not fit a reply; read them from the landing",
+                      (unsigned long long)bytes);
+    op->positions = op->server->env->acquire(op->server->env, bytes);
+    if (!op->positions)
+        return refuse(refusal, ICE_NO_MEMORY, "no memory for the positions");
+    op->positions_bytes = bytes;
+    op->slots_max = (uint32_t)slots;
+    return true;
+}
+
+static struct op *create_retrieve(struct server *server, struct session *session,
+                                  const Icecache__Wire__Retrieve *message, const struct env_message *frames,
+                                  struct refusal *refusal)
+{
+    struct sequence *sequences[WIRE_SEQUENCES_PER_RETRIEVE_MAX];
+    struct landing *landing = landing_find(session, message->landing_id);
+    if (!landing) {
+        refuse(refusal, ICE_UNKNOWN_LANDING, "landing %u is not open in this session", message->landing_id);
+        return NULL;
+    }
+    if (!check_sequences(server, session, landing, message, sequences, refusal) ||
+        !check_vectors(message, sequences[0], frames, refusal))
+        return NULL;
+    uint32_t count = (uint32_t)message->n_sequence_ids;
+    struct op *op = allocate(server, OP_RETRIEVE, count, count * sequences[0]->shape.kv_heads);
+    if (!op || !allocate_positions(op, message, refusal)) {
+        if (op)
+            server->env->release(server->env, op, op->bytes);
+        else
+            refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
+        return NULL;
+    }
+    fill_retrieve(op, message, sequences, landing);
+    return op;
+}
+
+static void set_sender(struct op *op, struct session *session, uint64_t request_id, const struct env_message *message)
+{
+    op_attach(op, session);
+    op->request_id = request_id;
+    memcpy(op->route, message->route, message->route_bytes);
+    op->route_bytes = message->route_bytes;
+    op->received_ns = env_now_ns(op->server->env);
+}
+
+struct op *op_create(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                     struct env_message *message)
+{
+    struct refusal refusal = {0};
+    struct op *op = NULL;
+    uint64_t deadline_us = server->config->retrieve_deadline_ms * 1000;
+    if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_APPEND) {
+        op = create_append(server, session, request->append, &refusal);
+    } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_READ) {
+        op = create_read(server, session, request->read, &refusal);
+    } else {
+        op = create_retrieve(server, session, request->retrieve, message, &refusal);
+        deadline_us = request->retrieve->deadline_us ? request->retrieve->deadline_us : deadline_us;
+    }
+    if (!op) {
+        server->stats.errors++;
+        reply_error(server, session, message, request->request_id, refusal.status, refusal.text);
+        server->env->bus_release(server->env, message);
+        return NULL;
+    }
+    set_sender(op, session, request->request_id, message);
+    op->deadline_ns = op->received_ns + deadline_us * 1000;
+    op->message = *message; // vectors stay where they are until the op ends
+    return op;
+}
+
+void op_close_sequence(struct server *server, struct sequence *sequence, const Icecache__Wire__Request *request,
+                       const struct env_message *message)
+{
+    struct op *op = sequence->close_op; // made with the sequence: closing needs no memory
+    sequence->closing = true;
+    op->kind = OP_CLOSE;
+    op->server = server;
+    op->sequence_count = 1;
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    if (request) {
+        set_sender(op, sequence->session, request->request_id, message);
+    } else {
+        op_attach(op, sequence->session);
+    }
+    op_submit(op);
+}

@@ -1,0 +1,326 @@
+// Operations on the shards: each phase runs once per lane, on the lane's shard. The one that finishes a phase last
+// decides what comes next; the queue's lock (push after write, pop before read) orders phases between shards.
+//
+// Memory that a worker can write (staging) is read exactly once per byte that matters: rows are copied into frames and
+// into the index first and judged there.
+#include "cached/op.h"
+
+#include "cached/server.h"
+#include "proto/dtype.h"
+
+#include <assert.h>
+#include <math.h>
+#include <string.h>
+
+// ---- queries ----
+
+static float half_to_float(uint16_t half)
+{
+    // Exponent and mantissa shifted into place and rescaled by 2^112: exact also for subnormals.
+    union {
+        uint32_t bits;
+        float value;
+    } number = {.bits = (uint32_t)(half & 0x7fffu) << 13}, scale = {.bits = 0x77800000u};
+    number.value *= scale.value;
+    if ((half & 0x7c00u) == 0x7c00u)
+        number.bits |= 0x7f800000u; // infinity or NaN: the index refuses it
+    number.bits |= (uint32_t)(half & 0x8000u) << 16;
+    return number.value;
+}
+
+static void to_floats(float *out, const uint8_t *in, uint32_t count, uint32_t dtype)
+{
+    if (dtype == DTYPE_FP32) {
+        memcpy(out, in, count * sizeof *out);
+        return;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        uint16_t half;
+        memcpy(&half, in + 2 * i, sizeof half); // the frame need not be aligned
+        if (dtype == DTYPE_FP16) {
+            out[i] = half_to_float(half);
+        } else {
+            uint32_t bits = (uint32_t)half << 16;
+            memcpy(&out[i], &bits, sizeof bits);
+        }
+    }
+}
+
+// The queries of this lane's head, [query][head of the group][head_dim].
+static float *gather_queries(struct op_lane *part, struct shard *shard)
+{
+    const struct op *op = part->op;
+    const struct wire_shape *shape = &part->lane->sequence->shape;
+    uint32_t group = shape->query_heads / shape->kv_heads;
+    uint32_t block = group * shape->head_dim;
+    float *queries = shard_scratch(shard, (void **)&shard->queries, &shard->queries_bytes,
+                                   (size_t)op->queries * block * sizeof *queries);
+    if (!queries)
+        return NULL;
+    size_t element = dtype_bytes((enum dtype)op->query_dtype);
+    const uint8_t *vectors = op->message.vectors;
+    for (uint32_t query = 0; query < op->queries; query++) {
+        size_t row = ((size_t)part->sequence_index * op->queries + query) * shape->query_heads;
+        size_t offset = (row + (size_t)part->lane->kv_head * group) * shape->head_dim * element;
+        to_floats(queries + (size_t)query * block, vectors + offset, block, op->query_dtype);
+    }
+    return queries;
+}
+
+// ---- the phases of one lane ----
+
+// The step's K and V behind the queries, [sequence][query][kv_head][head_dim] each.
+static struct lane_input riding_input(const struct op_lane *part)
+{
+    const struct op *op = part->op;
+    const struct sequence *sequence = part->lane->sequence;
+    const struct wire_shape *shape = &sequence->shape;
+    size_t stride = shape->kv_heads * sequence->row_bytes;
+    size_t side = (size_t)op->sequence_count * op->queries * stride;
+    size_t queries = (size_t)op->sequence_count * op->queries * shape->query_heads * shape->head_dim *
+                     dtype_bytes((enum dtype)op->query_dtype);
+    size_t offset = part->sequence_index * op->queries * stride + part->lane->kv_head * sequence->row_bytes;
+    const uint8_t *keys = (const uint8_t *)op->message.vectors + queries + offset;
+    return (struct lane_input){keys, keys + side, stride, op->first_queries[part->sequence_index], op->queries};
+}
+
+// Where this lane's block lies in the staging, K [layer][kv_head][token][head_dim], then V.
+static uint8_t *staging_block(const struct op_lane *part, uint64_t *side_bytes)
+{
+    const struct op *op = part->op;
+    const struct sequence *sequence = part->lane->sequence;
+    *side_bytes = staging_side_bytes(op->layers, sequence->shape.kv_heads, op->tokens, sequence->row_bytes);
+    uint64_t block = (uint64_t)part->layer_index * sequence->shape.kv_heads + part->lane->kv_head;
+    return op->session->staging.base + op->staging_offset + block * op->tokens * sequence->row_bytes;
+}
+
+// Judged before the step's K and V are stored, so that a refused retrieve has no effect.
+static ice_status check_queries(struct op_lane *part, struct shard *shard)
+{
+    const struct op *op = part->op;
+    const struct wire_shape *shape = &part->lane->sequence->shape;
+    const float *queries = gather_queries(part, shard);
+    if (!queries)
+        return ICE_NO_MEMORY;
+    uint32_t rows = op->queries * (shape->query_heads / shape->kv_heads);
+    for (uint32_t row = 0; row < rows; row++) {
+        float norm = 0;
+        for (uint32_t i = 0; i < shape->head_dim; i++)
+            norm += queries[row * shape->head_dim + i] * queries[row * shape->head_dim + i];
+        if (!isfinite(norm))
+            return ICE_NOT_FINITE;
+    }
+    return ICE_OK;
+}
+
+static ice_status run_prepare(struct op_lane *part, struct shard *shard)
+{
+    const struct op *op = part->op;
+    struct lane_input input;
+    if (op->kind == OP_RETRIEVE) {
+        ice_status refused = check_queries(part, shard);
+        if (refused != ICE_OK)
+            return refused;
+    }
+    if (op->kind == OP_APPEND) {
+        uint64_t side;
+        const uint8_t *keys = staging_block(part, &side);
+        input = (struct lane_input){keys, keys + side, part->lane->sequence->row_bytes, op->first, op->tokens};
+    } else {
+        input = riding_input(part);
+    }
+    ice_status status = lane_prepare(part->lane, shard, &input);
+    part->prepared = status == ICE_OK;
+    return status;
+}
+
+static ice_status run_read(struct op_lane *part)
+{
+    uint64_t side;
+    uint8_t *keys = staging_block(part, &side);
+    lane_read(part->lane, part->op->first, part->op->tokens, keys, keys + side);
+    return ICE_OK;
+}
+
+static struct index_query make_query(const struct op_lane *part, const float *queries)
+{
+    const struct op *op = part->op;
+    const struct sequence *sequence = part->lane->sequence;
+    return (struct index_query){
+        .queries = queries,
+        .query_count = op->queries,
+        .head_count = sequence->shape.query_heads / sequence->shape.kv_heads,
+        .first_position = op->first_queries[part->sequence_index],
+        .scale = sequence->scale,
+        .budget = op->budget,
+        .sinks = op->sinks,
+        .window = op->window,
+        .page_wise = op->page_wise,
+        .coverage = op->coverage,
+    };
+}
+
+static void note_position(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint32_t position)
+{
+    target->positions[slot] = position;
+    if (part->positions)
+        part->positions[slot] = position;
+}
+
+// Copies positions from..until-1 (sinks or window) to the next slots.
+static uint32_t copy_range(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint64_t from,
+                           uint64_t until)
+{
+    const struct lane *lane = part->lane;
+    size_t bytes = lane->sequence->row_bytes;
+    struct index_place places[64];
+    while (from < until) {
+        uint32_t n = until - from < 64 ? (uint32_t)(until - from) : 64;
+        index_locate(lane->index, from, n, places);
+        for (uint32_t i = 0; i < n; i++, slot++, from++) {
+            lane_copy_token(lane, places[i], target->keys + slot * bytes, target->values + slot * bytes);
+            note_position(part, target, slot, (uint32_t)from);
+        }
+    }
+    return slot;
+}
+
+// Sinks, selection and window into the landing, ascending by position.
+static ice_status copy_selection(struct op_lane *part, const struct index_selection *selection,
+                                 const struct index_selected *tokens)
+{
+    const struct op *op = part->op;
+    const struct lane *lane = part->lane;
+    size_t bytes = lane->sequence->row_bytes;
+    uint32_t row = op->rows[part->sequence_index];
+    struct gpu_target target;
+    gpu_host_ops.target(op->landing->memory, row, op->layer, lane->kv_head, &target);
+    uint64_t visible = op->first_queries[part->sequence_index] + op->queries;
+    uint64_t sinks = op->sinks < visible ? op->sinks : visible;
+    uint64_t window = op->window < visible ? visible - op->window : 0;
+    window = window > sinks ? window : sinks;
+    uint32_t slot = op->holds_ends ? 0 : copy_range(part, &target, 0, 0, sinks);
+    for (uint32_t i = 0; i < selection->count; i++, slot++) {
+        lane_copy_token(lane, tokens[i].place, target.keys + slot * bytes, target.values + slot * bytes);
+        note_position(part, &target, slot, tokens[i].position);
+    }
+    if (!op->holds_ends)
+        slot = copy_range(part, &target, slot, window, visible);
+    part->count = slot;
+    return gpu_host_ops.submit(op->landing->memory, row, op->layer, lane->kv_head, slot);
+}
+
+static bool out_of_time(const struct op *op)
+{
+    return atomic_load_explicit(&op->cancelled, memory_order_relaxed) || env_now_ns(op->server->env) >= op->deadline_ns;
+}
+
+static ice_status begin_search(struct op_lane *part, struct shard *shard)
+{
+    const float *queries = gather_queries(part, shard);
+    if (!queries)
+        return ICE_NO_MEMORY;
+    struct index_query query = make_query(part, queries);
+    enum index_status status = index_search_reserve(shard->search, part->lane->index, &query);
+    if (status == INDEX_OK)
+        status = index_search_begin(shard->search, part->lane->index, &query);
+    switch (status) {
+    case INDEX_OK:
+        return ICE_OK;
+    case INDEX_NOT_FINITE:
+        return ICE_NOT_FINITE;
+    case INDEX_NO_MEMORY:
+        return ICE_NO_MEMORY;
+    default:
+        return ICE_INTERNAL;
+    }
+}
+
+static ice_status run_search(struct op_lane *part, struct shard *shard)
+{
+    struct op *op = part->op;
+    struct env *env = op->server->env;
+    part->begun_ns = env_now_ns(env);
+    ice_status status = begin_search(part, shard);
+    if (status != ICE_OK)
+        return status;
+    while (!out_of_time(op) && !index_search_step(shard->search, SERVER_SEARCH_UNITS))
+        ;
+    struct index_selection selection;
+    const struct index_selected *tokens;
+    index_search_finish(shard->search, &selection, &tokens);
+    uint64_t searched_ns = env_now_ns(env);
+    status = copy_selection(part, &selection, tokens);
+    part->partial = selection.partial;
+    part->mass = selection.selected_mass + selection.ends_mass;
+    part->indexed = index_indexed(part->lane->index);
+    part->version = index_version(part->lane->index);
+    part->search_ns = searched_ns - part->begun_ns;
+    part->copy_ns = env_now_ns(env) - searched_ns;
+    return status;
+}
+
+static ice_status run_phase(struct op_lane *part, struct shard *shard)
+{
+    switch (part->op->phase) {
+    case PHASE_PREPARE:
+        return run_prepare(part, shard);
+    case PHASE_COMMIT:
+        lane_commit(part->lane, shard);
+        return part->op->kind == OP_RETRIEVE ? run_search(part, shard) : ICE_OK;
+    case PHASE_DROP:
+        if (part->prepared)
+            lane_drop(part->lane);
+        return ICE_OK;
+    case PHASE_SEARCH:
+        return run_search(part, shard);
+    default:
+        return run_read(part);
+    }
+}
+
+// ---- from phase to phase ----
+
+static void op_done(struct completion *completion, struct server *server)
+{
+    (void)server;
+    struct op *op = (struct op *)((char *)completion - offsetof(struct op, completion));
+    ice_status status = (ice_status)atomic_load_explicit(&op->failure, memory_order_acquire);
+    op_finish(op, status, NULL);
+}
+
+static void next_phase(struct op *op)
+{
+    if (op->phase == PHASE_PREPARE) {
+        bool failed = atomic_load_explicit(&op->failure, memory_order_acquire) != ICE_OK;
+        op_start_phase(op, failed ? PHASE_DROP : PHASE_COMMIT);
+        return;
+    }
+    op->completion.done = op_done;
+    completion_post(&op->server->completions, &op->completion);
+}
+
+void op_start_phase(struct op *op, enum op_phase phase)
+{
+    struct server *server = op->server;
+    op->phase = phase;
+    atomic_store_explicit(&op->lanes_left, op->lane_count, memory_order_release);
+    enum task_class class = op->kind == OP_RETRIEVE ? TASK_DECODE : TASK_BULK;
+    uint32_t count = op->lane_count; // the op may be gone when the last task has been pushed
+    struct op_lane *lanes = op->lanes;
+    for (uint32_t i = 0; i < count; i++)
+        task_queue_push(&server->shards[lanes[i].lane->shard].queue, class, &lanes[i].task);
+}
+
+void op_lane_run(struct task *task, void *thread)
+{
+    struct op_lane *part = (struct op_lane *)task;
+    struct op *op = part->op;
+    ice_status status = run_phase(part, thread);
+    uint32_t none = ICE_OK;
+    if (status != ICE_OK)
+        atomic_compare_exchange_strong_explicit(&op->failure, &none, status, memory_order_acq_rel,
+                                                memory_order_relaxed);
+    if (atomic_fetch_sub_explicit(&op->lanes_left, 1, memory_order_acq_rel) == 1)
+        next_phase(op);
+}

@@ -1,0 +1,264 @@
+// The page pool. Invariants, under the lock: every slab is either in the arena's free list or belongs to one class;
+// sum over classes of the slabs that their promises would still need <= free slabs, so a promised frame is always
+// there. Free frames of a slab are linked through their own first bytes; fresh ones are counted by a bump index.
+//
+// Growth: acquire and release are O(1) plus a pass over the classes in use (at most 64, usually 1) where promises
+// exist.
+#include "cached/pool.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <string.h>
+
+#define NO_SLAB UINT32_MAX
+
+struct slab {
+    uint32_t class_index;
+    uint32_t used;           // frames handed out
+    uint32_t fresh;          // frames never handed out start here
+    uint32_t previous, next; // list of the class's slabs with free frames, or the arena's free list (next only)
+    void *free_frames;
+};
+
+struct class
+{
+    uint64_t frame_bytes;
+    uint32_t frames_per_slab;
+    uint32_t partial; // first slab with free frames
+    uint64_t slabs;
+    uint64_t free_frames; // in this class's slabs
+    uint64_t promised;
+};
+
+struct pool {
+    struct env *env; // immutable, as the next three
+    struct env_region region;
+    struct slab *slabs;
+    uint32_t slab_count;
+    pthread_mutex_t lock;
+    uint32_t free_slab, free_slabs; // guarded by lock, as all below
+    uint32_t class_count;
+    struct class classes[POOL_CLASSES_MAX];
+    uint64_t used_bytes, used_frames;
+};
+
+int pool_create(struct env *env, uint64_t capacity_bytes, struct pool **out)
+{
+    uint64_t slab_count = (capacity_bytes + POOL_SLAB_BYTES - 1) / POOL_SLAB_BYTES;
+    if (slab_count == 0 || slab_count >= NO_SLAB)
+        return -EINVAL;
+    struct pool *pool = env_acquire_zeroed(env, sizeof *pool);
+    struct slab *slabs = env_acquire_zeroed(env, slab_count * sizeof *slabs);
+    struct env_region region = {0};
+    int error = pool && slabs ? env->map_region(env, slab_count * POOL_SLAB_BYTES, &region) : -ENOMEM;
+    if (error) {
+        env->release(env, slabs, slab_count * sizeof *slabs);
+        env->release(env, pool, sizeof *pool);
+        return error;
+    }
+    pool->env = env;
+    pool->region = region;
+    pool->slabs = slabs;
+    pool->slab_count = pool->free_slabs = (uint32_t)slab_count;
+    for (uint32_t i = 0; i < pool->slab_count; i++)
+        slabs[i].next = i + 1 < pool->slab_count ? i + 1 : NO_SLAB;
+    pthread_mutex_init(&pool->lock, NULL);
+    *out = pool;
+    return 0;
+}
+
+void pool_destroy(struct pool *pool)
+{
+    if (!pool)
+        return;
+    struct env *env = pool->env;
+    assert(pool->used_frames == 0);
+    env->unmap_region(env, &pool->region);
+    pthread_mutex_destroy(&pool->lock);
+    env->release(env, pool->slabs, pool->slab_count * sizeof *pool->slabs);
+    env->release(env, pool, sizeof *pool);
+}
+
+static struct class *class_of(struct pool *pool, uint64_t frame_bytes)
+{
+    struct class *unused = NULL;
+    for (uint32_t i = 0; i < pool->class_count; i++) {
+        struct class *class = &pool->classes[i];
+        if (class->frame_bytes == frame_bytes)
+            return class;
+        if (class->slabs == 0 && class->promised == 0)
+            unused = class;
+    }
+    if (!unused && pool->class_count < POOL_CLASSES_MAX)
+        unused = &pool->classes[pool->class_count++];
+    if (unused)
+        *unused = (struct class){
+            .frame_bytes = frame_bytes,
+            .frames_per_slab = (uint32_t)(POOL_SLAB_BYTES / frame_bytes),
+            .partial = NO_SLAB,
+        };
+    return unused;
+}
+
+// Slabs that the promises of a class need beyond the free frames it has.
+static uint64_t slabs_promised_by(const struct class *class)
+{
+    if (class->promised <= class->free_frames)
+        return 0;
+    return (class->promised - class->free_frames + class->frames_per_slab - 1) / class->frames_per_slab;
+}
+
+static uint64_t slabs_promised(const struct pool *pool)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < pool->class_count; i++)
+        sum += slabs_promised_by(&pool->classes[i]);
+    return sum;
+}
+
+bool pool_reserve(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes, uint64_t frames)
+{
+    assert(frame_bytes >= sizeof(void *) && frame_bytes <= POOL_SLAB_BYTES);
+    pthread_mutex_lock(&pool->lock);
+    struct class *class = class_of(pool, frame_bytes);
+    bool fits = class != NULL;
+    if (class) {
+        uint64_t before = class->promised;
+        class->promised = before - reservation->rest_frames + frames;
+        fits = slabs_promised(pool) <= pool->free_slabs;
+        if (fits)
+            reservation->rest_frames = frames;
+        else
+            class->promised = before;
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return fits;
+}
+
+void pool_unreserve(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes)
+{
+    pthread_mutex_lock(&pool->lock);
+    if (reservation->rest_frames > 0) {
+        class_of(pool, frame_bytes)->promised -= reservation->rest_frames;
+        reservation->rest_frames = 0;
+    }
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static void partial_push(struct pool *pool, struct class *class, uint32_t index)
+{
+    struct slab *slab = &pool->slabs[index];
+    slab->previous = NO_SLAB;
+    slab->next = class->partial;
+    if (class->partial != NO_SLAB)
+        pool->slabs[class->partial].previous = index;
+    class->partial = index;
+}
+
+static void partial_remove(struct pool *pool, struct class *class, uint32_t index)
+{
+    struct slab *slab = &pool->slabs[index];
+    if (slab->previous != NO_SLAB)
+        pool->slabs[slab->previous].next = slab->next;
+    else
+        class->partial = slab->next;
+    if (slab->next != NO_SLAB)
+        pool->slabs[slab->next].previous = slab->previous;
+}
+
+static void slab_add(struct pool *pool, struct class *class)
+{
+    uint32_t index = pool->free_slab;
+    struct slab *slab = &pool->slabs[index];
+    pool->free_slab = slab->next;
+    pool->free_slabs--;
+    *slab = (struct slab){.class_index = (uint32_t)(class - pool->classes)};
+    class->slabs++;
+    class->free_frames += class->frames_per_slab;
+    partial_push(pool, class, index);
+}
+
+static void *frame_take(struct pool *pool, struct class *class)
+{
+    uint32_t index = class->partial;
+    struct slab *slab = &pool->slabs[index];
+    void *frame = slab->free_frames;
+    if (frame)
+        memcpy(&slab->free_frames, frame, sizeof frame);
+    else
+        frame = (uint8_t *)pool->region.base + index * POOL_SLAB_BYTES + slab->fresh++ * class->frame_bytes;
+    if (++slab->used == class->frames_per_slab)
+        partial_remove(pool, class, index);
+    class->free_frames--;
+    pool->used_frames++;
+    pool->used_bytes += class->frame_bytes;
+    return frame;
+}
+
+void *pool_acquire(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes)
+{
+    void *frame = NULL;
+    pthread_mutex_lock(&pool->lock);
+    struct class *class = class_of(pool, frame_bytes);
+    bool promised = class && reservation && reservation->rest_frames > 0;
+    bool allowed = class && (promised || class->free_frames > class->promised ||
+                             (pool->free_slabs > slabs_promised(pool) && pool->free_slabs > 0));
+    if (allowed) {
+        if (class->free_frames == 0 || (!promised && class->free_frames <= class->promised))
+            slab_add(pool, class);
+        frame = frame_take(pool, class);
+        if (promised) {
+            reservation->rest_frames--;
+            class->promised--;
+        }
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return frame;
+}
+
+void pool_release(struct pool *pool, void *frame)
+{
+    pthread_mutex_lock(&pool->lock);
+    uint64_t offset = (uint64_t)((uint8_t *)frame - (uint8_t *)pool->region.base);
+    uint32_t index = (uint32_t)(offset / POOL_SLAB_BYTES);
+    assert(index < pool->slab_count);
+    struct slab *slab = &pool->slabs[index];
+    struct class *class = &pool->classes[slab->class_index];
+    assert(slab->used > 0);
+    if (slab->used == class->frames_per_slab)
+        partial_push(pool, class, index);
+    memcpy(frame, &slab->free_frames, sizeof frame);
+    slab->free_frames = frame;
+    class->free_frames++;
+    pool->used_frames--;
+    pool->used_bytes -= class->frame_bytes;
+    if (--slab->used == 0) {
+        partial_remove(pool, class, index);
+        class->free_frames -= class->frames_per_slab;
+        class->slabs--;
+        slab->next = pool->free_slab;
+        pool->free_slab = index;
+        pool->free_slabs++;
+    }
+    pthread_mutex_unlock(&pool->lock);
+}
+
+void pool_usage(struct pool *pool, struct pool_usage *out)
+{
+    pthread_mutex_lock(&pool->lock);
+    *out = (struct pool_usage){
+        .capacity_bytes = pool->region.bytes,
+        .used_bytes = pool->used_bytes,
+        .used_frames = pool->used_frames,
+        .kind = pool->region.kind,
+        .huge_bytes = pool->region.huge_bytes,
+    };
+    pthread_mutex_unlock(&pool->lock);
+}
+
+const char *pool_huge_name(enum env_huge kind)
+{
+    static const char *const names[] = {"hugetlb-2m", "transparent", "none"};
+    return names[kind];
+}

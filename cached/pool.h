@@ -1,0 +1,44 @@
+// The page pool: one populated arena in the largest pages there are, cut into slabs of 2 MiB; a slab holds frames of
+// one size, a frame holds one page (the K and V rows of page_tokens tokens). A slab whose frames are all free returns
+// to the arena, so that shapes can come and go.
+//
+// Frames can be promised before they are taken (an append of several parts), see pool_reserve. Thread-safe.
+#ifndef ICECACHE_CACHED_POOL_H
+#define ICECACHE_CACHED_POOL_H
+
+#include "cached/env.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define POOL_SLAB_BYTES  ((uint64_t)2 << 20)
+#define POOL_CLASSES_MAX 64u // distinct frame sizes: 16 head_dims x 3 dtypes at one page size is below it
+
+struct pool;
+
+// A holder's promise of frames of one size. Zero-initialised by its owner; guarded by the pool's lock.
+struct pool_reservation {
+    uint64_t rest_frames;
+};
+
+// capacity_bytes is rounded up to whole slabs. -errno where the memory cannot be had; nothing is kept then.
+int pool_create(struct env *env, uint64_t capacity_bytes, struct pool **out);
+void pool_destroy(struct pool *pool); // accepts NULL; all frames must be back
+
+// Sets the reservation's rest to `frames`. False, unchanged, where the pool has no room.
+bool pool_reserve(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes, uint64_t frames);
+// Gives the reservation's rest back.
+void pool_unreserve(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes);
+// NULL where the pool is full (or all the rest is promised to others). reservation may be NULL. Not zeroed.
+void *pool_acquire(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes);
+void pool_release(struct pool *pool, void *frame);
+
+struct pool_usage {
+    uint64_t capacity_bytes, used_bytes, used_frames;
+    enum env_huge kind;
+    uint64_t huge_bytes;
+};
+void pool_usage(struct pool *pool, struct pool_usage *out);
+const char *pool_huge_name(enum env_huge kind);
+
+#endif

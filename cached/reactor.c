@@ -1,0 +1,185 @@
+// The reactor: one thread, one epoll. It alone touches ZeroMQ, sessions, sequences' books and operations' beginnings
+// and ends; nothing it does waits for a disk, a copy or a lock held long.
+//
+// ZeroMQ's descriptor is edge-triggered in spirit: any send or receive may swallow its signal. So every round ends with
+// receiving until the bus says that it is empty, and nothing is sent between that and the next wait.
+#include "cached/log.h"
+#include "cached/server.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#define EVENTS_MAX         32
+#define MESSAGES_PER_ROUND 64u
+#define WAIT_MS_MAX        1000 // every wait has an end, also where no timer is set
+
+int reactor_watch(struct server *server, int fd, void *what)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = what};
+    return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+void reactor_unwatch(struct server *server, int fd)
+{
+    epoll_ctl(server->epoll_fd, EPOLL_CTL_DEL, fd, NULL); // only fails where it is not watched
+}
+
+static int open_sockets(struct server *server)
+{
+    struct env *env = server->env;
+    mode_t mode = (mode_t)server->config->socket_mode;
+    // The lock is ours, so whatever lies there is left from a daemon that is gone.
+    int error = env->unlink(env, server->control_path);
+    if (!error)
+        error = env->unlink(env, server->data_path);
+    if (!error)
+        error = env->bus_open(env, server->data_path, mode, &server->bus);
+    if (!error)
+        error = env->listen(env, server->control_path, mode, &server->listener_fd);
+    if (error)
+        log_error("cannot open the sockets in %s: %s", server->config->socket_directory, strerror(-error));
+    return error;
+}
+
+static int open_signals(struct server *server)
+{
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT); // blocked in main before any thread
+    server->signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+    return server->signal_fd < 0 ? -errno : 0;
+}
+
+int reactor_init(struct server *server)
+{
+    server->listener_fd = server->signal_fd = -1;
+    server->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    int error = server->epoll_fd < 0 ? -errno : open_signals(server);
+    if (!error)
+        error = open_sockets(server);
+    if (!error)
+        error = reactor_watch(server, server->listener_fd, &server->listener_fd);
+    if (!error)
+        error = reactor_watch(server, server->signal_fd, &server->signal_fd);
+    if (!error)
+        error = reactor_watch(server, server->completions.event_fd, &server->completions);
+    if (!error)
+        error = reactor_watch(server, server->env->bus_fd(server->env, server->bus), server->bus);
+    if (error) {
+        reactor_fini(server);
+        return error;
+    }
+    return 0;
+}
+
+void reactor_fini(struct server *server)
+{
+    struct env *env = server->env;
+    session_bury(server);
+    if (server->bus) {
+        env->bus_close(env, server->bus);
+        env->unlink(env, server->data_path);
+    }
+    if (server->listener_fd >= 0) {
+        env->close_fd(env, server->listener_fd);
+        env->unlink(env, server->control_path);
+    }
+    env->close_fd(env, server->signal_fd);
+    env->close_fd(env, server->epoll_fd);
+    server->bus = NULL;
+    server->listener_fd = server->signal_fd = server->epoll_fd = -1;
+}
+
+// First signal: take no more work, answer what is in flight. Second: do not wait for that.
+static void stop(struct server *server)
+{
+    struct signalfd_siginfo info;
+    if (read(server->signal_fd, &info, sizeof info) != sizeof info)
+        return;
+    uint64_t now = env_now_ns(server->env);
+    if (server->stopping) {
+        log_warn("stopping now, %u requests in flight are lost", server->ops);
+        server->stop_deadline_ns = now;
+        return;
+    }
+    log_info("stopping: %u requests in flight, %u sessions", server->ops, server->session_count);
+    server->stopping = true;
+    server->stop_deadline_ns = now + server->config->drain_ms * 1000000u;
+}
+
+static void handle_event(struct server *server, void *what)
+{
+    if (what == &server->listener_fd)
+        session_accept(server);
+    else if (what == &server->signal_fd)
+        stop(server);
+    else if (what != &server->completions && what != server->bus) // those two are looked at every round
+        session_readable(server, what);
+}
+
+// True when there may be more.
+static bool receive_messages(struct server *server)
+{
+    struct env *env = server->env;
+    for (uint32_t i = 0; i < MESSAGES_PER_ROUND; i++) {
+        struct env_message message;
+        int error = env->bus_receive(env, server->bus, &message);
+        if (error == -EAGAIN)
+            return false;
+        if (error) {
+            log_warn("receiving failed: %s", strerror(-error));
+            return true;
+        }
+        dispatch_message(server, &message);
+    }
+    return true;
+}
+
+static int wait_ms(struct server *server, uint64_t now_ns, uint64_t until_ns)
+{
+    if (server->stopping && server->stop_deadline_ns < until_ns)
+        until_ns = server->stop_deadline_ns;
+    if (until_ns <= now_ns)
+        return 0;
+    uint64_t ms = (until_ns - now_ns) / 1000000u + 1;
+    return ms < WAIT_MS_MAX ? (int)ms : WAIT_MS_MAX;
+}
+
+static void one_round(struct server *server, bool *more)
+{
+    struct epoll_event events[EVENTS_MAX];
+    uint64_t now = env_now_ns(server->env);
+    int timeout_ms = *more ? 0 : wait_ms(server, now, session_expire(server, now));
+    int count = epoll_wait(server->epoll_fd, events, EVENTS_MAX, timeout_ms);
+    for (int i = 0; i < count; i++)
+        handle_event(server, events[i].data.ptr);
+    completion_run(&server->completions, server);
+    *more = receive_messages(server);
+    session_bury(server);
+}
+
+// Ends all sessions and waits until what they held is gone, so that nothing is left when the shards stop.
+static void end_sessions(struct server *server)
+{
+    for (struct session *session = server->sessions, *next; session; session = next) {
+        next = session->next;
+        session_end(server, session, "the daemon stops");
+    }
+    bool more = true;
+    while (server->session_count > 0)
+        one_round(server, &more);
+}
+
+void reactor_run(struct server *server)
+{
+    bool more = true;
+    while (!server->stopping || (server->ops > 0 && env_now_ns(server->env) < server->stop_deadline_ns))
+        one_round(server, &more);
+    reactor_unwatch(server, server->listener_fd);
+    end_sessions(server);
+}

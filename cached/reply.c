@@ -1,0 +1,189 @@
+// Replies. Reactor only. A reply that the worker does not take (its queue in ZeroMQ is full) ends the worker's session:
+// it harms only itself.
+#include "cached/log.h"
+#include "cached/server.h"
+#include "proto/limits.h"
+
+#include <errno.h>
+#include <string.h>
+
+void reply_send(struct server *server, struct session *session, const uint8_t *route, size_t route_bytes,
+                Icecache__Wire__Reply *reply)
+{
+    struct env *env = server->env;
+    reply->boot_token = server->boot_token;
+    size_t size = icecache__wire__reply__get_packed_size(reply);
+    uint8_t *bytes = env->acquire(env, size ? size : 1);
+    if (!bytes) {
+        log_warn("reply dropped: no memory for %zu bytes", size);
+        return; // the worker's deadline tells it
+    }
+    icecache__wire__reply__pack(reply, bytes);
+    int error = env->bus_send(env, server->bus, route, route_bytes, bytes, size);
+    env->release(env, bytes, size ? size : 1);
+    if (error == -EAGAIN && session)
+        session_end(server, session, "does not read its replies");
+    else if (error && error != -EHOSTUNREACH)
+        log_warn("reply dropped: %s", strerror(-error));
+}
+
+static void set_status(Icecache__Wire__Reply *reply, uint64_t request_id, ice_status status, const char *text)
+{
+    icecache__wire__reply__init(reply);
+    reply->request_id = request_id;
+    reply->status = status;
+    if (status != ICE_OK)
+        reply->text = (char *)(text && text[0] ? text : status_text((int)status));
+}
+
+void reply_error(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                 ice_status status, const char *text)
+{
+    Icecache__Wire__Reply reply;
+    set_status(&reply, request_id, status, text);
+    reply_send(server, session, to->route, to->route_bytes, &reply);
+}
+
+void reply_sequence_open(struct server *server, struct session *session, const struct env_message *to,
+                         uint64_t request_id, uint64_t sequence_id)
+{
+    Icecache__Wire__Reply reply;
+    Icecache__Wire__SequenceOpenReply body = ICECACHE__WIRE__SEQUENCE_OPEN_REPLY__INIT;
+    set_status(&reply, request_id, ICE_OK, NULL);
+    body.sequence_id = sequence_id;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN;
+    reply.sequence_open = &body;
+    reply_send(server, session, to->route, to->route_bytes, &reply);
+}
+
+void reply_sequence_info(struct server *server, struct session *session, const struct env_message *to,
+                         uint64_t request_id, struct sequence *sequence)
+{
+    Icecache__Wire__Reply reply;
+    Icecache__Wire__SequenceInfoReply body = ICECACHE__WIRE__SEQUENCE_INFO_REPLY__INIT;
+    uint64_t indexed[WIRE_LAYERS_MAX];
+    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
+        indexed[layer] = sequence_indexed(sequence, layer);
+    set_status(&reply, request_id, ICE_OK, NULL);
+    body.n_lengths = body.n_indexed = sequence->shape.layers;
+    body.lengths = sequence->lengths;
+    body.indexed = indexed;
+    body.pages = atomic_load_explicit(&sequence->frames, memory_order_relaxed);
+    body.pool_bytes = body.pages * sequence->frame_bytes;
+    body.index_bytes = atomic_load_explicit(&sequence->index_bytes, memory_order_relaxed);
+    body.build_us = atomic_load_explicit(&sequence->build_ns, memory_order_relaxed) / 1000;
+    body.idle = atomic_load_explicit(&sequence->lanes_due, memory_order_acquire) == 0 && !sequence->writer;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEQUENCE_INFO;
+    reply.sequence_info = &body;
+    reply_send(server, session, to->route, to->route_bytes, &reply);
+}
+
+// ---- retrieve ----
+
+struct retrieve_arrays {
+    uint32_t *counts;
+    float *masses;
+    uint64_t *indexed, *versions;
+    uint32_t *positions;
+    size_t position_count;
+    size_t bytes;
+};
+
+// One block for all arrays of a reply.
+static bool allocate_arrays(struct op *op, struct retrieve_arrays *arrays)
+{
+    size_t lanes = op->lane_count;
+    arrays->position_count = 0;
+    for (uint32_t i = 0; op->positions && i < lanes; i++)
+        arrays->position_count += op->lanes[i].count;
+    arrays->bytes =
+        lanes * (2 * sizeof(uint64_t) + sizeof(uint32_t) + sizeof(float)) + arrays->position_count * sizeof(uint32_t);
+    uint8_t *memory = op->server->env->acquire(op->server->env, arrays->bytes);
+    if (!memory)
+        return false;
+    arrays->indexed = (uint64_t *)memory;
+    arrays->versions = arrays->indexed + lanes;
+    arrays->counts = (uint32_t *)(arrays->versions + lanes);
+    arrays->masses = (float *)(arrays->counts + lanes);
+    arrays->positions = (uint32_t *)(arrays->masses + lanes);
+    return true;
+}
+
+static void fill_positions(const struct op *op, struct retrieve_arrays *arrays)
+{
+    uint32_t *at = arrays->positions;
+    for (uint32_t i = 0; op->positions && i < op->lane_count; i++) {
+        const struct op_lane *part = &op->lanes[i];
+        memcpy(at, part->positions, part->count * sizeof *at);
+        at += part->count;
+    }
+}
+
+static void fill_retrieve(const struct op *op, struct retrieve_arrays *arrays, Icecache__Wire__RetrieveReply *body)
+{
+    uint64_t begun = UINT64_MAX, search = 0, copy = 0;
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        const struct op_lane *part = &op->lanes[i];
+        arrays->counts[i] = part->count;
+        arrays->masses[i] = part->mass;
+        arrays->indexed[i] = part->indexed;
+        arrays->versions[i] = part->version;
+        begun = part->begun_ns < begun ? part->begun_ns : begun;
+        search = part->search_ns > search ? part->search_ns : search;
+        copy = part->copy_ns > copy ? part->copy_ns : copy;
+        body->partial |= part->partial;
+        body->bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
+    }
+    fill_positions(op, arrays);
+    body->n_counts = body->n_masses = body->n_indexed = body->n_versions = op->lane_count;
+    body->n_positions = arrays->position_count;
+    body->counts = arrays->counts;
+    body->masses = arrays->masses;
+    body->indexed = arrays->indexed;
+    body->versions = arrays->versions;
+    body->positions = arrays->positions;
+    body->queue_us = (uint32_t)((begun - op->received_ns) / 1000);
+    body->search_us = (uint32_t)(search / 1000);
+    body->copy_us = (uint32_t)(copy / 1000);
+}
+
+static void reply_retrieve(struct op *op)
+{
+    Icecache__Wire__Reply reply;
+    Icecache__Wire__RetrieveReply body = ICECACHE__WIRE__RETRIEVE_REPLY__INIT;
+    struct retrieve_arrays arrays;
+    struct env *env = op->server->env;
+    if (!allocate_arrays(op, &arrays)) {
+        set_status(&reply, op->request_id, ICE_NO_MEMORY, "no memory for the reply");
+        reply_send(op->server, op->session, op->route, op->route_bytes, &reply);
+        return;
+    }
+    set_status(&reply, op->request_id, ICE_OK, NULL);
+    fill_retrieve(op, &arrays, &body);
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_RETRIEVE;
+    reply.retrieve = &body;
+    reply_send(op->server, op->session, op->route, op->route_bytes, &reply);
+    env->release(env, arrays.indexed, arrays.bytes);
+}
+
+void reply_op(struct op *op, ice_status status, const char *text)
+{
+    Icecache__Wire__Reply reply;
+    Icecache__Wire__AppendReply append = ICECACHE__WIRE__APPEND_REPLY__INIT;
+    Icecache__Wire__ReadReply read = ICECACHE__WIRE__READ_REPLY__INIT;
+    if (op->kind == OP_RETRIEVE && status == ICE_OK) {
+        reply_retrieve(op);
+        return;
+    }
+    set_status(&reply, op->request_id, status, text);
+    if (op->kind == OP_APPEND) {
+        append.length = sequence_length(op->admissions[0].sequence, op->layer, op->layers);
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_APPEND;
+        reply.append = &append;
+    } else if (op->kind == OP_READ && status == ICE_OK) {
+        read.tokens = op->tokens;
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_READ;
+        reply.read = &read;
+    }
+    reply_send(op->server, op->session, op->route, op->route_bytes, &reply);
+}

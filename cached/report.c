@@ -1,0 +1,151 @@
+// Statistics for operators. Reactor only; what shards count is read through atomics, so a figure may be a moment old.
+#include "cached/server.h"
+
+#include <string.h>
+
+#define PHASES 6u
+
+struct phase_rows {
+    Icecache__Wire__PhaseStats rows[PHASES];
+    Icecache__Wire__PhaseStats *pointers[PHASES];
+};
+
+struct sequence_rows {
+    Icecache__Wire__SequenceStats rows[WIRE_STATS_SEQUENCES_MAX];
+    Icecache__Wire__SequenceStats *pointers[WIRE_STATS_SEQUENCES_MAX];
+    uint32_t count;
+    uint32_t next; // 0: no more
+};
+
+static void fill_phases(const struct server_stats *stats, struct phase_rows *phases)
+{
+    const struct {
+        const char *name;
+        const struct histogram *histogram;
+    } all[PHASES] = {
+        {"queue", &stats->queue}, {"search", &stats->search}, {"copy", &stats->copy},
+        {"total", &stats->total}, {"append", &stats->append}, {"read", &stats->read},
+    };
+    for (uint32_t i = 0; i < PHASES; i++) {
+        Icecache__Wire__PhaseStats *row = &phases->rows[i];
+        icecache__wire__phase_stats__init(row);
+        row->name = (char *)all[i].name;
+        row->count = all[i].histogram->count;
+        row->p50_us = (double)histogram_quantile(all[i].histogram, 0.5) / 1000;
+        row->p99_us = (double)histogram_quantile(all[i].histogram, 0.99) / 1000;
+        row->p999_us = (double)histogram_quantile(all[i].histogram, 0.999) / 1000;
+        row->max_us = (double)all[i].histogram->max / 1000;
+        phases->pointers[i] = row;
+    }
+}
+
+static const char *phase_of(const struct sequence *sequence)
+{
+    if (sequence->writer)
+        return "appending";
+    if (sequence->readers > 0)
+        return "retrieving";
+    return atomic_load_explicit(&sequence->lanes_due, memory_order_relaxed) > 0 ? "clustering" : "idle";
+}
+
+static void fill_sequence(const struct sequence *sequence, Icecache__Wire__SequenceStats *row)
+{
+    icecache__wire__sequence_stats__init(row);
+    row->sequence_id = sequence->id;
+    row->session_id = sequence->session->id;
+    row->pid = (uint32_t)sequence->session->pid;
+    row->name_space = (char *)sequence->name_space;
+    row->indexed = UINT64_MAX;
+    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++) {
+        uint64_t indexed = sequence_indexed(sequence, layer);
+        row->tokens = sequence->lengths[layer] > row->tokens ? sequence->lengths[layer] : row->tokens;
+        row->indexed = indexed < row->indexed ? indexed : row->indexed;
+    }
+    row->pages = atomic_load_explicit(&sequence->frames, memory_order_relaxed);
+    row->pool_bytes = row->pages * sequence->frame_bytes;
+    row->index_bytes = atomic_load_explicit(&sequence->index_bytes, memory_order_relaxed);
+    row->retrieves = sequence->retrieves;
+    row->appended_tokens = sequence->appended_tokens;
+    row->phase = (char *)phase_of(sequence);
+}
+
+// All sequences are counted, those from `from` on listed as far as they fit.
+static void fill_sequences(const struct server *server, uint32_t from, struct sequence_rows *list,
+                           Icecache__Wire__StatsReply *body)
+{
+    uint32_t at = 0;
+    for (const struct session *session = server->sessions; session; session = session->next) {
+        for (const struct sequence *sequence = session->sequences; sequence; sequence = sequence->session_next, at++) {
+            uint64_t tokens = 0;
+            for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
+                tokens = sequence->lengths[layer] > tokens ? sequence->lengths[layer] : tokens;
+            body->tokens += tokens;
+            if (at < from)
+                continue;
+            if (list->count == WIRE_STATS_SEQUENCES_MAX) {
+                list->next = list->next ? list->next : at;
+                continue;
+            }
+            fill_sequence(sequence, &list->rows[list->count]);
+            list->pointers[list->count] = &list->rows[list->count];
+            list->count++;
+        }
+    }
+}
+
+static void fill_totals(struct server *server, Icecache__Wire__StatsReply *body)
+{
+    const struct server_stats *stats = &server->stats;
+    struct pool_usage pool;
+    pool_usage(server->pool, &pool);
+    body->version = (char *)ICECACHE_VERSION;
+    body->uptime_us = (env_now_ns(server->env) - server->started_ns) / 1000;
+    for (const struct session *session = server->sessions; session; session = session->next)
+        body->sessions += session->greeted && !session->admin && !session->dead;
+    body->sequences = server->sequence_count;
+    body->pages = pool.used_frames;
+    body->pool_bytes = pool.used_bytes;
+    body->pool_capacity_bytes = pool.capacity_bytes;
+    body->index_bytes = budget_used(&server->index_budget);
+    body->index_capacity_bytes = server->index_budget.cap_bytes;
+    body->shared_bytes = budget_used(&server->shared_budget);
+    body->shared_capacity_bytes = server->shared_budget.cap_bytes;
+    body->retrieves = stats->retrieves;
+    body->retrieves_partial = stats->retrieves_partial;
+    body->appends = stats->appends;
+    body->reads = stats->reads;
+    body->errors = stats->errors;
+    body->bytes_moved = stats->bytes_moved;
+    body->huge_pages = (char *)pool_huge_name(pool.kind);
+    body->huge_page_bytes = pool.huge_bytes;
+    body->shards = server->shard_count;
+    body->sessions_reclaimed = stats->sessions_reclaimed;
+}
+
+void report_stats(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                  uint32_t sequences_from)
+{
+    struct env *env = server->env;
+    struct sequence_rows *list = env->acquire(env, sizeof *list);
+    if (!list) {
+        reply_error(server, session, to, request_id, ICE_NO_MEMORY, "no memory for the statistics");
+        return;
+    }
+    list->count = list->next = 0;
+    struct phase_rows phases;
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT;
+    Icecache__Wire__StatsReply body = ICECACHE__WIRE__STATS_REPLY__INIT;
+    fill_phases(&server->stats, &phases);
+    fill_totals(server, &body);
+    fill_sequences(server, sequences_from, list, &body);
+    body.n_phases = PHASES;
+    body.phases = phases.pointers;
+    body.n_sequence = list->count;
+    body.sequence = list->pointers;
+    body.sequences_next = list->next;
+    reply.request_id = request_id;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_STATS;
+    reply.stats = &body;
+    reply_send(server, session, to->route, to->route_bytes, &reply);
+    env->release(env, list, sizeof *list);
+}

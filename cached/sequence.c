@@ -1,0 +1,196 @@
+// Sequences: making, finding and unmaking. Runs on the reactor; only the reapers run on shards.
+//
+// A sequence and its lanes are one allocation, so that an open sequence costs two allocations and no list walk; the
+// trees come with the first append.
+#include "cached/sequence.h"
+
+#include "cached/server.h"
+#include "proto/dtype.h"
+
+#include <math.h>
+#include <string.h>
+
+static size_t align8(size_t bytes)
+{
+    return (bytes + 7) & ~(size_t)7;
+}
+
+static uint64_t mix(uint64_t x)
+{
+    x ^= x >> 33;
+    x *= 0xff51afd7ed558ccdu;
+    x ^= x >> 33;
+    x *= 0xc4ceb9fe1a85ec53u;
+    return x ^ x >> 33;
+}
+
+// The heads of a layer go to consecutive shards, so that a retrieve uses as many of them as it has heads.
+static uint32_t shard_of(const struct server *server, uint64_t id, uint32_t layer, uint32_t kv_head)
+{
+    return (uint32_t)((mix(id + ((uint64_t)layer << 40)) + kv_head) % server->shard_count);
+}
+
+static void init_identity(struct sequence *sequence, const Icecache__Wire__SequenceOpen *message, uint64_t tokens_max)
+{
+    const char *name_space = message->name_space[0] ? message->name_space : "default";
+    strncpy(sequence->name_space, name_space, sizeof sequence->name_space - 1);
+    memcpy(sequence->model_digest, message->model_digest.data, message->model_digest.len);
+    sequence->model_digest_bytes = message->model_digest.len;
+    sequence->tp_rank = message->tp_rank;
+    sequence->tp_size = message->tp_size ? message->tp_size : 1;
+    sequence->block_tokens = message->block_tokens ? message->block_tokens : 16;
+    sequence->shape = (struct wire_shape){
+        .layers = message->layers,
+        .kv_heads = message->kv_heads,
+        .query_heads = message->query_heads,
+        .head_dim = message->head_dim,
+        .dtype = message->dtype,
+    };
+    sequence->scale =
+        message->softmax_scale > 0 ? message->softmax_scale : (float)(1.0 / sqrt((double)message->head_dim));
+    sequence->tokens_max = message->max_tokens && message->max_tokens < tokens_max ? message->max_tokens : tokens_max;
+}
+
+static void init_lanes(struct server *server, struct sequence *sequence)
+{
+    for (uint32_t i = 0; i < sequence->lane_count; i++) {
+        struct lane *lane = &sequence->lanes[i];
+        lane->sequence = sequence;
+        lane->layer = i / sequence->shape.kv_heads;
+        lane->kv_head = i % sequence->shape.kv_heads;
+        lane->shard = shard_of(server, sequence->id, lane->layer, lane->kv_head);
+    }
+}
+
+static struct sequence *allocate(struct server *server, const Icecache__Wire__SequenceOpen *message)
+{
+    size_t lane_count = (size_t)message->layers * message->kv_heads;
+    size_t head = align8(sizeof(struct sequence));
+    size_t lanes = align8(lane_count * sizeof(struct lane));
+    size_t lengths = align8(message->layers * sizeof(uint64_t));
+    size_t reapers = align8(server->shard_count * sizeof(struct sequence_reaper));
+    size_t bytes = head + lanes + lengths + reapers + align8(sizeof(struct op)) + align8(sizeof(struct admission));
+    uint8_t *memory = env_acquire_zeroed(server->env, bytes);
+    if (!memory)
+        return NULL;
+    struct sequence *sequence = (struct sequence *)memory;
+    sequence->bytes = bytes;
+    sequence->lane_count = (uint32_t)lane_count;
+    sequence->lanes = (struct lane *)(memory + head);
+    sequence->lengths = (uint64_t *)(memory + head + lanes);
+    sequence->reapers = (struct sequence_reaper *)(memory + head + lanes + lengths);
+    sequence->close_op = (struct op *)(memory + head + lanes + lengths + reapers);
+    sequence->close_op->admissions = (struct admission *)((uint8_t *)sequence->close_op + align8(sizeof(struct op)));
+    return sequence;
+}
+
+ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
+                         struct sequence **out)
+{
+    if (server->sequence_count >= server->config->sequences_max)
+        return ICE_LIMIT;
+    struct sequence *sequence = allocate(server, message);
+    if (!sequence)
+        return ICE_NO_MEMORY;
+    sequence->id = ++server->next_id;
+    sequence->server = server;
+    sequence->session = session;
+    init_identity(sequence, message, server->config->tokens_max);
+    sequence->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
+    sequence->frame_bytes = server->config->page_tokens * 2 * sequence->row_bytes;
+    init_lanes(server, sequence);
+    session_hold(session);
+    sequence->session_next = session->sequences;
+    session->sequences = sequence;
+    session->sequence_count++;
+    struct sequence **bucket = &server->sequences[sequence->id % SERVER_HASH_BUCKETS];
+    sequence->hash_next = *bucket;
+    *bucket = sequence;
+    server->sequence_count++;
+    *out = sequence;
+    return ICE_OK;
+}
+
+struct sequence *sequence_find(struct server *server, const struct session *session, uint64_t id)
+{
+    struct sequence *sequence = server->sequences[id % SERVER_HASH_BUCKETS];
+    while (sequence && sequence->id != id)
+        sequence = sequence->hash_next;
+    return sequence && sequence->session == session && !sequence->closing ? sequence : NULL;
+}
+
+static void unlink_sequence(struct server *server, struct sequence *sequence)
+{
+    struct sequence **link = &server->sequences[sequence->id % SERVER_HASH_BUCKETS];
+    while (*link != sequence)
+        link = &(*link)->hash_next;
+    *link = sequence->hash_next;
+    link = &sequence->session->sequences;
+    while (*link != sequence)
+        link = &(*link)->session_next;
+    *link = sequence->session_next;
+    sequence->session->sequence_count--;
+    server->sequence_count--;
+}
+
+// Reactor, after the last reaper: the lanes are gone, now the rest.
+static void sequence_closed(struct completion *completion, struct server *server)
+{
+    struct sequence *sequence = (struct sequence *)((char *)completion - offsetof(struct sequence, closed));
+    struct session *session = sequence->session;
+    pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
+    budget_unreserve(&server->index_budget, &sequence->index_promised);
+    unlink_sequence(server, sequence);
+    struct op *op = sequence->close_op;
+    op_finish(op, ICE_OK, NULL); // the op lies in the sequence's memory, which goes next
+    server->env->release(server->env, sequence, sequence->bytes);
+    session_release(server, session);
+}
+
+static void reap(struct task *task, void *thread)
+{
+    struct sequence_reaper *reaper = (struct sequence_reaper *)task;
+    struct sequence *sequence = reaper->sequence;
+    struct server *server = sequence->server;
+    struct shard *shard = thread;
+    for (uint32_t i = 0; i < sequence->lane_count; i++) {
+        struct lane *lane = &sequence->lanes[i];
+        if (lane->shard != shard->index)
+            continue;
+        shard_lane_forget(shard, lane);
+        lane_destroy(lane);
+    }
+    if (atomic_fetch_sub_explicit(&sequence->reapers_left, 1, memory_order_acq_rel) == 1)
+        completion_post(&server->completions, &sequence->closed);
+}
+
+void sequence_destroy_lanes(struct sequence *sequence)
+{
+    struct server *server = sequence->server;
+    sequence->closed.done = sequence_closed;
+    atomic_store_explicit(&sequence->reapers_left, server->shard_count, memory_order_relaxed);
+    for (uint32_t i = 0; i < server->shard_count; i++) {
+        struct sequence_reaper *reaper = &sequence->reapers[i];
+        *reaper = (struct sequence_reaper){.task = {.run = reap}, .sequence = sequence};
+        task_queue_push(&server->shards[i].queue, TASK_BULK, &reaper->task);
+    }
+}
+
+uint64_t sequence_length(const struct sequence *sequence, uint32_t layer, uint32_t layers)
+{
+    uint64_t length = UINT64_MAX;
+    for (uint32_t i = layer; i < layer + layers; i++)
+        length = sequence->lengths[i] < length ? sequence->lengths[i] : length;
+    return length;
+}
+
+uint64_t sequence_indexed(const struct sequence *sequence, uint32_t layer)
+{
+    uint64_t indexed = UINT64_MAX;
+    for (uint32_t head = 0; head < sequence->shape.kv_heads; head++) {
+        const struct lane *lane = &sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads + head];
+        uint64_t lane_indexed = atomic_load_explicit(&lane->indexed, memory_order_relaxed);
+        indexed = lane_indexed < indexed ? lane_indexed : indexed;
+    }
+    return indexed;
+}

@@ -1,0 +1,84 @@
+// The daemon's state, put together in main.c and handed to every module; nothing is global.
+#ifndef ICECACHE_CACHED_SERVER_H
+#define ICECACHE_CACHED_SERVER_H
+
+#include "cached/budget.h"
+#include "cached/completion.h"
+#include "cached/config.h"
+#include "cached/env.h"
+#include "cached/histogram.h"
+#include "cached/op.h"
+#include "cached/pool.h"
+#include "cached/session.h"
+#include "cached/shard.h"
+
+#define SERVER_HASH_BUCKETS      4096u
+#define SERVER_SEARCH_UNITS      20000u // work units between two looks at the deadline: about half a millisecond
+#define SERVER_BUILD_UNITS       4000u  // work units of a clustering slice, while which a decode task may wait
+#define SERVER_MOVE_ROWS         256u   // rows that a slice moves
+#define SERVER_HELLO_DEADLINE_NS (5ull * 1000000000u)
+#define SERVER_STALL_RETRY_NS    (100ull * 1000000u)
+#define SERVER_INDEX_TOKEN_BYTES 64u // promised per token beside the copy of its key; a test holds it against the tree
+
+// Counters and latencies of requests. Reactor only.
+struct server_stats {
+    uint64_t retrieves, retrieves_partial, appends, reads, errors, bytes_moved, sessions_reclaimed;
+    struct histogram queue, search, copy, total, append, read;
+};
+
+struct server {
+    // Immutable after start.
+    struct env *env;
+    const struct config *config;
+    uint64_t boot_token;
+    uint64_t started_ns;
+    struct pool *pool;
+    struct budget index_budget, shared_budget;
+    struct gpu_system gpu_system;
+    uint32_t shard_count;
+    struct shard *shards;
+    char control_path[128], data_path[128], lock_path[128];
+
+    // Any thread.
+    struct completion_list completions;
+    struct task_queue keeper_queue; // work that takes long: populate, unmap
+    pthread_t keeper;
+
+    // Reactor only.
+    int epoll_fd, listener_fd, lock_fd, signal_fd;
+    struct env_bus *bus;
+    bool stopping;
+    uint64_t stop_deadline_ns;
+    uint32_t session_count, sequence_count, ops;
+    uint64_t next_id;
+    struct session *sessions, *graveyard;
+    struct sequence *sequences[SERVER_HASH_BUCKETS];
+    struct server_stats stats;
+};
+
+// Reactor (reactor.c).
+int reactor_init(struct server *server); // 0 or -errno; logs the cause
+void reactor_run(struct server *server); // until SIGTERM has drained
+void reactor_fini(struct server *server);
+// Watches a descriptor for reading; `what` comes back with it (NULL-free). 0 or -errno.
+int reactor_watch(struct server *server, int fd, void *what);
+void reactor_unwatch(struct server *server, int fd);
+
+// Replies (reply.c). All reactor only.
+void reply_error(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                 ice_status status, const char *text);
+void reply_op(struct op *op, ice_status status, const char *text);
+void reply_sequence_open(struct server *server, struct session *session, const struct env_message *to,
+                         uint64_t request_id, uint64_t sequence_id);
+void reply_sequence_info(struct server *server, struct session *session, const struct env_message *to,
+                         uint64_t request_id, struct sequence *sequence);
+// Statistics (report.c).
+void report_stats(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                  uint32_t sequences_from);
+void reply_send(struct server *server, struct session *session, const uint8_t *route, size_t route_bytes,
+                Icecache__Wire__Reply *reply);
+
+// Requests from the bus (dispatch.c). Takes ownership of the message.
+void dispatch_message(struct server *server, struct env_message *message);
+
+#endif

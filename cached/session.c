@@ -1,0 +1,277 @@
+// Sessions. Reactor only.
+//
+// Life of a session: accepted -> greeted (hello) -> dead (its socket closed, or it was dropped) -> freed when the last
+// request, job and sequence has let go. What it holds goes in that order: requests in flight end, sequences are reaped
+// by the shards, landings and staging are unmapped by the keeper.
+#include "cached/session.h"
+
+#include "cached/log.h"
+#include "cached/server.h"
+#include "proto/control.h"
+
+#include <stdio.h>
+#include <string.h>
+
+// ---- replies on the control socket ----
+
+void control_reply(struct server *server, struct session *session, Icecache__Wire__ControlReply *reply, int fd)
+{
+    uint8_t bytes[WIRE_CONTROL_BYTES_MAX];
+    size_t size = icecache__wire__control_reply__get_packed_size(reply);
+    if (session->dead || size > sizeof bytes)
+        return;
+    icecache__wire__control_reply__pack(reply, bytes);
+    ice_status status = server->env->control_send(server->env, session->control_fd, bytes, size, fd);
+    if (status != ICE_OK)
+        session_end(server, session, "does not read its control socket");
+}
+
+void control_error(struct server *server, struct session *session, uint64_t request_id, ice_status status,
+                   const char *text)
+{
+    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
+    reply.request_id = request_id;
+    reply.status = status;
+    reply.text = (char *)(text && text[0] ? text : status_text((int)status));
+    server->stats.errors++;
+    control_reply(server, session, &reply, -1);
+}
+
+// ---- making and freeing ----
+
+void session_hold(struct session *session)
+{
+    session->holds++;
+}
+
+void session_release(struct server *server, struct session *session)
+{
+    if (--session->holds > 0)
+        return;
+    if (session->previous)
+        session->previous->next = session->next;
+    else
+        server->sessions = session->next;
+    if (session->next)
+        session->next->previous = session->previous;
+    server->session_count--;
+    if (session->greeted && !session->admin)
+        log_info("session gone id=%llu pid=%d", (unsigned long long)session->id, (int)session->pid);
+    // Events that the reactor has fetched already may still name it: freed at the end of the round.
+    session->next = server->graveyard;
+    server->graveyard = session;
+}
+
+void session_bury(struct server *server)
+{
+    while (server->graveyard) {
+        struct session *session = server->graveyard;
+        server->graveyard = session->next;
+        server->env->release(server->env, session, sizeof *session);
+    }
+}
+
+static struct session *session_create(struct server *server, int fd)
+{
+    struct env *env = server->env;
+    struct session *session = env_acquire_zeroed(env, sizeof *session);
+    gid_t gid;
+    if (!session)
+        return NULL;
+    session->control_fd = fd;
+    session->since_ns = env_now_ns(env);
+    session->holds = 1; // the socket's
+    if (control_peer(fd, &session->pid, &session->uid, &gid) != ICE_OK ||
+        env->random(env, session->token, sizeof session->token) != 0 ||
+        env->random(env, &session->id, sizeof session->id) != 0 || reactor_watch(server, fd, session) != 0) {
+        env->release(env, session, sizeof *session);
+        return NULL;
+    }
+    session->next = server->sessions;
+    if (session->next)
+        session->next->previous = session;
+    server->sessions = session;
+    server->session_count++;
+    return session;
+}
+
+static void refuse_connection(struct server *server, int fd, ice_status status)
+{
+    struct env *env = server->env;
+    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
+    uint8_t bytes[WIRE_CONTROL_BYTES_MAX];
+    reply.status = status;
+    reply.text = (char *)(status == ICE_LIMIT ? "as many sessions are connected as --sessions-max allows"
+                                              : status_text((int)status));
+    size_t size = icecache__wire__control_reply__pack(&reply, bytes);
+    ice_status sent = env->control_send(env, fd, bytes, size, -1);
+    log_warn("connection refused: %s%s", reply.text, sent == ICE_OK ? "" : " (and it did not listen)");
+    env->close_fd(env, fd);
+}
+
+void session_accept(struct server *server)
+{
+    struct env *env = server->env;
+    int fd;
+    while (env->accept(env, server->listener_fd, &fd) == 0) {
+        bool room = server->session_count < server->config->sessions_max && !server->stopping;
+        struct session *session = room ? session_create(server, fd) : NULL;
+        if (session)
+            continue;
+        refuse_connection(server, fd, server->stopping ? ICE_SHUTTING_DOWN : room ? ICE_NO_MEMORY : ICE_LIMIT);
+    }
+}
+
+struct session *session_find(struct server *server, uint64_t id, const uint8_t *token)
+{
+    for (struct session *session = server->sessions; session; session = session->next) {
+        if (session->id != id || session->dead || !session->greeted)
+            continue;
+        uint8_t difference = 0; // every byte is looked at: the time taken tells nothing about the token
+        for (unsigned i = 0; i < WIRE_SESSION_TOKEN_BYTES; i++)
+            difference |= (uint8_t)(session->token[i] ^ token[i]);
+        return difference == 0 ? session : NULL;
+    }
+    return NULL;
+}
+
+// ---- the control socket ----
+
+static void hello(struct server *server, struct session *session, uint64_t request_id,
+                  const Icecache__Wire__Hello *message)
+{
+    if (session->greeted) {
+        control_error(server, session, request_id, ICE_INVALID_ARGUMENT, "the session has said hello already");
+        return;
+    }
+    char endpoint[160];
+    snprintf(endpoint, sizeof endpoint, "ipc://%s", server->data_path);
+    session->greeted = true;
+    session->admin = message->admin;
+    strncpy(session->name, message->client_name, sizeof session->name - 1);
+    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
+    Icecache__Wire__HelloReply body = ICECACHE__WIRE__HELLO_REPLY__INIT;
+    reply.request_id = request_id;
+    reply.body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_HELLO;
+    reply.hello = &body;
+    body.boot_token = server->boot_token;
+    body.session_id = session->id;
+    body.session_token.data = session->token;
+    body.session_token.len = sizeof session->token;
+    body.endpoint = endpoint;
+    body.daemon_version = (char *)ICECACHE_VERSION;
+    body.decode_inflight_max = (uint32_t)server->config->inflight_max;
+    body.vectors_bytes_max = WIRE_VECTORS_BYTES_MAX;
+    if (session->admin)
+        log_debug("admin session id=%llu pid=%d", (unsigned long long)session->id, (int)session->pid);
+    else
+        log_info("session opened id=%llu pid=%d name=%s", (unsigned long long)session->id, (int)session->pid,
+                 session->name);
+    control_reply(server, session, &reply, -1);
+}
+
+static void close_named_landing(struct server *server, struct session *session, uint64_t request_id, uint32_t id)
+{
+    struct landing *landing = landing_find(session, id);
+    if (!landing) {
+        control_error(server, session, request_id, ICE_UNKNOWN_LANDING, NULL);
+        return;
+    }
+    landing_close(server, landing);
+    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
+    reply.request_id = request_id;
+    control_reply(server, session, &reply, -1);
+}
+
+static void control_request(struct server *server, struct session *session,
+                            const Icecache__Wire__ControlRequest *request)
+{
+    uint64_t id = request->request_id;
+    if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_HELLO) {
+        hello(server, session, id, request->hello);
+    } else if (!session->greeted) {
+        control_error(server, session, id, ICE_UNKNOWN_SESSION, "say hello first");
+    } else if (session->admin) {
+        control_error(server, session, id, ICE_PERMISSION, "an admin session can only ask for statistics");
+    } else if (server->stopping) {
+        control_error(server, session, id, ICE_SHUTTING_DOWN, NULL);
+    } else if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_STAGING_OPEN) {
+        staging_open(server, session, id, request->staging_open->bytes);
+    } else if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN) {
+        landing_open(server, session, id, request->landing_open);
+    } else {
+        close_named_landing(server, session, id, request->landing_close->landing_id);
+    }
+}
+
+void session_readable(struct server *server, struct session *session)
+{
+    struct env *env = server->env;
+    uint8_t bytes[WIRE_CONTROL_BYTES_MAX];
+    _Alignas(16) uint8_t memory[4 * WIRE_CONTROL_BYTES_MAX];
+    size_t size;
+    if (session->dead)
+        return;
+    ice_status status = env->control_receive(env, session->control_fd, bytes, sizeof bytes, &size);
+    if (status == ICE_TIMEOUT)
+        return;
+    if (status != ICE_OK) {
+        session_end(server, session, status == ICE_DISCONNECTED ? "closed by the worker" : status_text((int)status));
+        return;
+    }
+    struct wire_arena arena;
+    struct wire_error error = {0};
+    Icecache__Wire__ControlRequest *request;
+    uint64_t request_id = 0;
+    wire_arena_init(&arena, memory, sizeof memory);
+    status = wire_control_request_decode(bytes, size, &arena, &request, &request_id, &error);
+    if (status != ICE_OK)
+        control_error(server, session, request_id, status, error.text);
+    else
+        control_request(server, session, request);
+}
+
+// ---- the end ----
+
+void session_end(struct server *server, struct session *session, const char *reason)
+{
+    if (session->dead)
+        return;
+    session->dead = true;
+    if (session->greeted && !session->admin) {
+        log_info("session ended id=%llu pid=%d sequences=%u landings=%u: %s", (unsigned long long)session->id,
+                 (int)session->pid, session->sequence_count, session->landing_count, reason);
+        server->stats.sessions_reclaimed++;
+    }
+    reactor_unwatch(server, session->control_fd);
+    server->env->close_fd(server->env, session->control_fd);
+    session->control_fd = -1;
+    op_cancel_all(session);
+    for (struct sequence *sequence = session->sequences, *next; sequence; sequence = next) {
+        next = sequence->session_next;
+        if (!sequence->closing)
+            op_close_sequence(server, sequence, NULL, NULL);
+    }
+    for (struct landing *landing = session->landings, *next; landing; landing = next) {
+        next = landing->next;
+        landing_close(server, landing);
+    }
+    staging_close(server, session);
+    session_release(server, session); // the socket's
+}
+
+uint64_t session_expire(struct server *server, uint64_t now_ns)
+{
+    uint64_t soonest = UINT64_MAX;
+    for (struct session *session = server->sessions, *next; session; session = next) {
+        next = session->next;
+        if (session->greeted || session->dead)
+            continue;
+        uint64_t until = session->since_ns + SERVER_HELLO_DEADLINE_NS;
+        if (until <= now_ns)
+            session_end(server, session, "said no hello");
+        else if (until < soonest)
+            soonest = until;
+    }
+    return soonest;
+}

@@ -1,0 +1,93 @@
+// A session: one connected worker, from its hello to the closing of its control socket. Reactor only.
+//
+// Landings and staging are made and unmade on the keeper thread, because populating and unmapping take long; what is in
+// use by a request stays until that request has ended.
+#ifndef ICECACHE_CACHED_SESSION_H
+#define ICECACHE_CACHED_SESSION_H
+
+#include "cached/completion.h"
+#include "cached/env.h"
+#include "cached/task_queue.h"
+#include "gpu/landing.h"
+#include "proto/limits.h"
+#include "proto/wire.h"
+
+struct job; // work of the keeper (shared.c)
+struct op;
+struct sequence;
+struct server;
+struct session;
+
+struct landing_row {
+    uint64_t sequence_id; // bound to; 0: none
+    bool busy;            // from submit until the reply
+};
+
+struct landing {
+    uint32_t id;
+    struct session *session;
+    struct gpu_landing *memory;
+    struct landing_shape shape;
+    uint64_t bytes;
+    struct landing_row *rows;
+    uint32_t users; // requests in flight
+    bool closing;
+    struct job *close_job; // made with the landing, so that closing never needs memory
+    struct landing *next;
+};
+
+struct staging {
+    uint8_t *base;
+    uint64_t bytes;
+    uint32_t users; // requests in flight
+    struct job *close_job;
+};
+
+struct session {
+    uint64_t id;
+    uint8_t token[WIRE_SESSION_TOKEN_BYTES];
+    int control_fd; // -1: closed
+    pid_t pid;
+    uid_t uid;
+    bool greeted, admin, dead;
+    char name[WIRE_NAME_BYTES_MAX + 1];
+    uint64_t since_ns;
+    uint32_t holds; // requests, jobs and sequences that still point here
+    uint32_t inflight;
+    uint32_t landing_count, sequence_count;
+    uint32_t next_landing_id;
+    struct landing *landings;
+    struct sequence *sequences;
+    struct op *ops; // in flight
+    struct staging staging;
+    bool staging_pending;
+    struct session *previous, *next;
+};
+
+void session_accept(struct server *server);                            // the listener is readable
+void session_readable(struct server *server, struct session *session); // its control socket is readable
+// Ends the session: everything it holds is freed as soon as requests in flight are done. Idempotent.
+void session_end(struct server *server, struct session *session, const char *reason);
+void session_hold(struct session *session);
+void session_release(struct server *server, struct session *session); // may free it
+void session_bury(struct server *server); // frees those that are gone; at the end of a reactor round
+struct session *session_find(struct server *server, uint64_t id, const uint8_t *token);
+// Closes connections that have not said hello in time. Returns the next time to look, or UINT64_MAX.
+uint64_t session_expire(struct server *server, uint64_t now_ns);
+
+// Replies on the control socket; fd is borrowed, -1: none.
+void control_reply(struct server *server, struct session *session, Icecache__Wire__ControlReply *reply, int fd);
+void control_error(struct server *server, struct session *session, uint64_t request_id, ice_status status,
+                   const char *text);
+
+// Landings and staging (shared.c).
+void landing_open(struct server *server, struct session *session, uint64_t request_id,
+                  const Icecache__Wire__LandingOpen *message);
+void landing_close(struct server *server, struct landing *landing); // idempotent; gone when its last user is
+void staging_open(struct server *server, struct session *session, uint64_t request_id, uint64_t bytes);
+void staging_close(struct server *server, struct session *session); // where nobody uses it
+struct landing *landing_find(struct session *session, uint32_t id);
+void landing_release(struct server *server, struct landing *landing); // one user less; may start the unmapping
+void staging_release(struct server *server, struct session *session); // one user less
+
+#endif

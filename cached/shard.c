@@ -1,0 +1,159 @@
+// Shard threads. A shard's lanes, scratch and list of due lanes belong to its thread; the queue is the only way in.
+//
+// Clustering runs only when the queue is empty, one slice at a time, so a decode request waits for one slice at most.
+// The lane at the head of the due list is finished before the next begins: memory for a build in progress is held once.
+#include "cached/shard.h"
+
+#include "cached/log.h"
+#include "cached/server.h"
+
+#include <errno.h>
+#include <stdio.h>
+
+#define IDLE_WAIT_NS (1000000000u)
+
+static void due_append(struct shard *shard, struct lane *lane)
+{
+    lane->due_next = NULL;
+    lane->due_previous = shard->due_tail;
+    if (shard->due_tail)
+        shard->due_tail->due_next = lane;
+    else
+        shard->due_head = lane;
+    shard->due_tail = lane;
+}
+
+static void due_remove(struct shard *shard, struct lane *lane)
+{
+    if (lane->due_previous)
+        lane->due_previous->due_next = lane->due_next;
+    else
+        shard->due_head = lane->due_next;
+    if (lane->due_next)
+        lane->due_next->due_previous = lane->due_previous;
+    else
+        shard->due_tail = lane->due_previous;
+}
+
+void shard_lane_due(struct shard *shard, struct lane *lane)
+{
+    if (lane->due || !index_build_is_due(lane->index))
+        return;
+    lane->due = true;
+    due_append(shard, lane);
+    atomic_fetch_add_explicit(&lane->sequence->lanes_due, 1, memory_order_relaxed);
+}
+
+void shard_lane_forget(struct shard *shard, struct lane *lane)
+{
+    if (!lane->due)
+        return;
+    due_remove(shard, lane);
+    lane->due = false;
+    atomic_fetch_sub_explicit(&lane->sequence->lanes_due, 1, memory_order_relaxed);
+}
+
+void *shard_scratch(struct shard *shard, void **memory, size_t *held_bytes, size_t bytes)
+{
+    if (bytes <= *held_bytes)
+        return *memory;
+    struct env *env = shard->server->env;
+    void *larger = env->acquire(env, bytes);
+    if (!larger)
+        return NULL;
+    env->release(env, *memory, *held_bytes);
+    *memory = larger;
+    *held_bytes = bytes;
+    return larger;
+}
+
+static void build_slice(struct shard *shard)
+{
+    struct env *env = shard->server->env;
+    struct lane *lane = shard->due_head;
+    uint64_t from_ns = env_now_ns(env);
+    enum lane_work work = lane_build(lane);
+    uint64_t until_ns = env_now_ns(env);
+    atomic_fetch_add_explicit(&lane->sequence->build_ns, until_ns - from_ns, memory_order_relaxed);
+    if (work == LANE_IDLE) {
+        shard_lane_forget(shard, lane);
+    } else if (work == LANE_STALLED) {
+        // Its tail stays searchable by scanning; try again when something may have been freed.
+        due_remove(shard, lane);
+        due_append(shard, lane);
+        shard->stalled = true;
+        shard->stalled_until_ns = until_ns + SERVER_STALL_RETRY_NS;
+    }
+}
+
+static bool can_build(struct shard *shard)
+{
+    if (!shard->due_head)
+        return false;
+    if (shard->stalled && env_now_ns(shard->server->env) < shard->stalled_until_ns)
+        return false;
+    shard->stalled = false;
+    return true;
+}
+
+static void *shard_main(void *argument)
+{
+    struct shard *shard = argument;
+    for (;;) {
+        bool stopped;
+        bool build = can_build(shard);
+        uint64_t wait_ns = build ? 0 : shard->stalled ? SERVER_STALL_RETRY_NS : IDLE_WAIT_NS;
+        struct task *task = task_queue_pop(&shard->queue, wait_ns, &stopped);
+        if (task)
+            task->run(task, shard);
+        else if (stopped)
+            break;
+        else if (build)
+            build_slice(shard);
+    }
+    return NULL;
+}
+
+static void *scratch_acquire(void *owner, size_t bytes)
+{
+    struct env *env = owner;
+    return env->acquire(env, bytes);
+}
+
+static void scratch_release(void *owner, void *memory, size_t bytes)
+{
+    struct env *env = owner;
+    env->release(env, memory, bytes);
+}
+
+int shard_start(struct server *server, struct shard *shard, uint32_t index)
+{
+    *shard = (struct shard){.server = server, .index = index};
+    task_queue_init(&shard->queue);
+    const struct index_allocator allocator = {scratch_acquire, scratch_release, server->env};
+    if (index_search_create(&allocator, &shard->search) != INDEX_OK) {
+        task_queue_fini(&shard->queue);
+        return -ENOMEM;
+    }
+    int error = pthread_create(&shard->thread, NULL, shard_main, shard);
+    if (error) {
+        index_search_destroy(shard->search);
+        task_queue_fini(&shard->queue);
+        return -error;
+    }
+    char name[16];
+    snprintf(name, sizeof name, "shard-%u", index % 1000u);
+    pthread_setname_np(shard->thread, name);
+    return 0;
+}
+
+void shard_stop(struct shard *shard)
+{
+    struct env *env = shard->server->env;
+    task_queue_stop(&shard->queue);
+    pthread_join(shard->thread, NULL);
+    index_search_destroy(shard->search);
+    env->release(env, shard->queries, shard->queries_bytes);
+    env->release(env, shard->places, shard->places_bytes);
+    task_queue_fini(&shard->queue);
+}

@@ -1,0 +1,39 @@
+// A shard: a thread that owns lanes. It runs decode work before bulk before admin, and clusters lanes in slices when
+// there is nothing else to do.
+#ifndef ICECACHE_CACHED_SHARD_H
+#define ICECACHE_CACHED_SHARD_H
+
+#include "cached/lane.h"
+#include "cached/task_queue.h"
+
+#include <pthread.h>
+
+struct server;
+
+struct shard {
+    struct server *server; // immutable
+    uint32_t index;
+    pthread_t thread;
+    struct task_queue queue; // any thread
+
+    // The shard's thread only.
+    struct index_search *search;
+    float *queries; // scratch: one lane's queries
+    size_t queries_bytes;
+    struct index_place *places; // scratch of an append
+    size_t places_bytes;
+    struct lane *due_head, *due_tail; // lanes with clustering to do
+    bool stalled;                     // no lane got memory in the last round
+    uint64_t stalled_until_ns;
+};
+
+// 0 or -errno.
+int shard_start(struct server *server, struct shard *shard, uint32_t index);
+void shard_stop(struct shard *shard); // runs what is queued, joins
+// Shard thread: the lane may have clustering to do.
+void shard_lane_due(struct shard *shard, struct lane *lane);
+void shard_lane_forget(struct shard *shard, struct lane *lane);
+// Shard thread: scratch of at least `bytes`, kept between calls; NULL when there is no memory.
+void *shard_scratch(struct shard *shard, void **memory, size_t *held_bytes, size_t bytes);
+
+#endif

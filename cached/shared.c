@@ -1,0 +1,338 @@
+// Memory shared with workers: landings and staging. The reactor owns them; the keeper thread makes and unmakes them,
+// because populating and unmapping take long, and touches nothing but its job meanwhile.
+//
+// Invariant: memory is unmapped only when no request uses it, and a closing needs no memory of its own (close_job).
+#include "cached/log.h"
+#include "cached/server.h"
+
+#include <errno.h>
+
+// Work for the keeper: makes or unmakes shared memory, then reports to the reactor.
+struct job {
+    struct task task;
+    struct completion completion;
+    struct server *server;
+    struct session *session; // held
+    struct landing *landing; // being opened or closed; NULL: staging
+    uint64_t request_id;
+    uint64_t bytes; // of shared memory, already counted
+    uint8_t *base;  // staging
+    int fd;         // for the worker
+    ice_status status;
+};
+
+// ---- keeper jobs ----
+
+static struct job *job_create(struct server *server, struct session *session, void (*run)(struct task *, void *),
+                              void (*done)(struct completion *, struct server *))
+{
+    struct job *job = env_acquire_zeroed(server->env, sizeof *job);
+    if (!job)
+        return NULL;
+    job->task.run = run;
+    job->completion.done = done;
+    job->server = server;
+    job->session = session;
+    job->fd = -1;
+    session_hold(session);
+    return job;
+}
+
+static struct job *job_of(struct completion *completion)
+{
+    return (struct job *)((char *)completion - offsetof(struct job, completion));
+}
+
+static void job_free(struct server *server, struct job *job)
+{
+    struct session *session = job->session;
+    server->env->close_fd(server->env, job->fd); // the worker has its own by now
+    server->env->release(server->env, job, sizeof *job);
+    session_release(server, session);
+}
+
+static void landing_free(struct server *server, struct landing *landing)
+{
+    budget_give(&server->shared_budget, landing->bytes);
+    server->env->release(server->env, landing->rows, landing->shape.rows * sizeof *landing->rows);
+    server->env->release(server->env, landing, sizeof *landing);
+}
+
+// ---- landings ----
+
+static void run_landing_open(struct task *task, void *thread)
+{
+    (void)thread;
+    struct job *job = (struct job *)task;
+    job->status = gpu_host_ops.open(&gpu_host_ops, &job->server->gpu_system, &job->landing->shape,
+                                    &job->landing->memory, &job->fd);
+    completion_post(&job->server->completions, &job->completion);
+}
+
+static void landing_unlink(struct landing *landing)
+{
+    struct landing **link = &landing->session->landings;
+    while (*link != landing)
+        link = &(*link)->next;
+    *link = landing->next;
+    landing->session->landing_count--;
+}
+
+static void run_landing_close(struct task *task, void *thread)
+{
+    (void)thread;
+    struct job *job = (struct job *)task;
+    gpu_host_ops.close(job->landing->memory);
+    completion_post(&job->server->completions, &job->completion);
+}
+
+static void landing_closed(struct completion *completion, struct server *server)
+{
+    struct job *job = job_of(completion);
+    landing_free(server, job->landing);
+    job_free(server, job);
+}
+
+// Unmaps a landing that nobody uses any more. The job's memory was taken when the landing was made.
+static void landing_unmap(struct server *server, struct landing *landing)
+{
+    landing_unlink(landing);
+    struct job *job = landing->close_job;
+    session_hold(landing->session);
+    *job = (struct job){
+        .task = {.run = run_landing_close},
+        .completion = {.done = landing_closed},
+        .server = server,
+        .session = landing->session,
+        .landing = landing,
+        .fd = -1,
+    };
+    task_queue_push(&server->keeper_queue, TASK_ADMIN, &job->task);
+}
+
+void landing_close(struct server *server, struct landing *landing)
+{
+    if (landing->closing)
+        return;
+    landing->closing = true;
+    if (landing->users == 0)
+        landing_unmap(server, landing);
+}
+
+void landing_release(struct server *server, struct landing *landing)
+{
+    if (--landing->users == 0 && landing->closing)
+        landing_unmap(server, landing);
+}
+
+struct landing *landing_find(struct session *session, uint32_t id)
+{
+    struct landing *landing = session->landings;
+    while (landing && (landing->id != id || landing->closing))
+        landing = landing->next;
+    return landing && landing->memory ? landing : NULL;
+}
+
+static void landing_opened(struct completion *completion, struct server *server)
+{
+    struct job *job = job_of(completion);
+    struct landing *landing = job->landing;
+    struct session *session = job->session;
+    landing->users--; // the job's
+    if (job->status != ICE_OK) {
+        control_error(server, session, job->request_id, job->status, NULL);
+        landing_unlink(landing);
+        server->env->release(server->env, landing->close_job, sizeof(struct job));
+        landing_free(server, landing);
+        job_free(server, job);
+        return;
+    }
+    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
+    Icecache__Wire__LandingReply body = ICECACHE__WIRE__LANDING_REPLY__INIT;
+    reply.request_id = job->request_id;
+    reply.body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING;
+    reply.landing = &body;
+    body.landing_id = landing->id;
+    body.bytes = landing->bytes;
+    control_reply(server, session, &reply, job->fd);
+    if (landing->closing) // the session ended meanwhile
+        landing_unmap(server, landing);
+    job_free(server, job);
+}
+
+static ice_status landing_allocate(struct server *server, struct session *session, const struct landing_shape *shape,
+                                   uint64_t bytes, struct landing **out)
+{
+    struct env *env = server->env;
+    if (session->landing_count >= server->config->landings_max)
+        return ICE_LIMIT;
+    if (!budget_take(&server->shared_budget, NULL, bytes))
+        return ICE_SHARED_FULL;
+    struct landing *landing = env_acquire_zeroed(env, sizeof *landing);
+    struct landing_row *rows = env_acquire_zeroed(env, shape->rows * sizeof *rows);
+    struct job *close_job = env_acquire_zeroed(env, sizeof *close_job);
+    if (!landing || !rows || !close_job) {
+        env->release(env, close_job, sizeof *close_job);
+        env->release(env, rows, shape->rows * sizeof *rows);
+        env->release(env, landing, sizeof *landing);
+        budget_give(&server->shared_budget, bytes);
+        return ICE_NO_MEMORY;
+    }
+    *landing = (struct landing){
+        .id = ++session->next_landing_id,
+        .session = session,
+        .shape = *shape,
+        .bytes = bytes,
+        .rows = rows,
+        .users = 1, // the opening job
+        .close_job = close_job,
+        .next = session->landings,
+    };
+    session->landings = landing;
+    session->landing_count++;
+    *out = landing;
+    return ICE_OK;
+}
+
+void landing_open(struct server *server, struct session *session, uint64_t request_id,
+                  const Icecache__Wire__LandingOpen *message)
+{
+    const struct landing_shape shape = {message->rows,  message->layers,   message->kv_heads,
+                                        message->slots, message->head_dim, message->dtype};
+    struct landing_layout layout;
+    if (!landing_layout_init(&layout, &shape)) {
+        control_error(server, session, request_id, ICE_TOO_LARGE, "the landing's shape exceeds what can be addressed");
+        return;
+    }
+    struct job *job = job_create(server, session, run_landing_open, landing_opened);
+    struct landing *landing = NULL;
+    ice_status status = job ? landing_allocate(server, session, &shape, layout.total_bytes, &landing) : ICE_NO_MEMORY;
+    if (status != ICE_OK) {
+        if (job)
+            job_free(server, job);
+        control_error(server, session, request_id, status,
+                      status == ICE_LIMIT ? "the session has as many landings as --landings-max allows" : NULL);
+        return;
+    }
+    job->landing = landing;
+    job->request_id = request_id;
+    task_queue_push(&server->keeper_queue, TASK_BULK, &job->task);
+}
+
+// ---- staging ----
+
+static void run_staging_open(struct task *task, void *thread)
+{
+    (void)thread;
+    struct job *job = (struct job *)task;
+    struct env *env = job->server->env;
+    void *base = NULL;
+    int error = env->memfd_create(env, "icecache-staging", job->bytes, &job->fd);
+    if (error == 0)
+        error = env->map_shared(env, job->fd, job->bytes, &base);
+    job->base = base;
+    job->status = error == 0 ? ICE_OK : error == -ENOMEM || error == -ENOSPC ? ICE_SHARED_FULL : ICE_SYSTEM;
+    completion_post(&job->server->completions, &job->completion);
+}
+
+static void run_staging_close(struct task *task, void *thread)
+{
+    (void)thread;
+    struct job *job = (struct job *)task;
+    job->server->env->unmap_shared(job->server->env, job->base, job->bytes);
+    completion_post(&job->server->completions, &job->completion);
+}
+
+static void staging_closed(struct completion *completion, struct server *server)
+{
+    struct job *job = job_of(completion);
+    budget_give(&server->shared_budget, job->bytes);
+    job_free(server, job);
+}
+
+void staging_close(struct server *server, struct session *session)
+{
+    struct staging *staging = &session->staging;
+    struct job *job = staging->close_job;
+    if (!staging->base || staging->users > 0)
+        return;
+    session_hold(session);
+    *job = (struct job){
+        .task = {.run = run_staging_close},
+        .completion = {.done = staging_closed},
+        .server = server,
+        .session = session,
+        .base = staging->base,
+        .bytes = staging->bytes,
+        .fd = -1,
+    };
+    *staging = (struct staging){0};
+    task_queue_push(&server->keeper_queue, TASK_ADMIN, &job->task);
+}
+
+void staging_release(struct server *server, struct session *session)
+{
+    session->staging.users--;
+    if (session->dead)
+        staging_close(server, session);
+}
+
+static void staging_opened(struct completion *completion, struct server *server)
+{
+    struct job *job = job_of(completion);
+    struct session *session = job->session;
+    struct staging *staging = &session->staging;
+    session->staging_pending = false;
+    if (job->status != ICE_OK) {
+        control_error(server, session, job->request_id, job->status, NULL);
+        server->env->release(server->env, staging->close_job, sizeof(struct job));
+        staging->close_job = NULL;
+        budget_give(&server->shared_budget, job->bytes);
+        job_free(server, job);
+        return;
+    }
+    staging->base = job->base;
+    staging->bytes = job->bytes;
+    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
+    Icecache__Wire__StagingReply body = ICECACHE__WIRE__STAGING_REPLY__INIT;
+    reply.request_id = job->request_id;
+    reply.body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_STAGING;
+    reply.staging = &body;
+    body.bytes = staging->bytes;
+    control_reply(server, session, &reply, job->fd);
+    if (session->dead)
+        staging_close(server, session);
+    job_free(server, job);
+}
+
+void staging_open(struct server *server, struct session *session, uint64_t request_id, uint64_t bytes)
+{
+    if (session->staging.base || session->staging_pending) {
+        control_error(server, session, request_id, ICE_LIMIT, "the session has its staging area already");
+        return;
+    }
+    if (bytes == 0 || bytes > server->config->staging_bytes_max) {
+        control_error(server, session, request_id, ICE_TOO_LARGE,
+                      "the staging area must have 1 to --staging-bytes-max bytes");
+        return;
+    }
+    if (!budget_take(&server->shared_budget, NULL, bytes)) {
+        control_error(server, session, request_id, ICE_SHARED_FULL, NULL);
+        return;
+    }
+    struct job *job = job_create(server, session, run_staging_open, staging_opened);
+    session->staging.close_job = env_acquire_zeroed(server->env, sizeof(struct job));
+    if (!job || !session->staging.close_job) {
+        server->env->release(server->env, session->staging.close_job, sizeof(struct job));
+        session->staging.close_job = NULL;
+        budget_give(&server->shared_budget, bytes);
+        if (job)
+            job_free(server, job);
+        control_error(server, session, request_id, ICE_NO_MEMORY, NULL);
+        return;
+    }
+    session->staging_pending = true;
+    job->request_id = request_id;
+    job->bytes = bytes;
+    task_queue_push(&server->keeper_queue, TASK_BULK, &job->task);
+}

@@ -1,0 +1,74 @@
+// Task queue: a mutex, a condition on the monotonic clock, one list per class. Owned by one popping thread.
+#include "cached/task_queue.h"
+
+#include <time.h>
+
+void task_queue_init(struct task_queue *queue)
+{
+    *queue = (struct task_queue){0};
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_mutex_init(&queue->lock, NULL);
+    pthread_cond_init(&queue->ready, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
+
+void task_queue_fini(struct task_queue *queue)
+{
+    pthread_cond_destroy(&queue->ready);
+    pthread_mutex_destroy(&queue->lock);
+}
+
+void task_queue_push(struct task_queue *queue, enum task_class class, struct task *task)
+{
+    task->next = NULL;
+    pthread_mutex_lock(&queue->lock);
+    if (queue->tail[class])
+        queue->tail[class]->next = task;
+    else
+        queue->head[class] = task;
+    queue->tail[class] = task;
+    pthread_cond_signal(&queue->ready);
+    pthread_mutex_unlock(&queue->lock);
+}
+
+static struct task *take(struct task_queue *queue)
+{
+    for (int class = 0; class < TASK_CLASSES; class ++) {
+        struct task *task = queue->head[class];
+        if (!task)
+            continue;
+        queue->head[class] = task->next;
+        if (!task->next)
+            queue->tail[class] = NULL;
+        return task;
+    }
+    return NULL;
+}
+
+struct task *task_queue_pop(struct task_queue *queue, uint64_t wait_ns, bool *stopped)
+{
+    pthread_mutex_lock(&queue->lock);
+    struct task *task = take(queue);
+    if (!task && !queue->stopping && wait_ns > 0) {
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        uint64_t ns = (uint64_t)until.tv_nsec + wait_ns;
+        until.tv_sec += (time_t)(ns / 1000000000u);
+        until.tv_nsec = (long)(ns % 1000000000u);
+        pthread_cond_timedwait(&queue->ready, &queue->lock, &until); // an early wake-up only means an early look
+        task = take(queue);
+    }
+    *stopped = !task && queue->stopping;
+    pthread_mutex_unlock(&queue->lock);
+    return task;
+}
+
+void task_queue_stop(struct task_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    queue->stopping = true;
+    pthread_cond_signal(&queue->ready);
+    pthread_mutex_unlock(&queue->lock);
+}

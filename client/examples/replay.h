@@ -90,7 +90,7 @@ void replay_print_json(const struct replay *replay);
 double replay_now_s(void);
 // One line on stderr, where --progress is given.
 void replay_progress(const struct replay *replay, const char *format, ...) __attribute__((format(printf, 2, 3)));
-// Prints "icecache-replay: NAME: what: status text (the error's own text)" and returns the exit code for the status.
+// Prints "icecache-replay: NAME: what: status: the error's own text" and returns the exit code for the status.
 int replay_fail(const struct replay *replay, const char *what, ice_status status);
 
 #endif

@@ -20,9 +20,8 @@ void replay_progress(const struct replay *replay, const char *format, ...)
 int replay_fail(const struct replay *replay, const char *what, ice_status status)
 {
     const char *detail = ice_last_error();
-    (void)fprintf(stderr, "icecache-replay: %s: %s: %s: %s%s%s%s\n", replay->options->name, what,
-                  ice_status_name(status), ice_status_text(status), detail[0] != '\0' ? " (" : "", detail,
-                  detail[0] != '\0' ? ")" : "");
+    (void)fprintf(stderr, "icecache-replay: %s: %s: %s: %s\n", replay->options->name, what, ice_status_name(status),
+                  detail[0] != '\0' ? detail : ice_status_text(status));
     return status == ICE_NO_DAEMON ? REPLAY_NO_DAEMON : REPLAY_FAILED;
 }
 

@@ -435,9 +435,13 @@ static void the_default_directory_follows_the_environment(void **state)
     assert_int_equal(control_default_directory(path, sizeof(path)), ICE_OK);
     assert_string_equal(path, geteuid() == 0 ? "/run/icecache" : "/run/user/7/icecache");
 
+    assert_int_equal(setenv("XDG_RUNTIME_DIR", "", 1), 0); // so does this one
+    snprintf(expected, sizeof(expected), "/tmp/icecache-%lu", (unsigned long)geteuid());
+    assert_int_equal(control_default_directory(path, sizeof(path)), ICE_OK);
+    assert_string_equal(path, geteuid() == 0 ? "/run/icecache" : expected);
+
     assert_int_equal(unsetenv("XDG_RUNTIME_DIR"), 0);
     assert_int_equal(unsetenv("ICECACHE_SOCKET_DIR"), 0);
-    snprintf(expected, sizeof(expected), "/tmp/icecache-%lu", (unsigned long)geteuid());
     assert_int_equal(control_default_directory(path, sizeof(path)), ICE_OK);
     assert_string_equal(path, geteuid() == 0 ? "/run/icecache" : expected);
 }

@@ -242,6 +242,36 @@ static void control_requests_are_capped(void **state)
     free(hello);
 }
 
+// Writes one field of bytes that no version knows, `size` bytes in all.
+static void fill_with_unknown(uint8_t *bytes, size_t size)
+{
+    const size_t rest = size - 6;
+    const uint8_t field[] = {0xfa,
+                             0x01,
+                             (uint8_t)(rest | 0x80),
+                             (uint8_t)(rest >> 7 | 0x80),
+                             (uint8_t)(rest >> 14 | 0x80),
+                             (uint8_t)(rest >> 21)};
+    memset(bytes, 0, size);
+    memcpy(bytes, field, sizeof(field));
+}
+
+static void a_control_request_at_the_cap_passes(void **state)
+{
+    (void)state;
+    struct fixture f;
+    fixture_init(&f);
+    use_staging(&f);
+    uint8_t *packed, bytes[WIRE_CONTROL_BYTES_MAX];
+    const size_t size = pack(&f, &packed);
+    memcpy(bytes, packed, size);
+    fill_with_unknown(bytes + size, sizeof(bytes) - size);
+    struct decoded decoded;
+    decode_bytes(bytes, sizeof(bytes), sizeof(memory), &decoded);
+    assert_int_equal(decoded.status, ICE_OK);
+    free(packed);
+}
+
 // ---- replies ----
 
 static ice_status decode_reply(const Icecache__Wire__Reply *reply, Icecache__Wire__Reply **out)
@@ -405,6 +435,13 @@ static void replies_are_capped(void **state)
     assert_int_equal(wire_control_reply_decode(bytes, WIRE_CONTROL_BYTES_MAX + 1, &control), ICE_TOO_LARGE);
     assert_int_equal(wire_control_reply_decode(bytes, 64, &control), ICE_BAD_MESSAGE);
     assert_null(control);
+    // Exactly at the cap they pass.
+    fill_with_unknown(bytes, WIRE_REPLY_BYTES_MAX);
+    assert_int_equal(wire_reply_decode(bytes, WIRE_REPLY_BYTES_MAX, &reply), ICE_OK);
+    icecache__wire__reply__free_unpacked(reply, NULL);
+    fill_with_unknown(bytes, WIRE_CONTROL_BYTES_MAX);
+    assert_int_equal(wire_control_reply_decode(bytes, WIRE_CONTROL_BYTES_MAX, &control), ICE_OK);
+    icecache__wire__control_reply__free_unpacked(control, NULL);
     free(bytes);
 }
 
@@ -449,6 +486,7 @@ int main(void)
         cmocka_unit_test(every_control_refusal_has_its_status_and_text),
         cmocka_unit_test(valid_control_requests_pass),
         cmocka_unit_test(control_requests_are_capped),
+        cmocka_unit_test(a_control_request_at_the_cap_passes),
         cmocka_unit_test(retrieve_replies_agree_with_themselves),
         cmocka_unit_test(other_replies_pass),
         cmocka_unit_test(stats_list_a_bounded_number_of_sequences),

@@ -139,6 +139,7 @@ struct decoded {
     uint64_t request_id;
     struct wire_error error;
     Icecache__Wire__Request *request;
+    size_t used_bytes;
 };
 
 // Exactly `size` bytes on the heap, so that a sanitizer sees any read beyond them.
@@ -157,6 +158,7 @@ static void decode_bytes(const uint8_t *bytes, size_t size, size_t arena_bytes, 
     out->status = wire_request_decode(copy, size, &arena, &out->request, &out->request_id, &out->error);
     free(copy);
     assert_true(arena.used_bytes <= arena_bytes);
+    out->used_bytes = arena.used_bytes;
     assert_int_equal(out->status, out->error.status);
     assert_non_null(memchr(out->error.text, 0, sizeof(out->error.text)));
     if (out->status == ICE_OK) {
@@ -408,9 +410,15 @@ static void values_at_their_limits_pass(void **state)
     f.open.n_anchor_layers = 0;
     decode(&f, &decoded);
     assert_int_equal(decoded.status, ICE_OK);
+    f.open.kv_heads = 2;
+    f.open.query_heads = 2 * WIRE_GROUP_MAX;
+    f.open.name_space = (char *)(uintptr_t) " ~"; // first and last printable character
+    decode(&f, &decoded);
+    assert_int_equal(decoded.status, ICE_OK);
 
     fixture_init(&f);
     use_append(&f);
+    f.append.staging_offset = WIRE_SHARED_BYTES_MAX;
     f.append.layer = WIRE_LAYERS_MAX - 1;
     f.append.layers = 1;
     f.append.first = WIRE_TOKENS_MAX - 1;
@@ -428,6 +436,9 @@ static void values_at_their_limits_pass(void **state)
     f.retrieve.budget = WIRE_SLOTS_MAX - 80;
     f.retrieve.coverage = 1;
     f.retrieve.deadline_us = WIRE_DEADLINE_US_MAX;
+    decode(&f, &decoded);
+    assert_int_equal(decoded.status, ICE_OK);
+    f.retrieve.coverage = 0; // off
     decode(&f, &decoded);
     assert_int_equal(decoded.status, ICE_OK);
 }
@@ -450,6 +461,12 @@ static void sizes_are_capped(void **state)
     assert_int_equal(decoded.status, ICE_TOO_LARGE);
     assert_non_null(strstr(decoded.error.text, "65537 bytes, over WIRE_HEADER_BYTES_MAX = 65536"));
     assert_int_equal(decoded.request_id, f.request.request_id);
+    // Exactly at the cap, filled up with bytes of a field that this version does not know: it passes.
+    const size_t rest = WIRE_HEADER_BYTES_MAX - size - 5;
+    const uint8_t field[] = {0xfa, 0x01, (uint8_t)(rest | 0x80), (uint8_t)(rest >> 7 | 0x80), (uint8_t)(rest >> 14)};
+    memcpy(large + size, field, sizeof(field));
+    decode_bytes(large, WIRE_HEADER_BYTES_MAX, sizeof(memory), &decoded);
+    assert_int_equal(decoded.status, ICE_OK);
     decode_bytes(large, 0, sizeof(memory), &decoded);
     assert_int_equal(decoded.status, ICE_BAD_MESSAGE);
     assert_non_null(strstr(decoded.error.text, "empty"));
@@ -514,6 +531,9 @@ static void an_arena_too_small_is_a_clean_refusal(void **state)
         decode_bytes(bytes, size, arena_bytes, &decoded);
         assert_int_equal(decoded.request_id, f.request.request_id);
         if (decoded.status == ICE_OK) {
+            if (!passed) { // refused while a byte was missing, and not longer
+                assert_int_equal(decoded.used_bytes, arena_bytes);
+            }
             passed = true;
             continue;
         }
@@ -583,6 +603,24 @@ static void a_later_version_that_does_not_decode_is_named(void **state)
     assert_int_equal(decoded.status, ICE_VERSION_MISMATCH);
     assert_non_null(strstr(decoded.error.text, "version 9, this daemon version 1"));
     assert_int_equal(decoded.request_id, 300);
+}
+
+static void the_id_is_found_behind_other_fields(void **state)
+{
+    (void)state;
+    // 64 bits, 5 bytes, 32 bits, the id twice (the last counts), an empty field, then a length beyond the end
+    static const uint8_t bytes[] = {0x19, 1, 2, 3, 4, 5,    6,    7,    8,    0x22, 5,    0x10, 0x10, 0x10, 0x10, 0x10,
+                                    0x2d, 1, 2, 3, 4, 0x10, 0x07, 0x10, 0x2b, 0x3a, 0x00, 0x42, 0x7f, 0x10, 0x63};
+    struct decoded decoded;
+    decode_bytes(bytes, sizeof(bytes), sizeof(memory), &decoded);
+    assert_int_equal(decoded.status, ICE_BAD_MESSAGE);
+    assert_int_equal(decoded.request_id, 0x2b);
+    // A number of more than 10 bytes is no number: the walk stops in front of it.
+    static const uint8_t endless[] = {0x10, 0x05, 0x08, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+                                      0xff, 0xff, 0xff, 0xff, 0xff, 0x01, 0x10, 0x06};
+    decode_bytes(endless, sizeof(endless), sizeof(memory), &decoded);
+    assert_int_equal(decoded.status, ICE_BAD_MESSAGE);
+    assert_int_equal(decoded.request_id, 5);
 }
 
 static void garbage_is_named(void **state)
@@ -700,6 +738,7 @@ int main(void)
         cmocka_unit_test(an_arena_of_any_alignment_works_and_is_reused),
         cmocka_unit_test(amplification_is_bounded),
         cmocka_unit_test(a_later_version_that_does_not_decode_is_named),
+        cmocka_unit_test(the_id_is_found_behind_other_fields),
         cmocka_unit_test(garbage_is_named),
         cmocka_unit_test(bytes_of_the_vectors),
         cmocka_unit_test(vectors_out_of_range_need_0_bytes),

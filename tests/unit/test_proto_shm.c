@@ -120,6 +120,21 @@ static void sizes_beyond_the_limit_are_refused(void **state)
     assert_true(layout.total_bytes <= WIRE_SHARED_BYTES_MAX);
 }
 
+static void each_dimension_may_reach_its_limit(void **state)
+{
+    (void)state;
+    static const uint32_t most[] = {WIRE_ROWS_MAX, WIRE_LAYERS_MAX, WIRE_KV_HEADS_MAX, WIRE_SLOTS_MAX,
+                                    WIRE_HEAD_DIM_MAX};
+    for (size_t i = 0; i < sizeof(most) / sizeof(most[0]); i++) {
+        struct landing_shape shape = {
+            .rows = 1, .layers = 1, .kv_heads = 1, .slots = 1, .head_dim = 16, .dtype = DTYPE_FP32};
+        uint32_t *fields[] = {&shape.rows, &shape.layers, &shape.kv_heads, &shape.slots, &shape.head_dim};
+        *fields[i] = most[i];
+        struct landing_layout layout;
+        assert_true(landing_layout_init(&layout, &shape));
+    }
+}
+
 static void staging_sides(void **state)
 {
     (void)state;
@@ -147,6 +162,7 @@ int main(void)
         cmocka_unit_test(parts_never_overlap),
         cmocka_unit_test(zero_and_excess_are_refused),
         cmocka_unit_test(sizes_beyond_the_limit_are_refused),
+        cmocka_unit_test(each_dimension_may_reach_its_limit),
         cmocka_unit_test(staging_sides),
         cmocka_unit_test(dtypes),
     };

@@ -121,10 +121,11 @@ static void finish(ice_client *client, struct pending *pending)
     }
 }
 
-static struct pending *lookup(const ice_client *client, uint64_t id)
+// control: did the reply come on the control socket?
+static struct pending *lookup(const ice_client *client, uint64_t id, bool control)
 {
     struct pending *pending = client->table[id % EXCHANGE_REQUESTS_MAX];
-    return pending != NULL && pending->id == id ? pending : NULL;
+    return pending != NULL && pending->id == id && pending->control == control ? pending : NULL;
 }
 
 static void answer(struct pending *pending, uint32_t status, const char *text)
@@ -144,8 +145,8 @@ static void take_unsound(ice_client *client, const void *bytes, size_t size)
     if (reply == NULL) {
         return;
     }
-    struct pending *pending = lookup(client, reply->request_id);
-    if (pending != NULL && !pending->opens_staging && reply->boot_token == client->session.boot_token) {
+    struct pending *pending = lookup(client, reply->request_id, false);
+    if (pending != NULL && reply->boot_token == client->session.boot_token) {
         answer(pending, ICE_BAD_MESSAGE, "the daemon's reply contradicts itself; install the same release of both");
         finish(client, pending);
     }
@@ -163,9 +164,9 @@ static void take_reply(ice_client *client, const void *bytes, size_t size)
     if (reply->boot_token != client->session.boot_token) {
         exchange_die(client, "the daemon was restarted (its boot token changed); connect again");
     } else {
-        pending = lookup(client, reply->request_id);
+        pending = lookup(client, reply->request_id, false);
     }
-    if (pending == NULL || pending->opens_staging) {
+    if (pending == NULL) {
         icecache__wire__reply__free_unpacked(reply, NULL);
         return;
     }
@@ -231,7 +232,7 @@ static void take_control_reply(ice_client *client, const void *bytes, size_t siz
     Icecache__Wire__ControlReply *reply = NULL;
     struct pending *pending = NULL;
     if (wire_control_reply_decode(bytes, size, &reply) == ICE_OK) {
-        pending = lookup(client, reply->request_id);
+        pending = lookup(client, reply->request_id, true);
         if (pending == NULL) {
             icecache__wire__control_reply__free_unpacked(reply, NULL);
         }
@@ -464,6 +465,7 @@ static void send_forgotten(ice_client *client, Icecache__Wire__Request *request)
 ice_status exchange_submit_control(ice_client *client, uint64_t generation, Icecache__Wire__ControlRequest *request,
                                    struct pending *pending)
 {
+    pending->control = true;
     ice_status status = enlist(client, generation, pending);
     if (status != ICE_OK) {
         return status;

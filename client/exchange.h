@@ -32,6 +32,7 @@ struct waiter {
 // reply.
 struct pending {
     uint64_t id;
+    bool control; // sent on the control socket, where its reply comes too
     bool done, abandoned;
     ice_status status; // valid when done, like the text and the reply
     char text[WIRE_TEXT_BYTES_MAX + 1];

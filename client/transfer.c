@@ -96,6 +96,10 @@ static ice_status transfer_init(struct transfer *transfer, ice_sequence *sequenc
     transfer->client = sequence->client;
     transfer->until_us = client_until(sequence->client, deadline_us);
     transfer->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
+    status = sequence_layers(sequence, layer, &transfer->layers);
+    if (status != ICE_OK) {
+        return status;
+    }
     if (n == 0) {
         return error_set(ICE_INVALID_ARGUMENT, "n is 0");
     }
@@ -103,7 +107,7 @@ static ice_status transfer_init(struct transfer *transfer, ice_sequence *sequenc
         return error_set(ICE_TOO_LARGE, "positions from %llu, %llu of them: a sequence holds at most %u tokens",
                          (unsigned long long)first, (unsigned long long)n, WIRE_TOKENS_MAX);
     }
-    return sequence_layers(sequence, layer, &transfer->layers);
+    return ICE_OK;
 }
 
 // Rows of a target must not overlap, or the result would depend on the order of copying.

@@ -82,7 +82,7 @@ struct ice_client {
     struct staging *staging;
     bool staging_opening;
     ice_status staging_status; // why there is none
-    char staging_text[256];
+    char staging_text[WIRE_TEXT_BYTES_MAX + 1];
 
     struct handle landings, sequences, tickets; // list heads
 };

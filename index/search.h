@@ -1,0 +1,109 @@
+// The state of a search. Private to search.c, rank.c and select.c.
+//
+// A view is one query vector: query position x query head. Tokens to score are lined up as entries and scored in blocks
+// of 16. Eligible are the positions low .. high-1, outside sinks and window: only they can be selected.
+#ifndef ICECACHE_INDEX_SEARCH_H
+#define ICECACHE_INDEX_SEARCH_H
+
+#include "index/tree.h"
+
+// Scores kept between scoring and settling, in elements; what does not fit is scored again.
+#define SEARCH_SCORES_MAX (1u << 20)
+
+enum search_phase {
+    SEARCH_ENDS,    // sinks and window
+    SEARCH_TAIL,    // tokens that are not indexed
+    SEARCH_SURVEY,  // estimated mass of every node of the start level, per view
+    SEARCH_PREVIEW, // the tail's tokens enter the running best
+    SEARCH_SEED,    // nodes of the start level enter the queue
+    SEARCH_OPEN,    // best first: a node's children enter the queue, a page's tokens are scored
+    SEARCH_REST,    // estimated mass of what was not opened, per view
+    SEARCH_SETTLE,  // mass of every scored token
+    SEARCH_DONE,
+};
+
+// A node (level >= 1) or page (level 0) that is not opened yet.
+struct waiting {
+    float merit;     // hoped-for mass of its best token (page-wise: of its best page)
+    float mass;      // estimated mass
+    uint32_t tie;    // lowest position (page) or pivot (node)
+    uint32_t number; // page id or node
+    uint32_t level;
+};
+
+struct candidate {
+    float mass;
+    uint32_t position; // page-wise: the lowest one
+    uint32_t entry;    // page-wise: the first one of the page
+};
+
+// Blocks of memory and their sizes, grown by reserve only.
+struct room {
+    void *block;
+    size_t bytes;
+};
+enum room_name {
+    ROOM_NORMS,     // per view: scale * |q|
+    ROOM_TOP,       // per view: largest score so far
+    ROOM_TOTAL,     // per view: sum of exp(score - top)
+    ROOM_REFERENCE, // per view: estimated log-sum-exp, fixed after the survey
+    ROOM_INVERSE,   // per view: final 1 / (total + rest)
+    ROOM_REST,      // per view: estimated sum of exp(score - top) of what was not opened
+    ROOM_SCRATCH,   // per view: exponents of one estimate
+    ROOM_HOPES,     // per view: the same, hoped for
+    ROOM_BLOCK,     // one block's scores
+    ROOM_ROWS,      // one block's keys
+    ROOM_SCORES,    // scores of the first blocks
+    ROOM_POSITIONS, // per entry
+    ROOM_MASSES,    // per entry
+    ROOM_QUEUE,
+    ROOM_BEST, // the best previews so far, worst on top
+    ROOM_CANDIDATES,
+    ROOM_SELECTED,
+    ROOM_SORTED,
+    ROOM_COUNT,
+};
+
+struct index_search {
+    struct dci_memory memory;
+    struct room rooms[ROOM_COUNT];
+
+    // One search.
+    const struct index *index;
+    struct index_query query;
+    enum search_phase phase;
+    uint32_t views, visible, low, high, sinks_end;
+    uint32_t tail_begin, start_level, cursor;
+    uint32_t entry_count, scored; // entries lined up, and how many of them are scored
+    uint32_t ends_count;          // entries of sinks and window, padding included
+    uint32_t settled;
+    uint32_t eligible_scored, tokens_scored;
+    uint32_t pages_opened, pages_max;
+    uint32_t queue_count, best_count, best_room;
+    uint32_t score_blocks; // blocks that fit in ROOM_SCORES
+    double best_sum, ends_preview, scored_preview, waiting_mass;
+    bool begun, interrupted;
+};
+
+#define SEARCH_ROOM(search, type, name) ((type *)(search)->rooms[name].block)
+
+// ---- search.c ----
+void dci_search_line_up(struct index_search *search, uint32_t position);
+// Scores of a block of entries: kept ones, else computed into ROOM_BLOCK.
+const float *dci_search_block_scores(struct index_search *search, uint32_t block);
+
+// ---- rank.c ----
+// Estimates are made from a mean key, the radius around it and the number of tokens.
+void dci_rank_survey(struct index_search *search, uint32_t node);
+void dci_rank_fix_reference(struct index_search *search);
+void dci_rank_push(struct index_search *search, uint32_t level, uint32_t number);
+struct waiting dci_rank_pop(struct index_search *search);
+void dci_rank_rest(struct index_search *search, const struct waiting *waiting);
+void dci_rank_offer(struct index_search *search, float preview); // to the running best
+bool dci_rank_is_enough(const struct index_search *search);      // nothing that waits is worth opening
+
+// ---- select.c ----
+void dci_search_settle(struct index_search *search, uint32_t block);
+void dci_search_fix_inverse(struct index_search *search);
+
+#endif

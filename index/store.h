@@ -1,0 +1,47 @@
+// Memory of the index: counted blocks from the caller's allocator, and stores that grow by chunks.
+#ifndef ICECACHE_INDEX_STORE_H
+#define ICECACHE_INDEX_STORE_H
+
+#include "index/index.h"
+
+// An allocator and the bytes taken from it. Every block is released with the size it was acquired with.
+struct dci_memory {
+    struct index_allocator allocator;
+    uint64_t bytes;
+};
+
+void *dci_memory_acquire(struct dci_memory *memory, size_t bytes); // NULL when refused
+void dci_memory_release(struct dci_memory *memory, void *block, size_t bytes);
+
+// An array of equal elements in chunks: growing it never moves an element, so that a long append costs no long copy.
+struct dci_store {
+    unsigned char **chunks;
+    uint32_t chunk_count, chunk_room;
+    uint32_t shift; // a chunk holds 1 << shift elements
+    size_t stride;  // bytes of an element
+};
+
+void dci_store_init(struct dci_store *store, size_t stride, uint32_t shift);
+void dci_store_fini(struct dci_store *store, struct dci_memory *memory);
+// Room for `count` elements; false, with the store as it was, when refused.
+INDEX_MUST_CHECK bool dci_store_reserve(struct dci_store *store, struct dci_memory *memory, uint64_t count);
+// Gives back the chunks that `count` elements do not need.
+void dci_store_trim(struct dci_store *store, struct dci_memory *memory, uint64_t count);
+
+static inline void *dci_store_at(const struct dci_store *store, uint32_t element)
+{
+    const uint32_t mask = (1u << store->shift) - 1;
+    return store->chunks[element >> store->shift] + (element & mask) * store->stride;
+}
+
+// A growing list of numbers.
+struct dci_list {
+    uint32_t *items;
+    uint32_t count, room;
+};
+
+INDEX_MUST_CHECK bool dci_list_reserve(struct dci_list *list, struct dci_memory *memory, uint32_t room);
+INDEX_MUST_CHECK bool dci_list_push(struct dci_list *list, struct dci_memory *memory, uint32_t item);
+void dci_list_fini(struct dci_list *list, struct dci_memory *memory);
+
+#endif

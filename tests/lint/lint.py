@@ -5,7 +5,7 @@ import inspect
 import sys
 import tempfile
 
-NAMES = ("headers", "layers", "pages", "style", "symbols", "text", "tidy")
+NAMES = ("headers", "layers", "pages", "readme", "style", "symbols", "text", "tidy")
 
 
 def check(module, source, build):

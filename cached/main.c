@@ -3,59 +3,12 @@
 #include "cached/env_linux.h"
 #include "cached/log.h"
 #include "cached/server.h"
-#include "proto/control.h"
 
-#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
 enum { EXIT_USAGE = 2 };
-
-// ---- the backend's system calls go through the table of outside effects ----
-
-static int gpu_memfd(void *owner, const char *name, uint64_t bytes, int *fd_out)
-{
-    struct env *env = owner;
-    return env->memfd_create(env, name, bytes, fd_out);
-}
-
-static int gpu_map(void *owner, int fd, uint64_t bytes, void **out)
-{
-    struct env *env = owner;
-    return env->map_shared(env, fd, bytes, out);
-}
-
-static void gpu_unmap(void *owner, void *memory, uint64_t bytes)
-{
-    struct env *env = owner;
-    env->unmap_shared(env, memory, bytes);
-}
-
-static void gpu_close_fd(void *owner, int fd)
-{
-    struct env *env = owner;
-    env->close_fd(env, fd);
-}
-
-// ---- the keeper: work that takes long ----
-
-static void *keeper_main(void *argument)
-{
-    struct server *server = argument;
-    for (;;) {
-        bool stopped;
-        struct task *task = task_queue_pop(&server->keeper_queue, 1000000000u, &stopped);
-        if (task)
-            task->run(task, server);
-        else if (stopped)
-            return NULL;
-    }
-}
-
-// ---- start ----
 
 static void block_signals(void)
 {
@@ -67,123 +20,19 @@ static void block_signals(void)
     signal(SIGPIPE, SIG_IGN);
 }
 
-static bool take_directory(struct server *server)
-{
-    struct env *env = server->env;
-    const char *directory = server->config->socket_directory;
-    if (control_path(server->control_path, sizeof server->control_path, directory, CONTROL_SOCKET_NAME) != ICE_OK ||
-        control_path(server->data_path, sizeof server->data_path, directory, CONTROL_DATA_SOCKET_NAME) != ICE_OK ||
-        control_path(server->lock_path, sizeof server->lock_path, directory, CONTROL_LOCK_NAME) != ICE_OK) {
-        log_error("--socket-dir %s: the path is too long for a socket (107 bytes with the socket's name)", directory);
-        return false;
-    }
-    pid_t holder = 0;
-    int error = env->make_directory(env, directory);
-    if (error)
-        log_error("cannot make %s: %s", directory, strerror(-error));
-    else if ((error = env->lock_file(env, server->lock_path, &server->lock_fd, &holder)) == -EWOULDBLOCK)
-        log_error("another icecached (pid %d) serves %s; stop it or choose another --socket-dir", (int)holder,
-                  directory);
-    else if (error)
-        log_error("cannot lock %s: %s", server->lock_path, strerror(-error));
-    return error == 0;
-}
-
-static uint32_t default_shards(void)
-{
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores <= 2 ? 1 : cores > 9 ? 8 : (uint32_t)cores - 1;
-}
-
-static bool take_pool(struct server *server)
-{
-    log_info("populating the pool: %llu MiB", (unsigned long long)(server->config->pool_bytes >> 20));
-    int error = pool_create(server->env, server->config->pool_bytes, &server->pool);
-    if (error) {
-        log_error("cannot take --pool-bytes %llu: %s", (unsigned long long)server->config->pool_bytes,
-                  strerror(-error));
-        return false;
-    }
-    struct pool_usage usage;
-    pool_usage(server->pool, &usage);
-    log_info("pool: %llu MiB, huge pages %s (%llu MiB)", (unsigned long long)(usage.capacity_bytes >> 20),
-             pool_huge_name(usage.kind), (unsigned long long)(usage.huge_bytes >> 20));
-    if (usage.kind == ENV_HUGE_NONE)
-        log_warn("no huge pages: reserve some with sysctl vm.nr_hugepages=%llu, or "
-                 "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-                 (unsigned long long)(usage.capacity_bytes >> 21));
-    return true;
-}
-
-static bool start_threads(struct server *server)
-{
-    uint32_t wanted = server->config->shards ? (uint32_t)server->config->shards : default_shards();
-    server->shards = env_acquire_zeroed(server->env, wanted * sizeof *server->shards);
-    int error = server->shards ? pthread_create(&server->keeper, NULL, keeper_main, server) : ENOMEM;
-    if (error) {
-        log_error("cannot start threads: %s", strerror(error));
-        return false;
-    }
-    while (server->shard_count < wanted && error == 0) {
-        error = shard_start(server, &server->shards[server->shard_count], server->shard_count);
-        server->shard_count += error == 0;
-    }
-    if (error)
-        log_error("cannot start shard %u of %u: %s", server->shard_count, wanted, strerror(-error));
-    return error == 0;
-}
-
-static void stop_threads(struct server *server)
-{
-    for (uint32_t i = 0; i < server->shard_count; i++)
-        shard_stop(&server->shards[i]);
-    task_queue_stop(&server->keeper_queue);
-    if (server->keeper)
-        pthread_join(server->keeper, NULL);
-}
-
-static bool server_init(struct server *server, struct env *env, const struct config *config)
-{
-    *server = (struct server){.env = env, .config = config, .lock_fd = -1, .epoll_fd = -1};
-    server->gpu_system = (struct gpu_system){gpu_memfd, gpu_map, gpu_unmap, gpu_close_fd, env};
-    server->started_ns = env_now_ns(env);
-    budget_init(&server->index_budget, config->index_bytes);
-    budget_init(&server->shared_budget, config->shared_bytes);
-    task_queue_init(&server->keeper_queue);
-    int error = completion_list_init(&server->completions);
-    if (!error)
-        error = env->random(env, &server->boot_token, sizeof server->boot_token);
-    server->boot_token |= 1; // never 0: that means "not connected" to clients
-    if (error)
-        log_error("cannot start: %s", strerror(-error));
-    return error == 0;
-}
-
-static void server_fini(struct server *server)
-{
-    struct env *env = server->env;
-    pool_destroy(server->pool);
-    env->release(env, server->shards, 0);
-    completion_list_fini(&server->completions);
-    task_queue_fini(&server->keeper_queue);
-    budget_fini(&server->shared_budget);
-    budget_fini(&server->index_budget);
-    env->close_fd(env, server->lock_fd); // the lock goes last: then nothing of ours is left
-}
-
 static int serve(struct server *server)
 {
     int outcome = EXIT_FAILURE;
-    if (take_directory(server) && take_pool(server)) {
-        if (start_threads(server) && reactor_init(server) == 0) {
-            log_info("ready: version=%s socket-dir=%s shards=%u", ICECACHE_VERSION, server->config->socket_directory,
-                     server->shard_count);
-            reactor_run(server);
-            outcome = EXIT_SUCCESS;
-        }
-        stop_threads(server);
-        reactor_fini(server);
+    if (server_take_directory(server) && server_take_pool(server) && server_start_threads(server) &&
+        reactor_init(server) == 0) {
+        log_info("ready: version=%s socket-dir=%s shards=%u", ICECACHE_VERSION, server->config->socket_directory,
+                 server->shard_count);
+        reactor_run(server);
+        outcome = EXIT_SUCCESS;
     }
+    server_stop_threads(server);
+    reactor_fini(server);
+    server_fini(server);
     return outcome;
 }
 
@@ -217,7 +66,6 @@ int main(int argc, char **argv)
     if (!server_init(&server, &env, &config))
         return EXIT_FAILURE;
     int outcome = serve(&server);
-    server_fini(&server);
     if (outcome == EXIT_SUCCESS)
         log_info("stopped");
     return outcome;

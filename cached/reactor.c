@@ -57,7 +57,6 @@ static int open_signals(struct server *server)
 
 int reactor_init(struct server *server)
 {
-    server->listener_fd = server->signal_fd = -1;
     server->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     int error = server->epoll_fd < 0 ? -errno : open_signals(server);
     if (!error)

@@ -35,7 +35,7 @@ struct server {
     struct pool *pool;
     struct budget index_budget, shared_budget;
     struct gpu_system gpu_system;
-    uint32_t shard_count;
+    uint32_t shard_count, shard_room; // running, and in the allocation
     struct shard *shards;
     char control_path[128], data_path[128], lock_path[128];
 
@@ -43,6 +43,7 @@ struct server {
     struct completion_list completions;
     struct task_queue keeper_queue; // work that takes long: populate, unmap
     pthread_t keeper;
+    bool keeper_runs; // main thread
 
     // Reactor only.
     int epoll_fd, listener_fd, lock_fd, signal_fd;
@@ -55,6 +56,15 @@ struct server {
     struct sequence *sequences[SERVER_HASH_BUCKETS];
     struct server_stats stats;
 };
+
+// From start to end (server.c), in this order. What fails logs its cause and leaves nothing that the calls below,
+// stop_threads, reactor_fini and fini, do not give back; those three may be called whatever was reached in between.
+ICE_MUST_CHECK bool server_init(struct server *server, struct env *env, const struct config *config); // false: no fini
+ICE_MUST_CHECK bool server_take_directory(struct server *server);
+ICE_MUST_CHECK bool server_take_pool(struct server *server);
+ICE_MUST_CHECK bool server_start_threads(struct server *server);
+void server_stop_threads(struct server *server); // runs what is queued, joins
+void server_fini(struct server *server);
 
 // Reactor (reactor.c).
 int reactor_init(struct server *server); // 0 or -errno; logs the cause

@@ -138,12 +138,12 @@ static void landing_opened(struct completion *completion, struct server *server)
     struct job *job = job_of(completion);
     struct landing *landing = job->landing;
     struct session *session = job->session;
-    landing->users--; // the job's
     if (job->status != ICE_OK) {
-        control_error(server, session, job->request_id, job->status, NULL);
+        // Gone before the reply: a reply that cannot be sent ends the session, which closes all landings it finds.
         landing_unlink(landing);
         server->env->release(server->env, landing->close_job, sizeof(struct job));
         landing_free(server, landing);
+        control_error(server, session, job->request_id, job->status, NULL);
         job_free(server, job);
         return;
     }
@@ -155,8 +155,7 @@ static void landing_opened(struct completion *completion, struct server *server)
     body.landing_id = landing->id;
     body.bytes = landing->bytes;
     control_reply(server, session, &reply, job->fd);
-    if (landing->closing) // the session ended meanwhile
-        landing_unmap(server, landing);
+    landing_release(server, landing); // the job's; unmaps it where the session has ended meanwhile
     job_free(server, job);
 }
 

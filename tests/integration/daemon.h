@@ -1,0 +1,58 @@
+// icecached on a private socket folder, and what it says of itself.
+#ifndef ICECACHE_TESTS_DAEMON_H
+#define ICECACHE_TESTS_DAEMON_H
+
+#include "child.h"
+
+#include <jansson.h>
+
+struct daemon {
+    struct child child;
+    const char *const *options; // NULL-terminated, behind --socket-dir
+    char folder[64];            // temporary, removed at the end
+    char sockets[96];           // --socket-dir
+    char log[96];
+};
+
+// Small shares, two shards.
+extern const char *const daemon_default_options[];
+
+// cmocka's set-up and tear-down: *state holds the options before, the running struct daemon after. The tear-down stops
+// it by SIGTERM where it still runs, and fails where it does not end well or a sanitizer has reported something.
+int daemon_setup(void **state);
+int daemon_setup_stopped(void **state); // folder only, nothing is started
+int daemon_teardown(void **state);
+#define DAEMON_TEST(function) DAEMON_TEST_WITH(function, daemon_default_options)
+#define DAEMON_TEST_WITH(function, options)                                                                            \
+    cmocka_unit_test_prestate_setup_teardown(function, daemon_setup, daemon_teardown, (void *)(uintptr_t)(options))
+#define FOLDER_TEST(function)                                                                                          \
+    cmocka_unit_test_prestate_setup_teardown(function, daemon_setup_stopped, daemon_teardown,                          \
+                                             (void *)(uintptr_t)daemon_default_options)
+
+void daemon_start(struct daemon *daemon); // until it accepts connections
+void daemon_stop(struct daemon *daemon);  // SIGTERM; it must exit 0, its log free of sanitizer reports
+void daemon_signal(const struct daemon *daemon, int signal);
+void daemon_kill(struct daemon *daemon); // SIGKILL
+// The log's text, cut at capacity.
+void daemon_read_log(const struct daemon *daemon, char *text, size_t capacity);
+const char *daemon_path(void);
+const char *daemon_ctl_path(void);
+// icecachectl with this daemon's folder; arguments NULL-terminated. Answers its exit status.
+int daemon_ctl(const struct daemon *daemon, const char *const *arguments, char *output, size_t capacity);
+
+// ---- statistics (stats.c) ----
+
+// `icecachectl stats --json`, parsed; free with json_decref.
+json_t *stats_read(const struct daemon *daemon);
+// A number by its path: "bytes.pool".
+uint64_t stats_number(const json_t *stats, const char *path);
+
+// What a worker's death must give back.
+struct stats_held {
+    uint64_t sessions, sequences, tokens, pages, pool_bytes, index_bytes, shared_bytes;
+};
+void stats_held(const struct daemon *daemon, struct stats_held *held);
+// Polls until the daemon holds exactly this; fails the test after deadline_us. Answers how long it took.
+uint64_t stats_wait(const struct daemon *daemon, const struct stats_held *expected, uint64_t deadline_us);
+
+#endif

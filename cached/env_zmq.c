@@ -113,8 +113,12 @@ static int bus_receive(struct env *env, struct env_bus *bus, struct env_message 
     (void)env;
     zmq_msg_t route;
     zmq_msg_init(&route);
-    if (zmq_msg_recv(&route, bus->socket, ZMQ_DONTWAIT) < 0)
-        return errno == EINTR ? -EAGAIN : -errno;
+    int received;
+    do // -EAGAIN must mean empty: after it the reactor waits for the descriptor, which may have said all it has to say
+        received = zmq_msg_recv(&route, bus->socket, ZMQ_DONTWAIT);
+    while (received < 0 && errno == EINTR);
+    if (received < 0)
+        return -errno;
     *out = (struct env_message){0};
     out->route_bytes = zmq_msg_size(&route); // at most 255 by ZeroMQ's own rule
     memcpy(out->route, zmq_msg_data(&route), out->route_bytes);
@@ -151,15 +155,37 @@ static void bus_release(struct env *env, struct env_message *message)
     message->handle = NULL;
 }
 
+// One frame; a signal is no reason to lose it.
+static int send_frame(struct env_bus *bus, zmq_msg_t *frame, int flags)
+{
+    int sent;
+    do
+        sent = zmq_msg_send(frame, bus->socket, flags | ZMQ_DONTWAIT);
+    while (sent < 0 && errno == EINTR);
+    return sent < 0 ? -errno : 0;
+}
+
+// Both frames are made before the first is sent: a message left open behind its route would take the next message's
+// frames, which are another worker's.
 static int bus_send(struct env *env, struct env_bus *bus, const uint8_t *route, size_t route_bytes, const void *bytes,
                     size_t size)
 {
     (void)env;
-    if (zmq_send(bus->socket, route, route_bytes, ZMQ_SNDMORE | ZMQ_DONTWAIT) < 0)
-        return -errno;
-    if (zmq_send(bus->socket, bytes, size, ZMQ_DONTWAIT) < 0)
-        return -errno;
-    return 0;
+    zmq_msg_t address, body;
+    if (zmq_msg_init_size(&address, route_bytes))
+        return -ENOMEM;
+    if (zmq_msg_init_size(&body, size)) {
+        zmq_msg_close(&address);
+        return -ENOMEM;
+    }
+    memcpy(zmq_msg_data(&address), route, route_bytes);
+    memcpy(zmq_msg_data(&body), bytes, size);
+    int error = send_frame(bus, &address, ZMQ_SNDMORE);
+    if (!error)
+        error = send_frame(bus, &body, 0);
+    zmq_msg_close(&address);
+    zmq_msg_close(&body);
+    return error;
 }
 
 void env_zmq_init(struct env *env)

@@ -7,25 +7,9 @@
 #include <errno.h>
 #include <string.h>
 
-void reply_send(struct server *server, struct session *session, const uint8_t *route, size_t route_bytes,
-                Icecache__Wire__Reply *reply)
-{
-    struct env *env = server->env;
-    reply->boot_token = server->boot_token;
-    size_t size = icecache__wire__reply__get_packed_size(reply);
-    uint8_t *bytes = env->acquire(env, size ? size : 1);
-    if (!bytes) {
-        log_warn("reply dropped: no memory for %zu bytes", size);
-        return; // the worker's deadline tells it
-    }
-    icecache__wire__reply__pack(reply, bytes);
-    int error = env->bus_send(env, server->bus, route, route_bytes, bytes, size);
-    env->release(env, bytes, size ? size : 1);
-    if (error == -EAGAIN && session)
-        session_end(server, session, "does not read its replies");
-    else if (error && error != -EHOSTUNREACH)
-        log_warn("reply dropped: %s", strerror(-error));
-}
+// Replies up to this size need no memory, so that every error can be said, and what a request has done is never lost
+// with its reply. A sequence's opening and a decode step's retrieve are smaller.
+#define SMALL_REPLY_BYTES 1024u
 
 static void set_status(Icecache__Wire__Reply *reply, uint64_t request_id, ice_status status, const char *text)
 {
@@ -34,6 +18,40 @@ static void set_status(Icecache__Wire__Reply *reply, uint64_t request_id, ice_st
     reply->status = status;
     if (status != ICE_OK)
         reply->text = (char *)(text && text[0] ? text : status_text((int)status));
+}
+
+// Packs into the caller's small buffer or, where that is too small, into memory that the caller releases.
+static uint8_t *pack(struct env *env, const Icecache__Wire__Reply *reply, size_t size, uint8_t *small,
+                     size_t small_bytes)
+{
+    uint8_t *bytes = size <= small_bytes ? small : env->acquire(env, size);
+    if (bytes)
+        icecache__wire__reply__pack(reply, bytes);
+    return bytes;
+}
+
+void reply_send(struct server *server, struct session *session, const uint8_t *route, size_t route_bytes,
+                Icecache__Wire__Reply *reply)
+{
+    struct env *env = server->env;
+    uint8_t small[SMALL_REPLY_BYTES];
+    reply->boot_token = server->boot_token;
+    size_t size = icecache__wire__reply__get_packed_size(reply);
+    uint8_t *bytes = pack(env, reply, size, small, sizeof small);
+    if (!bytes) {
+        Icecache__Wire__Reply refusal;
+        set_status(&refusal, reply->request_id, ICE_NO_MEMORY, "no memory for the reply");
+        refusal.boot_token = server->boot_token;
+        size = icecache__wire__reply__get_packed_size(&refusal);
+        bytes = pack(env, &refusal, size, small, sizeof small); // fits: the text is ours
+    }
+    int error = bytes ? env->bus_send(env, server->bus, route, route_bytes, bytes, size) : -ENOMEM;
+    if (bytes && bytes != small)
+        env->release(env, bytes, size);
+    if (error == -EAGAIN && session)
+        session_end(server, session, "does not read its replies");
+    else if (error && error != -EHOSTUNREACH)
+        log_warn("reply dropped: %s", strerror(-error));
 }
 
 void reply_error(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,

@@ -1,0 +1,455 @@
+"""Client of icecached, the node's service for long KV caches. See icecache.h, whose names and meanings these are."""
+
+import contextlib
+import ctypes
+import weakref
+from ctypes import byref, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from typing import List
+
+from . import _library
+from ._buffers import Buffer, kv_layout
+from ._library import SESSION_LOST, Status, library
+
+__all__ = [
+    "ALL_LAYERS",
+    "Client",
+    "DEFAULT_SINKS",
+    "DEFAULT_WINDOW",
+    "Error",
+    "Landing",
+    "Selection",
+    "Sequence",
+    "SequenceInfo",
+    "SessionLost",
+    "Status",
+    "Ticket",
+    "Timeout",
+    "View",
+    "version",
+]
+
+ALL_LAYERS = 0xFFFFFFFF
+DEFAULT_SINKS = 16
+DEFAULT_WINDOW = 64
+
+_DTYPES = {"bf16": (1, 2), "fp16": (2, 2), "fp32": (3, 4)}
+
+
+class Error(Exception):
+    """A call failed; `status` says how, the text why. `length`: what a failed append has reached, else None."""
+
+    def __init__(self, status, text, length=None):
+        super().__init__(f"{status.name}: {text}")
+        self.status = status
+        self.text = text
+        self.length = length
+
+
+class Timeout(Error, TimeoutError):
+    """The deadline passed before the reply; the request may still be carried out."""
+
+
+class SessionLost(Error, ConnectionError):
+    """The daemon or the session is gone: Client.reconnect, then open landings and sequences again."""
+
+
+def _check(status, length=None):
+    if status == 0:
+        return
+    try:
+        known = Status(status)
+    except ValueError:
+        known = Status.INTERNAL
+    text = library().ice_last_error().decode("utf-8", "replace")
+    kind = Timeout if known == Status.TIMEOUT else SessionLost if known in SESSION_LOST else Error
+    raise kind(known, text, length)
+
+
+def _dtype(name):
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise ValueError(f"dtype {name!r} is none of {', '.join(_DTYPES)}") from None
+
+
+def version():
+    return library().ice_version().decode()
+
+
+class _Handle:
+    """A C handle that is closed once: by close(), by its client's close(), or by the garbage collector."""
+
+    _closer = ""
+
+    def __init__(self, client, handle):
+        self._client = client
+        self._handle = handle
+        client._children.add(self)
+
+    def _open(self):
+        if self._handle is None:
+            raise ValueError(f"the {type(self).__name__.lower()} is closed")
+        return self._handle
+
+    def close(self):
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._client._children.discard(self)
+            getattr(library(), self._closer)(handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+@dataclass(frozen=True)
+class View:
+    """What a retrieve left for one (row, layer, KV head), not copied: valid until the row's next submit.
+
+    keys and values are read-only memoryviews [count, head_dim]: format "f" for fp32, "H" (the 16-bit patterns) for
+    bf16 and fp16. positions is one of "I".
+    """
+
+    keys: memoryview
+    values: memoryview
+    positions: memoryview
+    count: int
+
+
+class Landing(_Handle):
+    """A buffer that selections are written to. It cannot be closed while memory of a view is in use (BufferError)."""
+
+    _closer = "ice_landing_close"
+
+    def __init__(self, client, handle, head_dim, dtype):
+        self._exports = {}  # memory that views have handed out and that is still in use, by id
+        self.head_dim = head_dim
+        self.dtype = dtype
+        super().__init__(client, handle)
+
+    def view(self, row, layer, kv_head):
+        found = _library.LandingView()
+        _check(library().ice_landing_view(self._open(), row, layer, kv_head, byref(found)))
+        element_bytes = _DTYPES[self.dtype][1]
+        shape = (found.count, self.head_dim)
+        rows = [
+            self._export(address, found.count * self.head_dim * element_bytes, "f" if element_bytes == 4 else "H", shape)
+            for address in (found.keys, found.values)
+        ]
+        positions = self._export(found.positions, 4 * found.count, "I", (found.count,))
+        return View(rows[0], rows[1], positions, found.count)
+
+    def _export(self, address, nbytes, format_code, shape):
+        if nbytes == 0:
+            return memoryview(b"").cast(format_code)
+        memory = (ctypes.c_ubyte * nbytes).from_address(address)
+        memory.landing = self  # whoever holds the memory holds the landing
+        key, exports = id(memory), self._exports
+        exports[key] = weakref.ref(memory, lambda _: exports.pop(key, None))
+        return memoryview(memory).cast("B").cast(format_code, shape).toreadonly()
+
+    def _check_exports(self):
+        if self._handle is not None and len(self._exports) > 0:
+            raise BufferError("memory of a view is still in use; delete the views before closing the landing")
+
+    def close(self):
+        self._check_exports()
+        super().close()
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    length: int
+    length_min: int
+    indexed_min: int
+    pages: int
+    pool_bytes: int
+    index_bytes: int
+    build_us: int
+    idle: bool
+
+
+class Sequence(_Handle):
+    """The KV history of one request."""
+
+    _closer = "ice_sequence_close"
+
+    def __init__(self, client, handle, layers, kv_heads, query_heads, head_dim, dtype):
+        self.layers = layers
+        self.kv_heads = kv_heads
+        self.query_heads = query_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        super().__init__(client, handle)
+
+    def info(self, deadline_us=0):
+        found = _library.SequenceInfo()
+        _check(library().ice_sequence_info(self._open(), deadline_us, byref(found)))
+        return SequenceInfo(*(getattr(found, name) for name, _ in found._fields_))
+
+    def append(self, keys, values, first, layer=ALL_LAYERS, deadline_us=0):
+        """Appends K and V, [layer, token, KV head, head_dim] each; returns the length that was reached."""
+        handle = self._open()
+        length = c_uint64()
+        with Buffer(keys) as k, Buffer(values) as v:
+            tokens, memory = self._memory(k, v, layer)
+            status = library().ice_append(handle, layer, first, tokens, byref(memory), deadline_us, byref(length))
+        _check(status, length.value)
+        return length.value
+
+    def read_into(self, keys, values, first, layer=ALL_LAYERS, deadline_us=0):
+        """Fills K and V, laid out as in append, with the positions from first on."""
+        handle = self._open()
+        with Buffer(keys, writable=True) as k, Buffer(values, writable=True) as v:
+            tokens, memory = self._memory(k, v, layer)
+            status = library().ice_read(handle, layer, first, tokens, byref(memory), deadline_us)
+        _check(status)
+
+    def _memory(self, keys, values, layer):
+        layers = self.layers if layer == ALL_LAYERS else 1
+        layouts = [
+            kv_layout(buffer, layers, self.kv_heads, self.head_dim, _DTYPES[self.dtype][1]) for buffer in (keys, values)
+        ]
+        if layouts[0] != layouts[1]:
+            raise ValueError("keys and values must have the same shape and strides")
+        tokens, layer_stride, token_stride, head_stride = layouts[0]
+        return tokens, _library.KvMemory(
+            keys.address, values.address, keys.extent(), values.extent(), layer_stride, token_stride, head_stride
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The answer to a retrieve; the lists have one entry per (sequence, KV head), sequences outermost."""
+
+    partial: bool
+    counts: List[int]
+    masses: List[float]
+    indexed: List[int]
+    versions: List[int]
+    bytes_moved: int
+    queue_us: int
+    search_us: int
+    copy_us: int
+
+
+def _selection(result):
+    heads = result.head_count
+    return Selection(
+        result.partial,
+        result.counts[:heads],
+        result.masses[:heads],
+        result.indexed[:heads],
+        result.versions[:heads],
+        result.bytes_moved,
+        result.queue_us,
+        result.search_us,
+        result.copy_us,
+    )
+
+
+class Ticket(_Handle):
+    """A retrieve in flight."""
+
+    _closer = "ice_ticket_close"
+
+    def wait(self, deadline_us=0):
+        """The Selection. Timeout leaves the ticket open: wait again or close it."""
+        result = _library.RetrieveResult()
+        _check(library().ice_retrieve_wait(self._open(), deadline_us, byref(result)))
+        return _selection(result)
+
+
+class Client:
+    """One session with the daemon. Its calls may come from any thread, except close."""
+
+    def __init__(self, socket_directory=None, name=None, deadline_us=0, staging_bytes=0):
+        self._handle = None
+        self._children = weakref.WeakSet()
+        options = _library.ClientOptions(
+            None if socket_directory is None else str(socket_directory).encode(),
+            None if name is None else name.encode(),
+            deadline_us,
+            staging_bytes,
+        )
+        handle = c_void_p()
+        _check(library().ice_client_connect(byref(options), byref(handle)))
+        self._handle = handle
+
+    def _open(self):
+        if self._handle is None:
+            raise ValueError("the client is closed")
+        return self._handle
+
+    @property
+    def boot_token(self):
+        """Random per daemon start; 0 while the session is lost."""
+        return library().ice_client_boot_token(self._open())
+
+    def reconnect(self):
+        _check(library().ice_client_reconnect(self._open()))
+
+    def close(self):
+        """Ends the session and closes its landings, sequences and tickets."""
+        if self._handle is None:
+            return
+        children = list(self._children)
+        for child in children:
+            if isinstance(child, Landing):
+                child._check_exports()
+        for child in children:
+            child._handle = None  # the library frees them with the client
+        handle, self._handle = self._handle, None
+        library().ice_client_close(handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    def open_landing(self, *, rows, layers, kv_heads, slots, head_dim, dtype, deadline_us=0):
+        shape = _library.LandingShape(rows, layers, kv_heads, slots, head_dim, _dtype(dtype)[0])
+        handle = c_void_p()
+        _check(library().ice_landing_open(self._open(), byref(shape), deadline_us, byref(handle)))
+        return Landing(self, handle, head_dim, dtype)
+
+    def open_sequence(
+        self,
+        *,
+        model_digest,
+        layers,
+        kv_heads,
+        query_heads,
+        head_dim,
+        dtype,
+        name_space=None,
+        tp_rank=0,
+        tp_size=1,
+        softmax_scale=0.0,
+        block_tokens=0,
+        anchor_layers=None,
+        max_tokens=0,
+        deadline_us=0,
+    ):
+        if anchor_layers is not None and len(anchor_layers) != layers:
+            raise ValueError(f"anchor_layers has {len(anchor_layers)} entries for {layers} layers")
+        anchors = None if anchor_layers is None else (c_uint32 * layers)(*anchor_layers)
+        options = _library.SequenceOptions(
+            None if name_space is None else name_space.encode(),
+            model_digest,
+            len(model_digest),
+            tp_rank,
+            tp_size,
+            layers,
+            kv_heads,
+            query_heads,
+            head_dim,
+            _dtype(dtype)[0],
+            softmax_scale,
+            block_tokens,
+            anchors,
+            max_tokens,
+        )
+        handle = c_void_p()
+        _check(library().ice_sequence_open(self._open(), byref(options), deadline_us, byref(handle)))
+        return Sequence(self, handle, layers, kv_heads, query_heads, head_dim, dtype)
+
+    def retrieve(self, landing, **options):
+        """Submit and wait: the arguments of submit; returns the Selection."""
+        with self._options(landing, **options) as filled:
+            result = _library.RetrieveResult()
+            status = library().ice_retrieve(self._open(), byref(filled), byref(result))
+        _check(status)
+        return _selection(result)
+
+    def submit(self, landing, **options):
+        """Sends a retrieve for one layer of one or several sequences and returns a Ticket.
+
+        Keyword arguments: layer, sequences, rows, first_queries (one entry per sequence), queries (the vectors,
+        packed [sequence, query, query head, head_dim]), query_dtype, query_count (query positions per sequence, 1),
+        budget, sinks, window, worker_holds_ends, coverage, page_wise, deadline_us, and keys and values
+        ([sequence, query, KV head, head_dim], packed), which are appended first.
+        """
+        handle = c_void_p()
+        with self._options(landing, **options) as filled:
+            status = library().ice_retrieve_submit(self._open(), byref(filled), byref(handle))
+        _check(status)
+        return Ticket(self, handle)
+
+    @contextlib.contextmanager
+    def _options(
+        self,
+        landing,
+        *,
+        layer,
+        sequences,
+        rows,
+        first_queries,
+        queries,
+        query_dtype,
+        budget,
+        query_count=1,
+        sinks=DEFAULT_SINKS,
+        window=DEFAULT_WINDOW,
+        keys=None,
+        values=None,
+        worker_holds_ends=False,
+        coverage=0.0,
+        page_wise=False,
+        deadline_us=0,
+    ):
+        count = len(sequences)
+        if len(rows) != count or len(first_queries) != count:
+            raise ValueError("sequences, rows and first_queries must have the same length")
+        if count == 0 or query_count < 1:
+            raise ValueError("a retrieve needs at least one sequence and one query position")
+        if (keys is None) != (values is None):
+            raise ValueError("give both keys and values, or none")
+        code, element_bytes = _dtype(query_dtype)
+        with contextlib.ExitStack() as stack:
+            vectors = stack.enter_context(Buffer(queries))
+            # The library reads what the shapes say, so the sizes are checked here, where they are known.
+            shape = sequences[0]
+            wanted = count * query_count * shape.query_heads * shape.head_dim * element_bytes
+            if not vectors.is_packed() or vectors.nbytes != wanted:
+                raise ValueError(f"queries must be packed and have {wanted} bytes")
+            sides = [None, None]
+            if keys is not None:
+                wanted = count * query_count * shape.kv_heads * shape.head_dim * _DTYPES[shape.dtype][1]
+                for i, array in enumerate((keys, values)):
+                    side = stack.enter_context(Buffer(array))
+                    if not side.is_packed() or side.nbytes != wanted:
+                        raise ValueError(f"keys and values must be packed and have {wanted} bytes each")
+                    sides[i] = side.address
+            yield _library.RetrieveOptions(
+                landing._open(),
+                layer,
+                count,
+                (c_void_p * count)(*(sequence._open().value for sequence in sequences)),
+                (c_uint32 * count)(*rows),
+                (c_uint64 * count)(*first_queries),
+                query_count,
+                vectors.address,
+                code,
+                sides[0],
+                sides[1],
+                budget,
+                sinks,
+                window,
+                worker_holds_ends,
+                coverage,
+                1 if page_wise else 0,
+                deadline_us,
+            )

@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Tests of the Python package against a daemon that this script starts.
+
+    test_icecache.py --library PATH --daemon PATH
+"""
+
+import argparse
+import array
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+import icecache  # noqa: E402
+from icecache import _buffers, _library  # noqa: E402
+
+LAYERS, KV_HEADS, QUERY_HEADS, HEAD_DIM = 2, 2, 4, 16
+ROW = KV_HEADS * HEAD_DIM
+daemon_path = None
+
+
+class Daemon:
+    """icecached in a folder of its own."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="icecache-")
+        self.process = None
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [daemon_path, "--socket-dir", self.folder.name, "--pool-bytes", "64m", "--index-bytes", "64m", "--shards", "2"],
+            stderr=subprocess.DEVNULL,
+        )
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            try:
+                icecache.Client(self.folder.name).close()
+                return
+            except icecache.Error:
+                time.sleep(0.02)
+        raise RuntimeError("the daemon does not answer")
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        self.folder.cleanup()
+
+
+def numbers(seed, count):
+    generator = random.Random(seed)
+    return array.array("f", (generator.uniform(-1, 1) for _ in range(count)))
+
+
+def words(memory):
+    """The contents as bytes, whatever the shape."""
+    return memory.tobytes()
+
+
+class HeaderTest(unittest.TestCase):
+    """What ctypes cannot check by itself: that the package says what the header says."""
+
+    header = (FOLDER.parent.parent / "icecache.h").read_text()
+
+    def test_statuses(self):
+        written = {name: int(value) for name, value in re.findall(r"^    ICE_(\w+) = (\d+),", self.header, re.M)}
+        self.assertEqual(written, {status.name: status.value for status in icecache.Status})
+        for status in icecache.Status:
+            self.assertEqual(_library.library().ice_status_name(status), b"ICE_" + status.name.encode())
+
+    def test_structures_have_the_headers_members(self):
+        structures = {
+            "ice_client_options": _library.ClientOptions,
+            "ice_landing_shape": _library.LandingShape,
+            "ice_landing_view": _library.LandingView,
+            "ice_sequence_options": _library.SequenceOptions,
+            "ice_sequence_info": _library.SequenceInfo,
+            "ice_kv_source": _library.KvMemory,
+            "ice_kv_target": _library.KvMemory,
+            "ice_retrieve_options": _library.RetrieveOptions,
+            "ice_retrieve_result": _library.RetrieveResult,
+        }
+        sizes = {"uint32_t": 4, "float": 4, "bool": 1, "ice_dtype": 4, "uint64_t": 8, "size_t": 8}
+        for name, structure in structures.items():
+            body = re.search(r"struct %s \{\n(.*?)\n\};" % name, self.header, re.S).group(1)
+            body = re.sub(r"//.*", "", body)
+            members = []
+            for declaration in filter(None, (part.strip() for part in body.split(";"))):
+                first, *others = declaration.split(",")
+                kind, first = re.match(r"(?:const )?((?:enum )?\w+) (.*)", first).groups()
+                for member in [first, *others]:
+                    size = 8 if "*" in member else sizes.get(kind, 4 if kind.startswith("enum") else None)
+                    members.append((member.replace("const ", "").strip(" *"), size))
+            found = [(field, getattr(structure, field).size) for field, _ in structure._fields_]
+            self.assertEqual(found, members, name)
+
+
+class BufferTest(unittest.TestCase):
+    def test_layouts(self):
+        with _buffers.Buffer(array.array("f", [0.0] * (2 * 3 * ROW))) as flat:
+            self.assertEqual(_buffers.kv_layout(flat, 2, KV_HEADS, HEAD_DIM, 4), (3, 3 * ROW * 4, ROW * 4, HEAD_DIM * 4))
+            with self.assertRaises(ValueError):
+                _buffers.kv_layout(flat, 4, KV_HEADS, HEAD_DIM, 4)
+        shaped = memoryview(bytearray(5 * ROW * 2)).cast("H", (5, KV_HEADS, HEAD_DIM))
+        with _buffers.Buffer(shaped[1:4]) as part:
+            self.assertEqual(_buffers.kv_layout(part, 1, KV_HEADS, HEAD_DIM, 2)[0], 3)
+            self.assertEqual(part.extent(), 3 * ROW * 2)
+            with self.assertRaises(ValueError):
+                _buffers.kv_layout(part, 1, KV_HEADS, HEAD_DIM, 4)
+        with _buffers.Buffer(shaped[::-1]) as backwards, self.assertRaises(ValueError):
+            backwards.extent()
+        with self.assertRaises(TypeError):
+            with _buffers.Buffer(7):
+                pass
+        with self.assertRaises(BufferError):
+            with _buffers.Buffer(b"constant", writable=True):
+                pass
+
+
+class ClientTest(unittest.TestCase):
+    def setUp(self):
+        self.daemon = Daemon()
+        self.daemon.start()
+        self.addCleanup(self.daemon.stop)
+
+    def connect(self, **options):
+        client = icecache.Client(self.daemon.folder.name, name="test", **options)
+        self.addCleanup(client.close)
+        return client
+
+    def open(self, client, rows=4, slots=64):
+        landing = client.open_landing(
+            rows=rows, layers=LAYERS, kv_heads=KV_HEADS, slots=slots, head_dim=HEAD_DIM, dtype="fp32"
+        )
+        sequence = client.open_sequence(
+            model_digest=b"m", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="fp32"
+        )
+        return landing, sequence
+
+    @staticmethod
+    def arguments(sequence, row=0, at=0, **changes):
+        options = dict(
+            layer=1,
+            sequences=[sequence],
+            rows=[row],
+            first_queries=[at],
+            queries=numbers(3, QUERY_HEADS * HEAD_DIM),
+            query_dtype="fp32",
+            budget=8,
+            sinks=2,
+            window=4,
+        )
+        options.update(changes)
+        return options
+
+    def test_append_read_retrieve(self):
+        client = self.connect(staging_bytes=1 << 16)  # small: appends and reads go in many parts
+        landing, sequence = self.open(client)
+        self.assertNotEqual(client.boot_token, 0)
+        tokens = 600
+        keys, values = numbers(1, LAYERS * tokens * ROW), numbers(2, LAYERS * tokens * ROW)
+        self.assertEqual(sequence.append(keys, values, first=0), tokens)
+        self.assertEqual(sequence.append(keys, values, first=0), tokens)  # again: no effect
+        self.assertEqual(sequence.info().length, tokens)
+
+        got_keys, got_values = array.array("f", bytes(4 * len(keys))), array.array("f", bytes(4 * len(values)))
+        sequence.read_into(got_keys, got_values, first=0)
+        self.assertEqual(got_keys, keys)
+        self.assertEqual(got_values, values)
+
+        found = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1))
+        self.assertEqual(found.counts, [14, 14])
+        self.assertFalse(found.partial)
+        for head in range(KV_HEADS):
+            view = landing.view(0, 1, head)
+            self.assertEqual(view.count, 14)
+            for slot, position in enumerate(view.positions):
+                at = (tokens + position) * ROW + head * HEAD_DIM  # layer 1
+                self.assertEqual(words(view.keys[slot : slot + 1]), keys[at : at + HEAD_DIM].tobytes())
+                self.assertEqual(words(view.values[slot : slot + 1]), values[at : at + HEAD_DIM].tobytes())
+            self.assertTrue({0, 1, tokens - 1, tokens - 4} <= set(view.positions))
+        with self.assertRaises(BufferError):
+            landing.close()
+        with self.assertRaises(BufferError):
+            client.close()
+        with self.assertRaises(TypeError):
+            view.keys[0, 0] = 1.0
+        del view
+        landing.close()
+        landing.close()
+        with self.assertRaises(ValueError):
+            landing.view(0, 1, 0)
+
+    def test_step_with_its_own_keys_and_everything_returned(self):
+        client = self.connect()
+        landing, sequence = self.open(client)
+        keys, values = numbers(4, 20 * ROW), numbers(5, 20 * ROW)
+        shaped = memoryview(keys).cast("B").cast("f", (20, KV_HEADS, HEAD_DIM))
+        sequence.append(shaped, memoryview(values).cast("B").cast("f", (20, KV_HEADS, HEAD_DIM)), first=0, layer=1)
+        step_keys, step_values = numbers(6, ROW), numbers(7, ROW)
+        ticket = client.submit(
+            landing, **self.arguments(sequence, at=20, keys=step_keys, values=step_values, budget=50, query_count=1)
+        )
+        self.assertEqual(ticket.wait().counts, [21, 21])
+        ticket.close()
+        view = landing.view(0, 1, 1)
+        self.assertEqual(list(view.positions), list(range(21)))
+        self.assertEqual(words(view.keys[20:21]), step_keys[HEAD_DIM:].tobytes())
+        self.assertEqual(words(view.values[19:20]), values[19 * ROW + HEAD_DIM : 20 * ROW].tobytes())
+
+    def test_errors_are_told(self):
+        client = self.connect()
+        landing, sequence = self.open(client)
+        keys = numbers(1, LAYERS * ROW)
+        with self.assertRaises(icecache.Error) as caught:
+            sequence.append(keys, keys, first=5)
+        self.assertEqual(caught.exception.status, icecache.Status.POSITION_GAP)
+        self.assertEqual(caught.exception.length, 0)
+        with self.assertRaises(icecache.Error) as caught:
+            client.open_landing(rows=0, layers=1, kv_heads=1, slots=1, head_dim=16, dtype="bf16")
+        self.assertIn("rows", caught.exception.text)
+        with self.assertRaises(ValueError):
+            client.open_landing(rows=1, layers=1, kv_heads=1, slots=1, head_dim=16, dtype="int8")
+        with self.assertRaises(ValueError):
+            client.retrieve(landing, **self.arguments(sequence, queries=b"short"))
+        with self.assertRaises(ValueError):
+            client.retrieve(landing, **self.arguments(sequence, rows=[0, 1]))
+        with self.assertRaises(ValueError):
+            sequence.append(keys, keys[:ROW], first=0)
+        with self.assertRaises(icecache.Error) as caught:
+            icecache.Client("/nowhere")
+        self.assertEqual(caught.exception.status, icecache.Status.NO_DAEMON)
+
+    def test_threads(self):
+        client = self.connect()
+        landing, sequence = self.open(client, rows=8)
+        tokens = 300
+        keys = numbers(1, LAYERS * tokens * ROW)
+        sequence.append(keys, keys, first=0)
+        failures = []
+
+        def work(row):
+            try:
+                for _ in range(50):
+                    found = client.retrieve(landing, **self.arguments(sequence, row=row, at=tokens - 1))
+                    if landing.view(row, 1, 0).count != found.counts[0]:
+                        raise AssertionError("count")
+            except Exception as error:  # pylint: disable=broad-except
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(row,)) for row in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+
+    def test_stopped_daemon_times_out_and_the_row_comes_back(self):
+        client = self.connect()
+        landing, sequence = self.open(client)
+        keys = numbers(1, LAYERS * 50 * ROW)
+        sequence.append(keys, keys, first=0)
+        self.daemon.process.send_signal(signal.SIGSTOP)
+        options = self.arguments(sequence, at=49, deadline_us=100000)
+        with self.assertRaises(icecache.Timeout):
+            client.retrieve(landing, **options)
+        with self.assertRaises(icecache.Error) as caught:
+            landing.view(0, 1, 0)
+        self.assertEqual(caught.exception.status, icecache.Status.BUSY)
+        with self.assertRaises(icecache.Error) as caught:
+            client.submit(landing, **options)
+        self.assertEqual(caught.exception.status, icecache.Status.BUSY)
+        self.daemon.process.send_signal(signal.SIGCONT)
+        end = time.monotonic() + 20
+        while True:
+            try:
+                landing.view(0, 1, 0)
+                break
+            except icecache.Error as error:
+                self.assertEqual(error.status, icecache.Status.BUSY)
+                self.assertLess(time.monotonic(), end)
+        client.retrieve(landing, **self.arguments(sequence, at=49))
+
+    def test_killed_daemon(self):
+        client = self.connect(deadline_us=20000000)
+        landing, sequence = self.open(client)
+        keys = numbers(1, LAYERS * 50 * ROW)
+        sequence.append(keys, keys, first=0)
+        token = client.boot_token
+        self.daemon.process.send_signal(signal.SIGSTOP)
+        ticket = client.submit(landing, **self.arguments(sequence, at=49))
+        threading.Timer(0.1, self.daemon.kill).start()
+        begun = time.monotonic()
+        with self.assertRaises(icecache.SessionLost):
+            ticket.wait()
+        self.assertLess(time.monotonic() - begun, 5)
+        self.assertEqual(client.boot_token, 0)
+        with self.assertRaises(icecache.SessionLost):
+            sequence.info()
+        with self.assertRaises(icecache.SessionLost):
+            client.reconnect()
+        self.daemon.start()
+        client.reconnect()
+        self.assertNotIn(client.boot_token, (0, token))
+        with self.assertRaises(icecache.SessionLost) as caught:
+            sequence.info()
+        self.assertEqual(caught.exception.status, icecache.Status.UNKNOWN_SESSION)
+        new_landing, new_sequence = self.open(client)
+        new_sequence.append(keys, keys, first=0)
+        client.retrieve(new_landing, **self.arguments(new_sequence, at=49))
+
+    def test_forked_child(self):
+        client = self.connect()
+        landing, sequence = self.open(client)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                sequence.info()
+            except icecache.SessionLost as error:
+                code = 0 if error.status == icecache.Status.FORKED else 2
+            sequence.close()
+            client.close()
+            os._exit(code)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertEqual(sequence.info().length, 0)
+        landing.close()
+
+    def test_example(self):
+        environment = dict(os.environ, PYTHONPATH=str(FOLDER.parent))
+        done = subprocess.run(
+            [sys.executable, "-B", str(FOLDER.parent / "examples" / "hello.py"), self.daemon.folder.name],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("44 tokens"), 2, done.stdout)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--daemon", required=True)
+    known, others = parser.parse_known_args()
+    os.environ["ICECACHE_LIBRARY"] = known.library
+    daemon_path = known.daemon
+    unittest.main(argv=[sys.argv[0], *others])

@@ -1,13 +1,24 @@
-"""Every header compiles alone, and the public one also as C++."""
+"""Every header has an include guard and compiles alone, and the public one also as C++.
+
+A file that is included several times under different macros says "No include guard" in its opening comment."""
 import os
+import re
 import shutil
 import subprocess
 
 import tree
 
+GUARD = re.compile(r"^#ifndef (\w+_H)\n#define \1$", re.MULTILINE)
+
 
 def check_header(near, path):
     directory, compiler, flags = near
+    with open(path, encoding="utf-8") as stream:
+        text = stream.read()
+    if "no include guard" in text.split("\n#", 1)[0].lower():
+        return
+    if not GUARD.search(text):
+        yield f"{path}: no include guard"
     compiles, messages = tree.compile_text(directory, compiler, flags, f'#include "{path}"\nextern int not_empty;\n')
     if not compiles:
         yield f"{path} does not compile alone:\n{messages}"
@@ -32,4 +43,8 @@ def must_fail(source, build, folder):
     path = os.path.join(folder, "needy.h")
     with open(path, "w", encoding="utf-8") as stream:
         stream.write("#ifndef NEEDY_H\n#define NEEDY_H\nstatic inline size_t needy(void)\n{\n    return 1;\n}\n#endif\n")
-    yield "a header that needs <stddef.h>", list(check_header(tree.Commands(source, build).near("index/x.h"), path))
+    near = tree.Commands(source, build).near("index/x.h")
+    yield "a header that needs <stddef.h>", list(check_header(near, path))
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write("extern int unguarded;\n")
+    yield "a header without a guard", list(check_header(near, path))

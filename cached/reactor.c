@@ -28,6 +28,24 @@ void reactor_unwatch(struct server *server, int fd)
     epoll_ctl(server->epoll_fd, EPOLL_CTL_DEL, fd, NULL); // only fails where it is not watched
 }
 
+void reactor_pause_accepting(struct server *server)
+{
+    reactor_unwatch(server, server->listener_fd);
+    server->accept_from_ns = env_now_ns(server->env) + SERVER_ACCEPT_PAUSE_NS;
+}
+
+// Watches the listener again after a pause. Returns the next time to look, or UINT64_MAX.
+static uint64_t resume_accepting(struct server *server, uint64_t now_ns)
+{
+    if (server->accept_from_ns == 0)
+        return UINT64_MAX;
+    if (now_ns >= server->accept_from_ns) {
+        bool watched = reactor_watch(server, server->listener_fd, &server->listener_fd) == 0;
+        server->accept_from_ns = watched ? 0 : now_ns + SERVER_ACCEPT_PAUSE_NS;
+    }
+    return server->accept_from_ns ? server->accept_from_ns : UINT64_MAX;
+}
+
 static int open_sockets(struct server *server)
 {
     struct env *env = server->env;
@@ -153,7 +171,9 @@ static void one_round(struct server *server, bool *more)
 {
     struct epoll_event events[EVENTS_MAX];
     uint64_t now = env_now_ns(server->env);
-    int timeout_ms = *more ? 0 : wait_ms(server, now, session_expire(server, now));
+    uint64_t expire_ns = session_expire(server, now);
+    uint64_t accept_ns = resume_accepting(server, now);
+    int timeout_ms = *more ? 0 : wait_ms(server, now, expire_ns < accept_ns ? expire_ns : accept_ns);
     int count = epoll_wait(server->epoll_fd, events, EVENTS_MAX, timeout_ms);
     for (int i = 0; i < count; i++)
         handle_event(server, events[i].data.ptr);
@@ -180,5 +200,6 @@ void reactor_run(struct server *server)
     while (!server->stopping || (server->ops > 0 && env_now_ns(server->env) < server->stop_deadline_ns))
         one_round(server, &more);
     reactor_unwatch(server, server->listener_fd);
+    server->accept_from_ns = UINT64_MAX; // never again
     end_sessions(server);
 }

@@ -17,6 +17,7 @@
 #define SERVER_BUILD_UNITS       4000u  // work units of a clustering slice, while which a decode task may wait
 #define SERVER_MOVE_ROWS         256u   // rows that a slice moves
 #define SERVER_HELLO_DEADLINE_NS (5ull * 1000000000u)
+#define SERVER_ACCEPT_PAUSE_NS   (100ull * 1000000u)
 #define SERVER_STALL_RETRY_NS    (100ull * 1000000u)
 #define SERVER_INDEX_TOKEN_BYTES 64u // promised per token beside the copy of its key; a test holds it against the tree
 
@@ -50,6 +51,7 @@ struct server {
     struct env_bus *bus;
     bool stopping;
     uint64_t stop_deadline_ns;
+    uint64_t accept_from_ns; // the listener is not watched until then; 0: it is
     uint32_t session_count, sequence_count, ops;
     uint64_t next_id;
     struct session *sessions, *graveyard;
@@ -73,6 +75,7 @@ void reactor_fini(struct server *server);
 // Watches a descriptor for reading; `what` comes back with it (NULL-free). 0 or -errno.
 int reactor_watch(struct server *server, int fd, void *what);
 void reactor_unwatch(struct server *server, int fd);
+void reactor_pause_accepting(struct server *server); // for SERVER_ACCEPT_PAUSE_NS
 
 // Replies (reply.c). All reactor only.
 void reply_error(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,

@@ -9,8 +9,11 @@
 #include "cached/server.h"
 #include "proto/control.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
+
+#define ACCEPTS_PER_ROUND 64u // who connects without end must not keep the reactor from the others
 
 // ---- replies on the control socket ----
 
@@ -109,16 +112,30 @@ static void refuse_connection(struct server *server, int fd, ice_status status)
     env->close_fd(env, fd);
 }
 
+static void accept_connection(struct server *server, int fd)
+{
+    bool room = server->session_count < server->config->sessions_max && !server->stopping;
+    struct session *session = room ? session_create(server, fd) : NULL;
+    if (!session)
+        refuse_connection(server, fd, server->stopping ? ICE_SHUTTING_DOWN : room ? ICE_NO_MEMORY : ICE_LIMIT);
+}
+
 void session_accept(struct server *server)
 {
     struct env *env = server->env;
-    int fd;
-    while (env->accept(env, server->listener_fd, &fd) == 0) {
-        bool room = server->session_count < server->config->sessions_max && !server->stopping;
-        struct session *session = room ? session_create(server, fd) : NULL;
-        if (session)
-            continue;
-        refuse_connection(server, fd, server->stopping ? ICE_SHUTTING_DOWN : room ? ICE_NO_MEMORY : ICE_LIMIT);
+    for (unsigned i = 0; i < ACCEPTS_PER_ROUND; i++) {
+        int fd;
+        int error = env->accept(env, server->listener_fd, &fd);
+        if (error == 0) {
+            accept_connection(server, fd);
+        } else if (error == -EAGAIN) {
+            return;
+        } else if (error != -ECONNABORTED && error != -EINTR) {
+            // The connection stays in the queue and the listener readable: without a pause this would be a busy loop.
+            log_warn("cannot accept connections: %s; trying again in a while", strerror(-error));
+            reactor_pause_accepting(server);
+            return;
+        }
     }
 }
 

@@ -62,7 +62,8 @@ static void init_lanes(struct server *server, struct sequence *sequence)
     }
 }
 
-static struct sequence *allocate(struct server *server, const Icecache__Wire__SequenceOpen *message)
+// Counted as the index's memory: a sequence of many lanes has megabytes of them before its first token.
+static ice_status allocate(struct server *server, const Icecache__Wire__SequenceOpen *message, struct sequence **out)
 {
     size_t lane_count = (size_t)message->layers * message->kv_heads;
     size_t head = align8(sizeof(struct sequence));
@@ -70,18 +71,24 @@ static struct sequence *allocate(struct server *server, const Icecache__Wire__Se
     size_t lengths = align8(message->layers * sizeof(uint64_t));
     size_t reapers = align8(server->shard_count * sizeof(struct sequence_reaper));
     size_t bytes = head + lanes + lengths + reapers + align8(sizeof(struct op)) + align8(sizeof(struct admission));
+    if (!budget_take(&server->index_budget, NULL, bytes))
+        return ICE_INDEX_FULL;
     uint8_t *memory = env_acquire_zeroed(server->env, bytes);
-    if (!memory)
-        return NULL;
+    if (!memory) {
+        budget_give(&server->index_budget, bytes);
+        return ICE_NO_MEMORY;
+    }
     struct sequence *sequence = (struct sequence *)memory;
     sequence->bytes = bytes;
+    sequence->index_bytes = bytes;
     sequence->lane_count = (uint32_t)lane_count;
     sequence->lanes = (struct lane *)(memory + head);
     sequence->lengths = (uint64_t *)(memory + head + lanes);
     sequence->reapers = (struct sequence_reaper *)(memory + head + lanes + lengths);
     sequence->close_op = (struct op *)(memory + head + lanes + lengths + reapers);
     sequence->close_op->admissions = (struct admission *)((uint8_t *)sequence->close_op + align8(sizeof(struct op)));
-    return sequence;
+    *out = sequence;
+    return ICE_OK;
 }
 
 ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
@@ -89,9 +96,10 @@ ice_status sequence_open(struct server *server, struct session *session, const I
 {
     if (server->sequence_count >= server->config->sequences_max)
         return ICE_LIMIT;
-    struct sequence *sequence = allocate(server, message);
-    if (!sequence)
-        return ICE_NO_MEMORY;
+    struct sequence *sequence = NULL;
+    ice_status status = allocate(server, message, &sequence);
+    if (status != ICE_OK)
+        return status;
     sequence->id = ++server->next_id;
     sequence->server = server;
     sequence->session = session;
@@ -143,22 +151,26 @@ static void sequence_closed(struct completion *completion, struct server *server
     unlink_sequence(server, sequence);
     struct op *op = sequence->close_op;
     op_finish(op, ICE_OK, NULL); // the op lies in the sequence's memory, which goes next
+    budget_give(&server->index_budget, sequence->bytes);
     server->env->release(server->env, sequence, sequence->bytes);
     session_release(server, session);
 }
 
+// One lane at a time, so that a decode request waits for one at most.
 static void reap(struct task *task, void *thread)
 {
     struct sequence_reaper *reaper = (struct sequence_reaper *)task;
     struct sequence *sequence = reaper->sequence;
     struct server *server = sequence->server;
     struct shard *shard = thread;
-    for (uint32_t i = 0; i < sequence->lane_count; i++) {
-        struct lane *lane = &sequence->lanes[i];
-        if (lane->shard != shard->index)
-            continue;
+    while (reaper->next_lane < sequence->lane_count && sequence->lanes[reaper->next_lane].shard != shard->index)
+        reaper->next_lane++;
+    if (reaper->next_lane < sequence->lane_count) {
+        struct lane *lane = &sequence->lanes[reaper->next_lane++];
         shard_lane_forget(shard, lane);
         lane_destroy(lane);
+        task_queue_push(&shard->queue, TASK_BULK, task);
+        return;
     }
     if (atomic_fetch_sub_explicit(&sequence->reapers_left, 1, memory_order_acq_rel) == 1)
         completion_post(&server->completions, &sequence->closed);

@@ -28,6 +28,7 @@ struct admission {
 struct sequence_reaper {
     struct task task;
     struct sequence *sequence;
+    uint32_t next_lane;
 };
 
 struct sequence {
@@ -75,7 +76,8 @@ static inline struct lane *sequence_lane(struct sequence *sequence, uint32_t lay
     return &sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads + kv_head];
 }
 
-// Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_NO_MEMORY.
+// Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_INDEX_FULL,
+// ICE_NO_MEMORY.
 ICE_MUST_CHECK ice_status sequence_open(struct server *server, struct session *session,
                                         const Icecache__Wire__SequenceOpen *message, struct sequence **out);
 // NULL where the session has no such sequence, or it is being closed.

@@ -69,7 +69,7 @@ static ice_status admissible(const struct server *server, const struct session *
         return ICE_PERMISSION;
     if (server->stopping && !stats && request->body_case != ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE)
         return ICE_SHUTTING_DOWN;
-    if (session->inflight >= server->config->inflight_max)
+    if (session->inflight >= server->config->inflight_max || session->inflight_bytes >= SERVER_INFLIGHT_BYTES_MAX)
         return ICE_QUEUE_FULL;
     return ICE_OK;
 }

@@ -210,6 +210,7 @@ void op_attach(struct op *op, struct session *session)
         session->ops->session_previous = op;
     session->ops = op;
     session->inflight++;
+    session->inflight_bytes += op->held_bytes;
     session_hold(session);
 }
 
@@ -223,6 +224,7 @@ void op_detach(struct op *op)
     if (op->session_next)
         op->session_next->session_previous = op->session_previous;
     session->inflight--;
+    session->inflight_bytes -= op->held_bytes;
     session_release(op->server, session);
 }
 

@@ -64,6 +64,7 @@ struct op {
     struct op_lane *lanes;
     uint32_t *positions; // [lane][slots_max], NULL: not asked for
     size_t positions_bytes;
+    size_t held_bytes; // this op, its positions and its message, as the session counts them
     uint32_t slots_max;
 
     // Reactor only.

@@ -288,6 +288,7 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
         server->env->bus_release(server->env, message);
         return NULL;
     }
+    op->held_bytes = op->bytes + op->positions_bytes + message->vectors_bytes;
     set_sender(op, session, request->request_id, message);
     op->deadline_ns = op->received_ns + deadline_us * 1000;
     op->message = *message; // vectors stay where they are until the op ends

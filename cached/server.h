@@ -12,14 +12,15 @@
 #include "cached/session.h"
 #include "cached/shard.h"
 
-#define SERVER_HASH_BUCKETS      4096u
-#define SERVER_SEARCH_UNITS      20000u // work units between two looks at the deadline: about half a millisecond
-#define SERVER_BUILD_UNITS       4000u  // work units of a clustering slice, while which a decode task may wait
-#define SERVER_MOVE_ROWS         256u   // rows that a slice moves
-#define SERVER_HELLO_DEADLINE_NS (5ull * 1000000000u)
-#define SERVER_ACCEPT_PAUSE_NS   (100ull * 1000000u)
-#define SERVER_STALL_RETRY_NS    (100ull * 1000000u)
-#define SERVER_INDEX_TOKEN_BYTES 64u // promised per token beside the copy of its key; a test holds it against the tree
+#define SERVER_HASH_BUCKETS       4096u
+#define SERVER_SEARCH_UNITS       20000u // work units between two looks at the deadline: about half a millisecond
+#define SERVER_BUILD_UNITS        4000u  // work units of a clustering slice, while which a decode task may wait
+#define SERVER_MOVE_ROWS          256u   // rows that a slice moves
+#define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
+#define SERVER_ACCEPT_PAUSE_NS    (100ull * 1000000u)
+#define SERVER_INFLIGHT_BYTES_MAX (128ull << 20) // of a session's requests, beyond which it must wait for replies
+#define SERVER_STALL_RETRY_NS     (100ull * 1000000u)
+#define SERVER_INDEX_TOKEN_BYTES  64u // promised per token beside the copy of its key; a test holds it against the tree
 
 // Counters and latencies of requests. Reactor only.
 struct server_stats {

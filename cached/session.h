@@ -54,6 +54,7 @@ struct session {
     uint64_t since_ns;
     uint32_t holds; // requests, jobs and sequences that still point here
     uint32_t inflight;
+    uint64_t inflight_bytes; // memory of requests in flight
     uint32_t landing_count, sequence_count;
     uint32_t next_landing_id;
     struct landing *landings;

@@ -59,7 +59,7 @@ struct env {
     void (*close_fd)(struct env *env, int fd);
 
     // Files of the socket directory.
-    int (*make_directory)(struct env *env, const char *path);
+    int (*make_directory)(struct env *env, const char *path); // or finds it; -EPERM: another user's
     int (*lock_file)(struct env *env, const char *path, int *fd_out, pid_t *holder); // -EWOULDBLOCK: held by *holder
     int (*unlink)(struct env *env, const char *path);
 

@@ -85,25 +85,33 @@ static void *map_aligned(uint64_t bytes)
     return raw + before;
 }
 
+// Forked children must not copy it, core dumps must not hold users' data, and it is all there from the start.
+static int populate(void *base, uint64_t bytes)
+{
+    if (madvise(base, bytes, MADV_DONTFORK) == 0 && madvise(base, bytes, MADV_DONTDUMP) == 0 &&
+        madvise(base, bytes, MADV_POPULATE_WRITE) == 0)
+        return 0;
+    int error = errno;
+    munmap(base, bytes);
+    return -error;
+}
+
 static int map_region(struct env *env, uint64_t bytes, struct env_region *out)
 {
     (void)env;
     enum env_huge kind = ENV_HUGE_HUGETLB_2M;
     void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (21 << MAP_HUGE_SHIFT), -1, 0);
-    if (base == MAP_FAILED) {
+    // A cgroup may refuse huge pages only when they are touched.
+    if (base == MAP_FAILED || populate(base, bytes) != 0) {
         kind = ENV_HUGE_TRANSPARENT;
         base = map_aligned(bytes);
         if (!base)
             return -errno;
         madvise(base, bytes, MADV_HUGEPAGE); // refused where huge pages are off: then smaps says so below
-    }
-    // Forked children must not copy it, core dumps must not hold users' data.
-    if (madvise(base, bytes, MADV_DONTFORK) || madvise(base, bytes, MADV_DONTDUMP) ||
-        madvise(base, bytes, MADV_POPULATE_WRITE)) {
-        int error = errno;
-        munmap(base, bytes);
-        return -error;
+        int error = populate(base, bytes);
+        if (error)
+            return error;
     }
     *out = (struct env_region){.base = base, .bytes = bytes, .kind = kind, .huge_bytes = huge_bytes_of(base)};
     if (kind == ENV_HUGE_TRANSPARENT && out->huge_bytes == 0)
@@ -168,16 +176,26 @@ static void close_fd(struct env *env, int fd)
 static int make_directory(struct env *env, const char *path)
 {
     (void)env;
-    if (mkdir(path, 0700) == 0 || errno == EEXIST)
+    if (mkdir(path, 0700) == 0)
         return 0;
-    return -errno;
+    struct stat folder;
+    if (errno != EEXIST)
+        return -errno;
+    if (stat(path, &folder))
+        return -errno;
+    if (!S_ISDIR(folder.st_mode))
+        return -ENOTDIR;
+    // Who owns the folder can put other sockets in the place of ours, for example under /tmp.
+    uid_t user = geteuid();
+    return user == 0 || folder.st_uid == 0 || folder.st_uid == user ? 0 : -EPERM;
 }
 
 static int lock_file(struct env *env, const char *path, int *fd_out, pid_t *holder)
 {
     (void)env;
     *holder = 0;
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    // Emptied and written below, so never somebody else's file behind a link.
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return -errno;
     char text[32] = "";

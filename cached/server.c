@@ -83,7 +83,8 @@ bool server_take_directory(struct server *server)
     pid_t holder = 0;
     int error = env->make_directory(env, directory);
     if (error)
-        log_error("cannot make %s: %s", directory, strerror(-error));
+        log_error("cannot use %s for the sockets: %s", directory,
+                  error == -EPERM ? "it belongs to another user" : strerror(-error));
     else if ((error = env->lock_file(env, server->lock_path, &server->lock_fd, &holder)) == -EWOULDBLOCK)
         log_error("another icecached (pid %d) serves %s; stop it or choose another --socket-dir", (int)holder,
                   directory);

@@ -88,8 +88,10 @@ static void build_slice(struct shard *shard)
 
 static bool can_build(struct shard *shard)
 {
-    if (!shard->due_head)
+    if (!shard->due_head) {
+        shard->stalled = false;
         return false;
+    }
     if (shard->stalled && env_now_ns(shard->server->env) < shard->stalled_until_ns)
         return false;
     shard->stalled = false;

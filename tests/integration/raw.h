@@ -5,6 +5,7 @@
 #include "daemon.h"
 
 #include "proto/control.h"
+#include "proto/dtype.h"
 #include "proto/limits.h"
 #include "proto/wire.h"
 

@@ -9,30 +9,49 @@ enum { SLOTS = 2048 };
 
 // ---- all at every length ----
 
-// Retrieves that must return everything, by different shares of sinks, window and budget.
+struct share {
+    uint32_t budget, sinks, window;
+    enum ice_granularity granularity;
+};
+
+// A retrieve that must return everything below `length`.
+static void check_share(struct worker *worker, const struct history *history, uint64_t length, uint32_t layer,
+                        const struct share *share, bool masses)
+{
+    struct retrieve retrieve;
+    struct ice_retrieve_result result;
+    retrieve_init(&retrieve, worker, history, layer, length - 1, 1);
+    retrieve_ends(&retrieve, share->budget, share->sinks, share->window);
+    retrieve.options.granularity = share->granularity;
+    assert_ok(ice_retrieve(worker->client, &retrieve.options, &result));
+    assert_false(result.partial);
+    assert_int_equal(result.head_count, worker->shape.kv_heads);
+    for (uint32_t head = 0; head < result.head_count; head++) {
+        assert_int_equal(result.counts[head], length);
+        if (masses)
+            assert_float_equal(result.masses[head], 1.0f, 1e-3f);
+    }
+    assert_int_equal(result.bytes_moved, result.head_count * length * 2 * shape_row_bytes(&worker->shape));
+    landing_check_all(worker->landing, 0, layer, history, length);
+    retrieve_fini(&retrieve);
+}
+
+// Different shares of sinks, window and budget.
 static void check_everything(struct worker *worker, const struct history *history, uint64_t length, uint32_t layer)
 {
     const uint32_t n = (uint32_t)length;
-    const struct {
-        uint32_t budget, sinks, window;
-    } shares[] = {
-        {n, 0, 0}, {1, n, 0}, {1, 0, n}, {n, 16, 64}, {n > 80 ? n - 80 : 1, 16, 64}, {SLOTS - 80, 16, 64},
+    const struct share shares[] = {
+        {n, 0, 0, ICE_TOKEN_WISE},
+        {n, 0, 0, ICE_PAGE_WISE},
+        {n > 80 ? n - 80 : 1, 16, 64, ICE_TOKEN_WISE},
+        {n > 80 ? n - 80 : 1, 16, 64, ICE_PAGE_WISE},
+        {worker->slots - 80, 16, 64, ICE_TOKEN_WISE},
     };
-    for (size_t i = 0; i < sizeof shares / sizeof *shares; i++) {
-        struct retrieve retrieve;
-        struct ice_retrieve_result result;
-        retrieve_init(&retrieve, worker, history, layer, length - 1, 1);
-        retrieve_ends(&retrieve, shares[i].budget, shares[i].sinks, shares[i].window);
-        assert_ok(ice_retrieve(worker->client, &retrieve.options, &result));
-        assert_false(result.partial);
-        assert_int_equal(result.head_count, worker->shape.kv_heads);
-        for (uint32_t head = 0; head < result.head_count; head++) {
-            assert_int_equal(result.counts[head], length);
-            assert_float_equal(result.masses[head], 1.0f, 1e-3f);
-        }
-        landing_check_all(worker->landing, 0, layer, history, length);
-        retrieve_fini(&retrieve);
-    }
+    const struct share ends[] = {{1, n, 0, ICE_TOKEN_WISE}, {1, 0, n, ICE_TOKEN_WISE}};
+    for (size_t i = 0; i < sizeof shares / sizeof *shares; i++)
+        check_share(worker, history, length, layer, &shares[i], true);
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        check_share(worker, history, length, layer, &ends[i], false);
 }
 
 static void check_lengths(const struct daemon *daemon, const struct shape *shape, const uint64_t *lengths, size_t count)
@@ -115,6 +134,25 @@ static void attention_is_full_attention(void **state)
     }
 }
 
+// Sinks or window alone cover everything: then the estimated mass is all of it.
+static void ends_alone_have_all_the_mass(void **state)
+{
+    const struct daemon *daemon = *state;
+    const struct shape shape = {1, 2, 4, 64, ICE_BF16};
+    static const struct share ends[] = {
+        {1, 600, 0, ICE_TOKEN_WISE}, {1, 0, 600, ICE_TOKEN_WISE}, {1, 300, 300, ICE_TOKEN_WISE}};
+    struct history history;
+    struct worker worker;
+    history_create(&history, &shape, 600, 12);
+    worker_open(&worker, daemon->sockets, &shape, 1, 601);
+    worker_append(&worker, &history, 0, 600);
+    worker_wait_idle(&worker);
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        check_share(&worker, &history, 600, 0, &ends[i], true);
+    worker_close(&worker);
+    history_destroy(&history);
+}
+
 // Values are never judged: NaN, infinities and subnormal numbers come back as they went in.
 static void any_value_bits(void **state)
 {
@@ -153,7 +191,7 @@ static void decode_insertions(void **state)
     struct worker worker;
     struct ice_sequence_info before, after;
     history_create(&history, &shape, prefill + steps, 17);
-    worker_open(&worker, daemon->sockets, &shape, 1, (uint32_t)(prefill + steps));
+    worker_open(&worker, daemon->sockets, &shape, 1, (uint32_t)(prefill + steps + 1));
     worker_append(&worker, &history, 0, prefill);
     sequence_wait_idle(worker.sequence, &before);
     for (uint64_t step = 0; step < steps; step++) {
@@ -265,6 +303,7 @@ int main(void)
         DAEMON_TEST(every_length),
         DAEMON_TEST(every_dtype_and_head_dim),
         DAEMON_TEST(attention_is_full_attention),
+        DAEMON_TEST(ends_alone_have_all_the_mass),
         DAEMON_TEST(any_value_bits),
         DAEMON_TEST(decode_insertions),
         DAEMON_TEST(while_clustering_runs),

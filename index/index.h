@@ -31,7 +31,7 @@
 enum index_status {
     INDEX_OK = 0,
     INDEX_NO_MEMORY,  // the allocator refused; nothing changed
-    INDEX_NOT_FINITE, // a key or query is NaN, infinite or too large to square; nothing changed
+    INDEX_NOT_FINITE, // a key or query is NaN, infinite or too large (squared norm above 2^125, or scores above 1e30)
     INDEX_INVALID,    // a parameter is out of range; nothing changed
     INDEX_FULL,       // INDEX_TOKENS_MAX reached; nothing changed
 };
@@ -49,7 +49,7 @@ struct index_params {
     uint32_t head_dim;      // multiple of 16, at most 256
     enum index_dtype dtype; // of the keys handed to index_append
     uint32_t page_tokens;   // rows of a page; 0: 16
-    float promotion_ratio;  // r: n_l = r * n_(l-1); 0: the default, 1/32
+    float promotion_ratio;  // r: n_l = r * n_(l-1), 1/1024 to 1/2; 0: the default, 1/32
     uint64_t seed;
 };
 
@@ -61,8 +61,10 @@ void index_destroy(struct index *index); // accepts NULL
 
 uint64_t index_length(const struct index *index);  // tokens appended
 uint64_t index_indexed(const struct index *index); // tokens in the tree: positions 0 .. indexed-1; the rest is scanned
-uint64_t index_version(const struct index *index); // same seed, keys and indexed count: same version, same tree
-uint64_t index_bytes(const struct index *index);   // memory held
+// A digest of the tree. Same seed, keys and indexed count: same version, same tree. 0 while nothing is indexed. Page
+// ids are not part of it: they depend on when appends and commits happened.
+uint64_t index_version(const struct index *index);
+uint64_t index_bytes(const struct index *index);                    // memory held
 uint32_t index_page_bound(const struct index *index);               // every page id in use is below it
 uint32_t index_page_rows(const struct index *index, uint32_t page); // rows in use; 0: the page is not in use
 
@@ -78,7 +80,7 @@ struct index_place {
 // provide before it commits. Until commit nothing of it can be seen; drop forgets it. One append may
 // be prepared at a time. Appends and searches may happen at any point of a build, also while a plan is pending.
 // keys: n rows of head_dim elements, stride_bytes apart (borrowed during the call; may change under the call without
-// harm to the index). places: room for n entries, written on success only.
+// harm to the index). places: room for n entries, written on success only. INDEX_INVALID also when one is prepared.
 INDEX_MUST_CHECK enum index_status index_append_prepare(struct index *index, const void *keys, size_t stride_bytes,
                                                         uint32_t n, struct index_place *places);
 void index_append_commit(struct index *index);
@@ -96,7 +98,7 @@ enum index_build_state {
     INDEX_BUILD_IDLE,     // nothing to do until more tokens are appended
     INDEX_BUILD_MORE,     // call again
     INDEX_BUILD_PLAN,     // a plan is pending: carry it out and commit it, or drop it
-    INDEX_BUILD_NO_MEMORY // the allocator refused; nothing changed; call again later
+    INDEX_BUILD_NO_MEMORY // the allocator refused; the build's memory was given back; a later call begins it anew
 };
 
 // Copies of K and V rows that the owner makes. Sources stay valid and searchable until commit; targets are rows that
@@ -113,11 +115,14 @@ struct index_plan {
     uint32_t released_page_count;
 };
 
-bool index_build_is_due(const struct index *index); // index_build_step would do something
+// index_build_step would do something (false while a plan is pending: it waits for commit or drop).
+bool index_build_is_due(const struct index *index);
 enum index_build_state index_build_step(struct index *index, uint64_t work_units);
 void index_plan_get(const struct index *index, struct index_plan *plan); // state INDEX_BUILD_PLAN only
 void index_plan_commit(struct index *index);
-void index_plan_drop(struct index *index); // the tree stays as it was; the same plan comes again
+// The tree stays as it was. The plan stays worked out, its new pages' ids stay taken, and the next step returns it
+// again.
+void index_plan_drop(struct index *index);
 
 // ---- search ----
 struct index_query {
@@ -125,13 +130,16 @@ struct index_query {
     uint32_t query_count;    // query positions, their masses are summed
     uint32_t head_count;     // query heads that share this KV head
     uint64_t first_position; // query i stands at first_position + i and sees positions 0 .. first_position + i
-    float scale;             // softmax scale
+    float scale;             // softmax scale, above 0
     uint32_t budget;         // tokens to select outside sinks and window
     uint32_t sinks, window;  // positions < sinks, and the last `window` up to the last query; never selected
-    bool page_wise;          // whole pages of the tree, at most budget / page_tokens of them (at least one)
-    float coverage;          // in (0, 1]: stop as soon as the estimated mass reaches it; 0: spend the budget
-    float effort; // share of the leaf pages to open at most, (0, 1]; 0: the default. Enough are always opened to fill
-                  // the budget
+    bool page_wise; // whole pages of the tree, at most budget / page_tokens of them (at least one, so that up to
+                    // page_tokens tokens may come back for a smaller budget); open pages of the tail count as pages
+    float coverage; // in (0, 1]: stop as soon as the estimated mass of sinks, window and selection reaches it, and
+                    // select no more than reaches it; 0: spend the budget
+    float effort;   // share of the leaf pages to open, (0, 1]; 1 is exact. 0: the default, as many as may still hold a
+                  // token better than the worst selected one. Enough are always opened to fill the budget; a budget of
+                  // all tokens outside sinks and window selects them all, page-wise too
 };
 
 struct index_selected {
@@ -149,20 +157,21 @@ struct index_selection {
 
 struct index_search;
 
-// A context for searches with at most budget_max selected tokens, group heads, queries; it grows to the largest index
-// it has seen only in index_search_begin's reserve call (below), never in a step.
+// A context for searches. It grows in index_search_reserve only.
 INDEX_MUST_CHECK enum index_status index_search_create(const struct index_allocator *allocator,
                                                        struct index_search **out);
 void index_search_destroy(struct index_search *search); // accepts NULL
 // Makes room for a search with this query on this index. The only call that may allocate.
 INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *search, const struct index *index,
                                                         const struct index_query *query);
-// Begins a search (checks the queries). The index must not be appended to or committed on until finish.
+// Begins a search (checks the queries); INDEX_NO_MEMORY where reserve did not make room for this query and this length.
+// The index must not be appended to or committed on until finish; build steps may go on.
 INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index *index,
                                                       const struct index_query *query);
-// Does about work_units units; true when the search is complete.
+// Does about work_units units, at least one item: a page, or a node's children, against all queries. True when
+// complete.
 bool index_search_step(struct index_search *search, uint64_t work_units);
-// Selects from what has been scored so far. *tokens is borrowed from the context until the next begin.
+// Selects from what has been scored so far. *tokens is borrowed from the context until its next begin or reserve.
 void index_search_finish(struct index_search *search, struct index_selection *selection,
                          const struct index_selected **tokens);
 

@@ -29,6 +29,7 @@ struct dci_kernel {
     void (*weigh16)(const float *scores, uint32_t views, const float *top, const float *inverse, float *masses);
     // Sum of exp(x[i]).
     float (*exp_sum)(const float *x, uint32_t n);
+    float (*exp_one)(float x);
 };
 
 // The best one for this machine.

@@ -12,7 +12,7 @@
 
 // Deviations of scores within a page in units of |q| * radius / sqrt(head_dim): measured on real attention, queries
 // favour the directions in which keys vary.
-#define MASS_DEVIATION 1.5f
+#define MASS_DEVIATION 1.25f
 // The same, for the hope that decides what is opened.
 #define HOPE_DEVIATION 1.5f
 #define EXPONENT_MAX   80.0f
@@ -114,6 +114,8 @@ void dci_rank_push(struct index_search *search, uint32_t level, uint32_t number)
         hopes[v] = at_most(hopes[v] - reference[v], EXPONENT_MAX);
     }
     struct waiting item = {.tie = summary.tie, .number = number, .level = level};
+    item.weight = summary.weight;
+    search->waiting_tokens += summary.weight;
     item.mass = search->index->kernel->exp_sum(exponents, views) / (float)views;
     item.merit = search->index->kernel->exp_sum(hopes, views) / (float)views;
     if (search->query.page_wise) {
@@ -147,6 +149,7 @@ struct waiting dci_rank_pop(struct index_search *search)
     }
     queue[at] = last;
     search->waiting_mass -= (double)first.mass;
+    search->waiting_tokens -= first.weight;
     return first;
 }
 
@@ -191,15 +194,22 @@ void dci_rank_offer(struct index_search *search, float preview)
     search->best_sum += (double)preview;
 }
 
+// What waits holds tokens of sinks and window too, and tokens behind the query: the share that counts.
+float dci_rank_waiting_share(const struct index_search *search)
+{
+    const uint32_t left = search->visible - search->tokens_scored;
+    return left < search->waiting_tokens ? (float)left / (float)search->waiting_tokens : 1.0f;
+}
+
 bool dci_rank_is_enough(const struct index_search *search)
 {
     const struct index_query *query = &search->query;
-    if (search->queue_count == 0) {
+    if (search->queue_count == 0 || search->eligible_scored == search->high - search->low) {
         return true;
     }
     if (query->coverage > 0.0f) {
         const double waiting = search->waiting_mass > 0.0 ? search->waiting_mass : 0.0;
-        const double all = search->scored_preview + waiting;
+        const double all = search->scored_preview + waiting * (double)dci_rank_waiting_share(search);
         if (search->ends_preview + search->best_sum >= (double)query->coverage * all) {
             return true;
         }

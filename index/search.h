@@ -29,6 +29,7 @@ struct waiting {
     uint32_t tie;    // lowest position (page) or pivot (node)
     uint32_t number; // page id or node
     uint32_t level;
+    uint32_t weight; // tokens below it
 };
 
 struct candidate {
@@ -80,7 +81,8 @@ struct index_search {
     uint32_t eligible_scored, tokens_scored;
     uint32_t pages_opened, pages_max;
     uint32_t queue_count, best_count, best_room;
-    uint32_t score_blocks; // blocks that fit in ROOM_SCORES
+    uint64_t waiting_tokens; // in what waits
+    uint32_t score_blocks;   // blocks that fit in ROOM_SCORES
     double best_sum, ends_preview, scored_preview, waiting_mass;
     bool begun, interrupted;
 };
@@ -100,7 +102,8 @@ void dci_rank_push(struct index_search *search, uint32_t level, uint32_t number)
 struct waiting dci_rank_pop(struct index_search *search);
 void dci_rank_rest(struct index_search *search, const struct waiting *waiting);
 void dci_rank_offer(struct index_search *search, float preview); // to the running best
-bool dci_rank_is_enough(const struct index_search *search);      // nothing that waits is worth opening
+float dci_rank_waiting_share(const struct index_search *search);
+bool dci_rank_is_enough(const struct index_search *search); // nothing that waits is worth opening
 
 // ---- select.c ----
 void dci_search_settle(struct index_search *search, uint32_t block);

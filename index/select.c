@@ -11,8 +11,9 @@ void dci_search_fix_inverse(struct index_search *search)
 {
     const float *total = SEARCH_ROOM(search, float, ROOM_TOTAL), *rest = SEARCH_ROOM(search, float, ROOM_REST);
     float *inverse = SEARCH_ROOM(search, float, ROOM_INVERSE);
+    const float share = dci_rank_waiting_share(search);
     for (uint32_t v = 0; v < search->views; v++) {
-        const float sum = total[v] + rest[v];
+        const float sum = total[v] + share * rest[v];
         inverse[v] = sum > 0.0f ? 1.0f / (sum * (float)search->views) : 0.0f;
     }
 }

@@ -130,7 +130,15 @@ static struct op *create_read(struct server *server, struct session *session, co
     return op;
 }
 
-static bool check_landing(const struct landing *landing, const struct sequence *sequence,
+// The most slots that a head may need. Page-wise at least one whole page is taken, however small the budget is.
+static uint64_t slots_needed(const struct server *server, const Icecache__Wire__Retrieve *message)
+{
+    uint64_t page = message->page_wise ? server->config->page_tokens : 0;
+    uint64_t ends = message->worker_holds_ends ? 0 : (uint64_t)message->sinks + message->window;
+    return (message->budget > page ? message->budget : page) + ends;
+}
+
+static bool check_landing(const struct server *server, const struct landing *landing, const struct sequence *sequence,
                           const Icecache__Wire__Retrieve *message, struct refusal *refusal)
 {
     const struct landing_shape *shape = &landing->shape;
@@ -143,12 +151,10 @@ static bool check_landing(const struct landing *landing, const struct sequence *
                       "landing (%u KV heads, head_dim %u, %s) and sequence (%u KV heads, head_dim %u, %s) differ",
                       shape->kv_heads, shape->head_dim, dtype_name((enum dtype)shape->dtype), sequence->shape.kv_heads,
                       sequence->shape.head_dim, dtype_name((enum dtype)sequence->shape.dtype));
-    uint64_t slots = (uint64_t)message->budget;
-    if (!message->worker_holds_ends)
-        slots += (uint64_t)message->sinks + message->window;
+    uint64_t slots = slots_needed(server, message);
     if (slots > shape->slots)
-        return refuse(refusal, ICE_TOO_LARGE, "sinks + window + budget need %llu slots, the landing has %u",
-                      (unsigned long long)slots, shape->slots);
+        return refuse(refusal, ICE_TOO_LARGE, "sinks + window + budget%s need %llu slots, the landing has %u",
+                      message->page_wise ? " (at least a page)" : "", (unsigned long long)slots, shape->slots);
     return true;
 }
 
@@ -169,7 +175,8 @@ static bool check_sequences(struct server *server, struct session *session, cons
     for (size_t i = 0; i < message->n_sequence_ids; i++) {
         struct sequence *sequence = find_sequence(server, session, message->sequence_ids[i], refusal);
         if (!sequence || !check_layers(sequence, message->layer, 1, refusal) ||
-            !check_landing(landing, sequence, message, refusal) || !check_row(landing, message->rows[i], refusal))
+            !check_landing(server, landing, sequence, message, refusal) ||
+            !check_row(landing, message->rows[i], refusal))
             return false;
         if (i > 0 && sequence->shape.query_heads != sequences[0]->shape.query_heads)
             return refuse(refusal, ICE_SHAPE_MISMATCH, "the sequences of one retrieve differ in query heads");
@@ -218,7 +225,7 @@ static void fill_retrieve(struct op *op, const Icecache__Wire__Retrieve *message
 // Room for the positions in the reply, where the worker asked for them.
 static bool allocate_positions(struct op *op, const Icecache__Wire__Retrieve *message, struct refusal *refusal)
 {
-    uint64_t slots = (uint64_t)message->budget + (message->worker_holds_ends ? 0 : message->sinks + message->window);
+    uint64_t slots = slots_needed(op->server, message);
     uint64_t bytes = op->lane_count * slots * sizeof(uint32_t);
     if (!message->want_positions)
         return true;

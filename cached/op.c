@@ -10,6 +10,8 @@
 #include "proto/dtype.h"
 
 #include <assert.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 
 // ---- admission ----
@@ -72,39 +74,71 @@ void op_submit(struct op *op)
         op_begin(op);
 }
 
-// ---- checks that depend on the sequences' state; NULL status text means the status' own ----
+// ---- checks that depend on the sequences' state; an empty text means the status' own ----
+
+#define TEXT_BYTES 192
+
+static ice_status refuse(char *text, ice_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+static ice_status refuse(char *text, ice_status status, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, TEXT_BYTES, format, arguments);
+    va_end(arguments);
+    return status;
+}
 
 static ice_status check_append(const struct sequence *sequence, uint32_t layer, uint32_t layers, uint64_t first,
-                               uint64_t tokens)
+                               uint64_t tokens, char *text)
 {
+    uint64_t length = sequence_length(sequence, layer, layers);
     if (first + tokens > sequence->tokens_max)
-        return ICE_TOO_LARGE;
-    if (first > sequence_length(sequence, layer, layers))
-        return ICE_POSITION_GAP;
+        return refuse(text, ICE_TOO_LARGE,
+                      "the append ends at %llu tokens, the sequence may have %llu (its max_tokens, or --tokens-max)",
+                      (unsigned long long)(first + tokens), (unsigned long long)sequence->tokens_max);
+    if (first > length)
+        return refuse(text, ICE_POSITION_GAP,
+                      "the append starts at position %llu, the length is %llu; append the missing positions first",
+                      (unsigned long long)first, (unsigned long long)length);
     return ICE_OK;
 }
 
-static ice_status check_retrieve(const struct op *op)
+static ice_status check_retrieve(const struct op *op, char *text)
 {
     for (uint32_t i = 0; i < op->sequence_count; i++) {
         const struct sequence *sequence = op->admissions[i].sequence;
+        uint64_t end = op->first_queries[i] + op->queries, length = sequence->lengths[op->layer];
         if (op->append) {
-            ice_status status = check_append(sequence, op->layer, 1, op->first_queries[i], op->queries);
+            ice_status status = check_append(sequence, op->layer, 1, op->first_queries[i], op->queries, text);
             if (status != ICE_OK)
                 return status;
-        } else if (op->first_queries[i] + op->queries > sequence->lengths[op->layer]) {
-            return ICE_POSITION_GAP;
+        } else if (end > length) {
+            return refuse(text, ICE_POSITION_GAP,
+                          "the last query stands at position %llu, layer %u has %llu tokens; append its K and V first",
+                          (unsigned long long)(end - 1), op->layer, (unsigned long long)length);
         }
     }
     return ICE_OK;
 }
 
-// Room for the whole append before its first part is stored. A last part leaves nothing promised.
+static ice_status check_read(const struct op *op, const struct sequence *sequence, char *text)
+{
+    uint64_t length = sequence_length(sequence, op->layer, op->layers);
+    if (op->first + op->tokens > length)
+        return refuse(text, ICE_OUT_OF_BOUNDS, "the read ends at position %llu, the length is %llu",
+                      (unsigned long long)(op->first + op->tokens), (unsigned long long)length);
+    return ICE_OK;
+}
+
+// Room for the whole append before its first part is stored: for what is not there already, so that an equal append
+// again needs none. A last part leaves nothing promised.
 static ice_status reserve_append(struct op *op, struct sequence *sequence)
 {
     struct server *server = op->server;
     uint64_t lanes = (uint64_t)op->layers * sequence->shape.kv_heads;
-    uint64_t tokens = op->reserve_tokens > op->tokens ? op->reserve_tokens : 0;
+    uint64_t length = sequence_length(sequence, op->layer, op->layers), end = op->first + op->reserve_tokens;
+    uint64_t tokens = op->reserve_tokens > op->tokens && end > length ? end - length : 0;
     uint64_t frames = tokens ? lanes * (tokens / server->config->page_tokens + 2) : 0;
     uint64_t bytes = lanes * tokens * (sequence->row_bytes + SERVER_INDEX_TOKEN_BYTES);
     if (tokens == 0)
@@ -160,19 +194,19 @@ static void bind_rows(struct op *op)
     }
 }
 
-static ice_status check_begin(struct op *op)
+static ice_status check_begin(struct op *op, char *text)
 {
     struct sequence *sequence = op->admissions[0].sequence;
     switch (op->kind) {
     case OP_APPEND: {
         ice_status status = check_append(sequence, op->layer, op->layers, op->first,
-                                         op->reserve_tokens > op->tokens ? op->reserve_tokens : op->tokens);
+                                         op->reserve_tokens > op->tokens ? op->reserve_tokens : op->tokens, text);
         return status == ICE_OK ? reserve_append(op, sequence) : status;
     }
     case OP_RETRIEVE:
-        return check_retrieve(op);
+        return check_retrieve(op, text);
     case OP_READ:
-        return op->first + op->tokens > sequence_length(sequence, op->layer, op->layers) ? ICE_OUT_OF_BOUNDS : ICE_OK;
+        return check_read(op, sequence, text);
     default:
         return ICE_OK;
     }
@@ -188,9 +222,10 @@ static void op_begin(struct op *op)
         op_finish(op, ICE_UNKNOWN_SESSION, NULL);
         return;
     }
-    ice_status status = check_begin(op);
+    char text[TEXT_BYTES] = "";
+    ice_status status = check_begin(op, text);
     if (status != ICE_OK) {
-        op_finish(op, status, NULL);
+        op_finish(op, status, text);
         return;
     }
     if (op->kind == OP_RETRIEVE)

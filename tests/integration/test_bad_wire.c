@@ -462,7 +462,7 @@ static void retrieves(void **state)
     EXPECT_RETRIEVE(ICE_INVALID_ARGUMENT, "coverage", message->coverage = 1.5f);
     EXPECT_RETRIEVE(ICE_TOO_LARGE, "deadline", message->deadline_us = UINT32_MAX);
     EXPECT_RETRIEVE(ICE_TOO_LARGE, "first_queries", asked.firsts[0] = UINT64_MAX);
-    EXPECT_RETRIEVE(ICE_POSITION_GAP, "", asked.firsts[0] = LENGTH);
+    EXPECT_RETRIEVE(ICE_POSITION_GAP, "the last query stands at position 50", asked.firsts[0] = LENGTH);
     EXPECT_RETRIEVE(ICE_NOT_FINITE, "NaN", memset(asked.queries, 0xff, 2));
     uint32_t other = raw_landing_open(&bench.raw, 1, SLOTS, KV_HEADS, HEAD_DIM, DTYPE_FP16);
     EXPECT_RETRIEVE(ICE_SHAPE_MISMATCH, "fp16", message->landing_id = other);
@@ -512,7 +512,7 @@ static void appends_and_reads(void **state)
     EXPECT_APPEND(ICE_UNKNOWN_LAYER, "the sequence has layers 0..1", append.layer = 1);
     EXPECT_APPEND(ICE_UNKNOWN_LAYER, "WIRE_LAYERS_MAX", append.layers = UINT32_MAX);
     EXPECT_APPEND(ICE_UNKNOWN_SEQUENCE, "is not open", append.sequence_id += 5);
-    EXPECT_APPEND(ICE_POSITION_GAP, "append the missing positions first", append.first = LENGTH + 1);
+    EXPECT_APPEND(ICE_POSITION_GAP, "starts at position 51, the length is 50", append.first = LENGTH + 1);
     EXPECT_APPEND(ICE_TOO_LARGE, "WIRE_TOKENS_MAX", append.first = UINT64_MAX);
     EXPECT_APPEND(ICE_INVALID_ARGUMENT, "reserve_tokens", append.reserve_tokens = 1);
     EXPECT_APPEND(ICE_TOO_LARGE, "reserve_tokens", append.reserve_tokens = UINT64_MAX);
@@ -525,7 +525,7 @@ static void appends_and_reads(void **state)
     read.tokens = LENGTH;
     raw_expect(call_read(&bench, &read), ICE_OK, "");
     read.first = 1;
-    raw_expect(call_read(&bench, &read), ICE_OUT_OF_BOUNDS, "");
+    raw_expect(call_read(&bench, &read), ICE_OUT_OF_BOUNDS, "the read ends at position 51, the length is 50");
     read.first = 0;
     read.staging_offset = STAGING - 1;
     raw_expect(call_read(&bench, &read), ICE_OUT_OF_BOUNDS, "staging area");

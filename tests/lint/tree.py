@@ -43,13 +43,15 @@ class Commands:
                 self.entries[path[len(root):]] = (entry["directory"], arguments)
 
     def near(self, path):
-        """(directory, compiler, flags) of a source beside path, else of one in a folder above it; None if there is none."""
+        """(directory, compiler, flags) of the source beside path whose name begins most like it (tests of different layers
+        share a folder), else of one in a folder above it; None if there is none."""
         folder = os.path.dirname(path)
         while folder:
-            for known in sorted(self.entries):
-                if os.path.dirname(known) == folder:
-                    directory, arguments = self.entries[known]
-                    return directory, arguments[0], preprocessing(arguments)
+            beside = [known for known in sorted(self.entries) if os.path.dirname(known) == folder]
+            if beside:
+                closest = max(beside, key=lambda known: len(os.path.commonprefix([known, path])))
+                directory, arguments = self.entries[closest]
+                return directory, arguments[0], preprocessing(arguments)
             folder = os.path.dirname(folder)
         return None
 

@@ -84,7 +84,8 @@ struct ice_client_options {
 
 // options may be NULL. *out is owned by the caller, written on success only.
 ICE_CHECKED ice_status ice_client_connect(const struct ice_client_options *options, ice_client **out);
-// Ends the session: everything it holds is freed by the daemon. Accepts NULL.
+// Ends the session: everything it holds is freed by the daemon, and the client's landings, sequences and tickets that
+// are still open are closed here. Accepts NULL.
 ICE_API void ice_client_close(ice_client *client);
 // A new session on the same sockets, after ICE_DISCONNECTED or ICE_UNKNOWN_SESSION. Pending tickets answer
 // ICE_DISCONNECTED, sequences and landings of the old session ICE_UNKNOWN_SESSION (close them).
@@ -112,7 +113,8 @@ struct ice_landing_view {
     const uint32_t *positions; // [count]
     uint32_t count;
 };
-// ICE_BUSY while the row belongs to a request in flight.
+// ICE_BUSY while the row belongs to a request in flight. After the session's end the call fails, but what was borrowed
+// before stays readable until the close.
 ICE_CHECKED ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
                                         struct ice_landing_view *out);
 

@@ -109,6 +109,9 @@ static void refuse_connection(struct server *server, int fd, ice_status status)
     size_t size = icecache__wire__control_reply__pack(&reply, bytes);
     ice_status sent = env->control_send(env, fd, bytes, size, -1);
     log_warn("connection refused: %s%s", reply.text, sent == ICE_OK ? "" : " (and it did not listen)");
+    // The hello is taken out first: closing over unread data would reset the connection before the reason is read.
+    ice_status ignored = env->control_receive(env, fd, bytes, sizeof bytes, &size);
+    (void)ignored;
     env->close_fd(env, fd);
 }
 
@@ -194,10 +197,9 @@ static void close_named_landing(struct server *server, struct session *session, 
         control_error(server, session, request_id, ICE_UNKNOWN_LANDING, NULL);
         return;
     }
+    landing->close_asked = true; // answered when its memory is free again
+    landing->close_request_id = request_id;
     landing_close(server, landing);
-    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
-    reply.request_id = request_id;
-    control_reply(server, session, &reply, -1);
 }
 
 static void control_request(struct server *server, struct session *session,

@@ -32,6 +32,8 @@ struct landing {
     struct landing_row *rows;
     uint32_t users; // requests in flight
     bool closing;
+    bool close_asked; // the worker waits for the reply to its close
+    uint64_t close_request_id;
     struct job *close_job; // made with the landing, so that closing never needs memory
     struct landing *next;
 };

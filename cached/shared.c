@@ -89,7 +89,12 @@ static void run_landing_close(struct task *task, void *thread)
 static void landing_closed(struct completion *completion, struct server *server)
 {
     struct job *job = job_of(completion);
+    Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
+    bool asked = job->landing->close_asked;
+    reply.request_id = job->landing->close_request_id;
     landing_free(server, job->landing);
+    if (asked)
+        control_reply(server, job->session, &reply, -1);
     job_free(server, job);
 }
 

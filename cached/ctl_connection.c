@@ -44,8 +44,11 @@ static ice_status greet(struct ctl_connection *connection, char *endpoint, size_
     size_t size = icecache__wire__control_request__pack(&request, bytes);
     int fd = -1;
     ice_status status = control_send(connection->control_fd, bytes, size, -1, connection->timeout_ms);
-    if (status == ICE_OK)
+    // A daemon that takes no more sessions says why and closes, without reading: the answer lies behind the closing.
+    if (status == ICE_OK || status == ICE_DISCONNECTED)
         status = control_receive(connection->control_fd, bytes, sizeof bytes, &size, &fd, connection->timeout_ms);
+    if (status == ICE_DISCONNECTED)
+        status = control_receive(connection->control_fd, bytes, sizeof bytes, &size, &fd, 0);
     if (fd >= 0)
         close(fd);
     Icecache__Wire__ControlReply *reply = NULL;

@@ -73,11 +73,16 @@ static ice_status hello_exchange(struct session *session, const char *name, uint
     }
     (void)icecache__wire__control_request__pack(&request, packet);
     ice_status status = control_send(session->control_fd, packet, size, -1, clock_left_ms(until_us));
-    if (status != ICE_OK) {
+    // A daemon that takes no more sessions says why and closes, without reading. Its answer is still to be had then,
+    // behind the news of the closing, of which the send and the first receive may each have a part.
+    if (status != ICE_OK && status != ICE_DISCONNECTED) {
         return error_set(status, "hello could not be sent: %s", status_text((int)status));
     }
     int fd = -1;
     status = control_receive(session->control_fd, packet, sizeof packet, &size, &fd, clock_left_ms(until_us));
+    if (status == ICE_DISCONNECTED) {
+        status = control_receive(session->control_fd, packet, sizeof packet, &size, &fd, 0);
+    }
     if (status != ICE_OK) {
         return error_set(status, "the daemon did not answer the hello: %s", status_text((int)status));
     }

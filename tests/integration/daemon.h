@@ -8,9 +8,10 @@
 
 struct daemon {
     struct child child;
-    const char *const *options; // NULL-terminated, behind --socket-dir
-    char folder[64];            // temporary, removed at the end
-    char sockets[96];           // --socket-dir
+    const char *const *options; // NULL-terminated, behind --socket-dir; they leave --log-level at info or below
+    uint32_t starts;
+    char folder[64];  // temporary, removed at the end
+    char sockets[96]; // --socket-dir
     char log[96];
 };
 
@@ -29,7 +30,7 @@ int daemon_teardown(void **state);
     cmocka_unit_test_prestate_setup_teardown(function, daemon_setup_stopped, daemon_teardown,                          \
                                              (void *)(uintptr_t)daemon_default_options)
 
-void daemon_start(struct daemon *daemon); // until it accepts connections
+void daemon_start(struct daemon *daemon); // until its log says that it is ready
 void daemon_stop(struct daemon *daemon);  // SIGTERM; it must exit 0, its log free of sanitizer reports
 void daemon_signal(const struct daemon *daemon, int signal);
 void daemon_kill(struct daemon *daemon); // SIGKILL

@@ -127,6 +127,7 @@ static void stop(struct server *server)
     log_info("stopping: %u requests in flight, %u sessions", server->ops, server->session_count);
     server->stopping = true;
     server->stop_deadline_ns = now + server->config->drain_ms * 1000000u;
+    server->farewell_ns = server->session_count > 0 ? now + SERVER_FAREWELL_NS : now;
 }
 
 static void handle_event(struct server *server, void *what)
@@ -161,6 +162,8 @@ static int wait_ms(struct server *server, uint64_t now_ns, uint64_t until_ns)
 {
     if (server->stopping && server->stop_deadline_ns < until_ns)
         until_ns = server->stop_deadline_ns;
+    if (server->stopping && server->ops == 0 && server->farewell_ns < until_ns)
+        until_ns = server->farewell_ns;
     if (until_ns <= now_ns)
         return 0;
     uint64_t ms = (until_ns - now_ns) / 1000000u + 1;
@@ -194,10 +197,22 @@ static void end_sessions(struct server *server)
         one_round(server, &more);
 }
 
+// Until nothing is in flight, and a little longer: the last replies must have reached their workers before the closing
+// of the control sockets tells these that the daemon is gone.
+static bool serves(struct server *server)
+{
+    if (!server->stopping)
+        return true;
+    uint64_t now = env_now_ns(server->env);
+    if (server->ops > 0)
+        server->farewell_ns = now + SERVER_FAREWELL_NS;
+    return now < server->stop_deadline_ns && now < server->farewell_ns;
+}
+
 void reactor_run(struct server *server)
 {
     bool more = true;
-    while (!server->stopping || (server->ops > 0 && env_now_ns(server->env) < server->stop_deadline_ns))
+    while (serves(server))
         one_round(server, &more);
     reactor_unwatch(server, server->listener_fd);
     server->accept_from_ns = UINT64_MAX; // never again

@@ -18,7 +18,8 @@
 #define SERVER_MOVE_ROWS          256u   // rows that a slice moves
 #define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
 #define SERVER_ACCEPT_PAUSE_NS    (100ull * 1000000u)
-#define SERVER_INFLIGHT_BYTES_MAX (128ull << 20) // of a session's requests, beyond which it must wait for replies
+#define SERVER_FAREWELL_NS        (100ull * 1000000u) // between the last reply and the closing of the sockets at a stop
+#define SERVER_INFLIGHT_BYTES_MAX (128ull << 20)      // of a session's requests, beyond which it must wait for replies
 #define SERVER_STALL_RETRY_NS     (100ull * 1000000u)
 #define SERVER_INDEX_TOKEN_BYTES  64u // promised per token beside the copy of its key; a test holds it against the tree
 
@@ -51,7 +52,7 @@ struct server {
     int epoll_fd, listener_fd, lock_fd, signal_fd;
     struct env_bus *bus;
     bool stopping;
-    uint64_t stop_deadline_ns;
+    uint64_t stop_deadline_ns, farewell_ns;
     uint64_t accept_from_ns; // the listener is not watched until then; 0: it is
     uint32_t session_count, sequence_count, ops;
     uint64_t next_id;

@@ -66,9 +66,9 @@ static void estimate(const struct index_search *search, const struct summary *su
 }
 
 // The survey's estimates join what was scored exactly.
-void dci_rank_survey(struct index_search *search, uint32_t node)
+void dci_rank_survey(struct index_search *search, uint32_t level, uint32_t number)
 {
-    const struct summary summary = summary_of(search->index, search->start_level, node);
+    const struct summary summary = summary_of(search->index, level, number);
     float *exponents = SEARCH_ROOM(search, float, ROOM_SCRATCH), *hopes = SEARCH_ROOM(search, float, ROOM_HOPES);
     float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE), *rest = SEARCH_ROOM(search, float, ROOM_REST);
     estimate(search, &summary, exponents, hopes);

@@ -353,8 +353,18 @@ static void survey_item(struct index_search *search, struct dci_work *work)
         enter(search, SEARCH_PREVIEW);
         return;
     }
-    dci_rank_survey(search, search->cursor++);
-    dci_work_spend(work, search->index, search->views);
+    uint32_t seen = 0;
+    const uint32_t node = search->cursor++;
+    if (search->start_level > 1) {
+        dci_rank_survey(search, search->start_level, node);
+        seen = 1;
+    } else {
+        for (uint32_t id = dci_node(search->index->tree, 1, node)->first; id != TREE_NONE; seen++) {
+            dci_rank_survey(search, 0, id);
+            id = dci_page(search->index, id)->next;
+        }
+    }
+    dci_work_spend(work, search->index, (uint64_t)seen * search->views);
 }
 
 // One scored page or, token-wise, one block: its tokens enter the running best, now that there is a reference.
@@ -408,9 +418,18 @@ static void open_page(struct index_search *search, uint32_t id, struct dci_work 
     }
 }
 
-static void open_item(struct index_search *search, struct dci_work *work)
+static void push_children(struct index_search *search, uint32_t level, uint32_t node, struct dci_work *work)
 {
     const struct tree *tree = search->index->tree;
+    for (uint32_t c = dci_node(tree, level, node)->first; c != TREE_NONE;) {
+        dci_rank_push(search, level - 1, c);
+        dci_work_spend(work, search->index, search->views);
+        c = level == 1 ? dci_page(search->index, c)->next : dci_node(tree, level - 1, c)->next;
+    }
+}
+
+static void open_item(struct index_search *search, struct dci_work *work)
+{
     if (dci_rank_is_enough(search)) {
         double preview = 0.0;
         score_lined_up(search, true, &preview, work);
@@ -422,12 +441,18 @@ static void open_item(struct index_search *search, struct dci_work *work)
         open_page(search, waiting.number, work);
         return;
     }
-    const uint32_t below = waiting.level - 1;
-    for (uint32_t c = dci_node(tree, waiting.level, waiting.number)->first; c != TREE_NONE;) {
-        dci_rank_push(search, below, c);
-        dci_work_spend(work, search->index, search->views);
-        c = below == 0 ? dci_page(search->index, c)->next : dci_node(tree, below, c)->next;
+    push_children(search, waiting.level, waiting.number, work);
+}
+
+static void seed_item(struct index_search *search, struct dci_work *work)
+{
+    const uint32_t node = search->cursor++;
+    if (search->start_level == 1) {
+        push_children(search, 1, node, work);
+        return;
     }
+    dci_rank_push(search, search->start_level, node);
+    dci_work_spend(work, search->index, search->views);
 }
 
 // One item of the current phase.
@@ -455,8 +480,7 @@ static void item(struct index_search *search, struct dci_work *work)
             enter(search, SEARCH_OPEN);
             break;
         }
-        dci_rank_push(search, search->start_level, search->cursor++);
-        dci_work_spend(work, search->index, search->views);
+        seed_item(search, work);
         break;
     case SEARCH_OPEN:
         open_item(search, work);

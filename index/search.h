@@ -96,7 +96,7 @@ const float *dci_search_block_scores(struct index_search *search, uint32_t block
 
 // ---- rank.c ----
 // Estimates are made from a mean key, the radius around it and the number of tokens.
-void dci_rank_survey(struct index_search *search, uint32_t node);
+void dci_rank_survey(struct index_search *search, uint32_t level, uint32_t number);
 void dci_rank_fix_reference(struct index_search *search);
 void dci_rank_push(struct index_search *search, uint32_t level, uint32_t number);
 struct waiting dci_rank_pop(struct index_search *search);

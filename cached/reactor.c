@@ -127,7 +127,7 @@ static void stop(struct server *server)
     log_info("stopping: %u requests in flight, %u sessions", server->ops, server->session_count);
     server->stopping = true;
     server->stop_deadline_ns = now + server->config->drain_ms * 1000000u;
-    server->farewell_ns = server->session_count > 0 ? now + SERVER_FAREWELL_NS : now;
+    server->farewell_ns = server->session_count > 0 ? UINT64_MAX : now;
 }
 
 static void handle_event(struct server *server, void *what)
@@ -205,6 +205,8 @@ static bool serves(struct server *server)
         return true;
     uint64_t now = env_now_ns(server->env);
     if (server->ops > 0)
+        server->farewell_ns = UINT64_MAX;
+    else if (server->farewell_ns == UINT64_MAX)
         server->farewell_ns = now + SERVER_FAREWELL_NS;
     return now < server->stop_deadline_ns && now < server->farewell_ns;
 }

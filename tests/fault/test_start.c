@@ -1,0 +1,65 @@
+// A start in which one call fails: the daemon gives up or serves, and in both cases leaves nothing behind.
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "daemon.h"
+#include "worker.h"
+
+#include "cached/log.h"
+
+#include <errno.h>
+
+#define CALLS_MAX 200u
+
+static void silence(void)
+{
+    // What is wrong is logged, as it should be; here it is wrong on purpose.
+    log_set_level(LOG_LEVEL_ERROR);
+}
+
+static void every_call(enum fault_kind kind, int error, bool fatal)
+{
+    struct daemon *daemon = daemon_create(NULL);
+    uint32_t nth = 1;
+    for (bool fired = true; fired; nth++) {
+        faulty_init(&daemon->faulty);
+        faulty_arm(&daemon->faulty, kind, nth, error);
+        bool serves = daemon_start(daemon);
+        fired = faulty_disarm(&daemon->faulty);
+        if (serves != !(fired && fatal))
+            fail_msg("%s %d, call %u: %s", fault_name(kind), error, nth, serves ? "serves all the same" : "gave up");
+        if (serves) {
+            worker_expect_nothing_held(daemon->sockets);
+            daemon_stop(daemon);
+        }
+        assert_true(nth < CALLS_MAX);
+    }
+    assert_true(nth > 2); // a start makes at least one such call
+    daemon_destroy(daemon);
+}
+
+static void test_start(void **state)
+{
+    (void)state;
+    every_call(FAULT_ACQUIRE, 0, true);
+    every_call(FAULT_RANDOM, -EIO, true);
+    every_call(FAULT_MAP_REGION, -ENOMEM, true);
+    every_call(FAULT_DIRECTORY, -EACCES, true);
+    every_call(FAULT_LOCK, -EWOULDBLOCK, true);
+    every_call(FAULT_LOCK, -EROFS, true);
+    every_call(FAULT_UNLINK, -EACCES, true);
+    every_call(FAULT_LISTEN, -EADDRINUSE, true);
+    every_call(FAULT_BUS_OPEN, -EMFILE, true);
+}
+
+int main(void)
+{
+    daemon_block_signals();
+    silence();
+    const struct CMUnitTest tests[] = {DAEMON_TEST(test_start)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

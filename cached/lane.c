@@ -142,6 +142,25 @@ void lane_copy_token(const struct lane *lane, struct index_place place, uint8_t 
 
 // ---- append ----
 
+uint64_t lane_promise_frames(const struct sequence *sequence, uint64_t tokens)
+{
+    return tokens / sequence->server->config->page_tokens + 2;
+}
+
+uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, uint64_t tokens)
+{
+    enum { CHUNK_TOKENS = 256, CHUNK_PAGES = 16, TOKEN_BYTES = 16, PAGE_BYTES = 64, FIXED_BYTES = 16 << 10 };
+    uint64_t page_tokens = sequence->server->config->page_tokens;
+    uint64_t page_bytes = PAGE_BYTES + (page_tokens + sequence->shape.head_dim) * 4;
+    uint64_t chunk_tokens = (tokens / CHUNK_TOKENS + 2) * CHUNK_TOKENS;
+    uint64_t chunk_pages = (tokens / page_tokens / CHUNK_PAGES + 2) * CHUNK_PAGES;
+    // Tables of pointers grow with the whole lane: a larger one is taken before the old one goes. Page ids reach twice
+    // the pages, because a plan's pages are there before those that it empties go.
+    uint64_t all_pages = (length + tokens) / page_tokens + 2;
+    uint64_t tables = 2 * all_pages * 2 * sizeof(void *) + (length + tokens) / 8;
+    return chunk_tokens * (sequence->row_bytes + TOKEN_BYTES) + chunk_pages * page_bytes + tables + FIXED_BYTES;
+}
+
 uint64_t lane_length(const struct lane *lane)
 {
     return lane->index ? index_length(lane->index) : 0;

@@ -47,6 +47,11 @@ ICE_MUST_CHECK ice_status lane_prepare(struct lane *lane, struct shard *shard, c
 void lane_commit(struct lane *lane, struct shard *shard);
 void lane_drop(struct lane *lane);
 
+// What an append of `tokens` to a lane of `length` takes at most: frames, and bytes of index and tables. A bound from
+// how the tree stores keys, tokens and pages (in chunks); a test holds it against what it really takes.
+uint64_t lane_promise_frames(const struct sequence *sequence, uint64_t tokens);
+uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, uint64_t tokens);
+
 uint64_t lane_length(const struct lane *lane);
 // K rows of first .. first+tokens-1 to keys, V rows to values, packed. The positions must exist.
 void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t *keys, uint8_t *values);

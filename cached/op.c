@@ -139,10 +139,10 @@ static ice_status reserve_append(struct op *op, struct sequence *sequence)
     uint64_t lanes = (uint64_t)op->layers * sequence->shape.kv_heads;
     uint64_t length = sequence_length(sequence, op->layer, op->layers), end = op->first + op->reserve_tokens;
     uint64_t tokens = op->reserve_tokens > op->tokens && end > length ? end - length : 0;
-    uint64_t frames = tokens ? lanes * (tokens / server->config->page_tokens + 2) : 0;
-    uint64_t bytes = lanes * tokens * (sequence->row_bytes + SERVER_INDEX_TOKEN_BYTES);
     if (tokens == 0)
         return ICE_OK;
+    uint64_t frames = lanes * lane_promise_frames(sequence, tokens);
+    uint64_t bytes = lanes * lane_promise_bytes(sequence, length, tokens);
     if (!pool_reserve(server->pool, &sequence->frames_promised, sequence->frame_bytes, frames))
         return ICE_POOL_FULL;
     if (!budget_reserve(&server->index_budget, &sequence->index_promised, bytes)) {

@@ -21,7 +21,6 @@
 #define SERVER_FAREWELL_NS        (100ull * 1000000u) // between the last reply and the closing of the sockets at a stop
 #define SERVER_INFLIGHT_BYTES_MAX (128ull << 20)      // of a session's requests, beyond which it must wait for replies
 #define SERVER_STALL_RETRY_NS     (100ull * 1000000u)
-#define SERVER_INDEX_TOKEN_BYTES  64u // promised per token beside the copy of its key; a test holds it against the tree
 
 // Counters and latencies of requests. Reactor only.
 struct server_stats {

@@ -138,6 +138,7 @@ static bool views_init(struct index_search *search)
         SEARCH_ROOM(search, float, ROOM_TOTAL)[v] = 0.0f;
         SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] = DCI_HIDDEN;
         SEARCH_ROOM(search, float, ROOM_REST)[v] = 0.0f;
+        SEARCH_ROOM(search, float, ROOM_SCRATCH)[v] = 0.0f;
         SEARCH_ROOM(search, float, ROOM_INVERSE)[v] = 1.0f / (float)search->views;
     }
     return true;
@@ -329,7 +330,7 @@ static void tail_item(struct index_search *search, struct dci_work *work)
     double ignored = 0.0;
     if (search->cursor >= search->high) {
         score_lined_up(search, true, &ignored, work);
-        enter(search, SEARCH_SURVEY);
+        enter(search, SEARCH_MEASURE);
         return;
     }
     uint32_t end = (search->cursor / step + 1) * step;
@@ -339,6 +340,17 @@ static void tail_item(struct index_search *search, struct dci_work *work)
         search->eligible_scored++;
     }
     score_lined_up(search, search->query.page_wise, &ignored, work);
+}
+
+static void measure_item(struct index_search *search, struct dci_work *work)
+{
+    if (search->cursor == SEARCH_SAMPLE || index_indexed(search->index) < SEARCH_SAMPLE) {
+        dci_rank_fix_spread(search);
+        enter(search, SEARCH_SURVEY);
+        return;
+    }
+    dci_rank_measure(search, search->cursor++);
+    dci_work_spend(work, search->index, 2 * (uint64_t)search->views);
 }
 
 static uint32_t start_nodes(const struct index_search *search)
@@ -465,6 +477,9 @@ static void item(struct index_search *search, struct dci_work *work)
     case SEARCH_TAIL:
         tail_item(search, work);
         break;
+    case SEARCH_MEASURE:
+        measure_item(search, work);
+        break;
     case SEARCH_SURVEY:
         survey_item(search, work);
         break;
@@ -511,7 +526,7 @@ bool index_search_step(struct index_search *search, uint64_t work_units)
 {
     assert(search->begun);
     const uint64_t units = work_units < 1 ? 1 : work_units > UINT32_MAX ? UINT32_MAX : work_units;
-    struct dci_work work = {(int64_t)(units * 128)};
+    struct dci_work work = {(int64_t)(units * DCI_UNIT_ELEMENTS)};
     while (search->phase != SEARCH_DONE && work.left > 0) {
         item(search, &work);
         work.left--;

@@ -7,12 +7,16 @@
 
 #include "index/tree.h"
 
+// Tokens whose scores are compared with their pages' means before anything is ranked.
+#define SEARCH_SAMPLE 64u
+
 // Scores kept between scoring and settling, in elements; what does not fit is scored again.
 #define SEARCH_SCORES_MAX (1u << 20)
 
 enum search_phase {
     SEARCH_ENDS,    // sinks and window
     SEARCH_TAIL,    // tokens that are not indexed
+    SEARCH_MEASURE, // how far scores spread around their pages' means, per view
     SEARCH_SURVEY,  // estimated mass of every node of the start level, per view
     SEARCH_PREVIEW, // the tail's tokens enter the running best
     SEARCH_SEED,    // nodes of the start level enter the queue
@@ -44,7 +48,7 @@ struct room {
     size_t bytes;
 };
 enum room_name {
-    ROOM_NORMS,     // per view: scale * |q|
+    ROOM_NORMS,     // per view: scale * |q|, from the measuring on times the measured spread
     ROOM_TOP,       // per view: largest score so far
     ROOM_TOTAL,     // per view: sum of exp(score - top)
     ROOM_REFERENCE, // per view: estimated log-sum-exp, fixed after the survey
@@ -79,12 +83,13 @@ struct index_search {
     uint32_t ends_count;          // entries of sinks and window, padding included
     uint32_t settled;
     uint32_t eligible_scored, tokens_scored;
+    uint32_t measured; // tokens of the sample that counted
     uint32_t pages_opened, pages_max;
     uint32_t queue_count, best_count, best_room;
     uint64_t waiting_tokens; // in what waits
     uint32_t score_blocks;   // blocks that fit in ROOM_SCORES
     double best_sum, ends_preview, scored_preview, waiting_mass;
-    bool begun, interrupted;
+    bool begun;
 };
 
 #define SEARCH_ROOM(search, type, name) ((type *)(search)->rooms[name].block)
@@ -95,7 +100,9 @@ void dci_search_line_up(struct index_search *search, uint32_t position);
 const float *dci_search_block_scores(struct index_search *search, uint32_t block);
 
 // ---- rank.c ----
-// Estimates are made from a mean key, the radius around it and the number of tokens.
+// Estimates are made from a mean key, the radius around it, the number of tokens and the measured spread.
+void dci_rank_measure(struct index_search *search, uint32_t sample); // one token of the sample
+void dci_rank_fix_spread(struct index_search *search);
 void dci_rank_survey(struct index_search *search, uint32_t level, uint32_t number);
 void dci_rank_fix_reference(struct index_search *search);
 void dci_rank_push(struct index_search *search, uint32_t level, uint32_t number);

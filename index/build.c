@@ -9,10 +9,9 @@
 
 #include <string.h>
 
-#define BASE_TOKENS   256u
-#define BATCH_TOKENS  64u
-#define GROWTH        4u
-#define UNIT_ELEMENTS 128u // of a work unit: one key against one query at head_dim 128
+#define BASE_TOKENS  256u
+#define BATCH_TOKENS 64u
+#define GROWTH       4u
 
 static uint32_t whole_pages(const struct index *index, uint32_t tokens)
 {
@@ -105,7 +104,7 @@ enum index_build_state index_build_step(struct index *index, uint64_t work_units
         return INDEX_BUILD_PLAN;
     }
     const uint64_t units = work_units < 1 ? 1 : work_units > UINT32_MAX ? UINT32_MAX : work_units;
-    struct dci_work work = {(int64_t)(units * UNIT_ELEMENTS)};
+    struct dci_work work = {(int64_t)(units * DCI_UNIT_ELEMENTS)};
     const enum dci_progress progress =
         build->kind == BUILD_BULK ? dci_bulk_step(index, &work) : dci_insert_step(index, &work);
     if (progress == PROGRESS_NO_MEMORY) {

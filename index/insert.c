@@ -249,7 +249,7 @@ static bool reserve_plan(struct index *index, struct insert *insert)
     struct build *build = &index->build;
     const uint32_t rows = insert->draft_count * index->page_tokens;
     const uint32_t blocks = (insert->end - insert->first) / index->page_tokens;
-    uint32_t marks = insert->draft_count + 2 * insert->relinks.count / 3;
+    uint32_t marks = insert->draft_count + insert->relinks.count / 3;
     for (uint32_t level = 1; level <= index->tree->top; level++) {
         marks += insert->node_ends[level] - index->tree->levels[level].count;
     }
@@ -367,8 +367,7 @@ static void commit_nodes(struct insert *insert, struct tree *tree)
         const uint32_t level = insert->relinks.items[i], number = insert->relinks.items[i + 1];
         mark(insert, tree, level + 1, dci_node(tree, level, number)->parent);
         dci_node_unlink(tree, level, number);
-        dci_node_link(tree, level, number, insert->relinks.items[i + 2]);
-        mark(insert, tree, level + 1, insert->relinks.items[i + 2]);
+        dci_node_link(tree, level, number, insert->relinks.items[i + 2]); // a new node, marked above
     }
 }
 

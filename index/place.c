@@ -79,14 +79,15 @@ void dci_draft_put(const struct index *index, struct draft *draft, uint32_t toke
 
 void dci_draft_remove(const struct index *index, struct draft *draft, uint32_t token)
 {
-    uint32_t row = 0;
-    while (draft->tokens[row] != token) {
-        row++;
-        assert(row < index->page_tokens);
+    for (uint32_t r = 0; r < index->page_tokens; r++) {
+        if (draft->tokens[r] == token) {
+            draft->tokens[r] = TREE_NONE;
+            draft->rows--;
+            draft->stale = true;
+            return;
+        }
     }
-    draft->tokens[row] = TREE_NONE;
-    draft->rows--;
-    draft->stale = true;
+    assert(false); // the token is in the page
 }
 
 void dci_draft_refresh(const struct index *index, struct draft *draft)

@@ -111,6 +111,8 @@ struct index {
     struct build build;
 };
 
+#define DCI_UNIT_ELEMENTS 128u // multiply-adds of a work unit: one key against one query at head_dim 128
+
 // Work left in a slice, in multiply-adds; may go below 0 by the cost of one item.
 struct dci_work {
     int64_t left;

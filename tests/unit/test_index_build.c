@@ -1,6 +1,8 @@
 // The tree: places and plans as the owner sees them, determinism, refused memory.
 #include "test_index_owner.h"
 
+#include "index/tree.h"
+
 static struct index_params params_random(struct rng *rng)
 {
     static const uint32_t pages[] = {1, 3, 8, 16, 16, 24, 64, 256};
@@ -244,6 +246,107 @@ static void seeds_and_keys_change_the_tree(void **state)
     }
     assert_true(versions[0] != versions[1] && versions[0] != versions[2]);
     free(keys);
+}
+
+// The version follows every insertion, and keys that come later.
+static void version_follows_insertions(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(32);
+    const struct index_params params = {32, INDEX_FP32, 16, 0.0f, 1};
+    struct heap heap = {0};
+    unsigned char *keys = keys_make(KEYS_CLUSTERED, params.dtype, params.head_dim, 400, &rng);
+    unsigned char *other = malloc(400 * 128);
+    memcpy(other, keys, 400 * 128);
+    memcpy(other + 300 * 128, keys, 100 * 128); // the same up to position 299
+    struct owner a = owner_begin(&params, &heap, keys), b = owner_begin(&params, &heap, other);
+    uint64_t last = 0;
+    for (uint32_t n = 256; n <= 384; n += 64) {
+        assert_int_equal(owner_append(&a, n - a.length), INDEX_OK);
+        assert_int_equal(owner_append(&b, n - b.length), INDEX_OK);
+        owner_build(&a, 1000);
+        owner_build(&b, 1000);
+        assert_int_equal(index_indexed(a.index), n);
+        assert_true(index_version(a.index) != last);
+        assert_int_equal(index_version(a.index) == index_version(b.index), n <= 300);
+        last = index_version(a.index);
+    }
+    owner_end(&a);
+    owner_end(&b);
+    free(other);
+    free(keys);
+}
+
+// Builds happen at fixed counts: a batch of 64 or the page size's next multiple, everything at 256 * 4^j.
+static void builds_happen_at_fixed_counts(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t page_tokens, length, indexed;
+    } cases[] = {{16, 255, 0},     {16, 256, 256},   {16, 319, 256},   {16, 320, 320},  {16, 1023, 960},
+                 {16, 1024, 1024}, {16, 1087, 1024}, {24, 263, 0},     {24, 264, 264},  {24, 335, 264},
+                 {24, 336, 336},   {24, 1055, 984},  {24, 1056, 1056}, {256, 511, 256}, {256, 512, 512}};
+    struct rng rng = rng_begin(33);
+    for (uint32_t i = 0; i < 2 * sizeof cases / sizeof cases[0]; i++) {
+        const uint32_t length = cases[i / 2].length, early = i % 2 == 0 ? 0 : length - 70; // at once, or in two parts
+        const struct index_params params = {16, INDEX_FP16, cases[i / 2].page_tokens, 0.0f, 1};
+        struct heap heap = {0};
+        unsigned char *keys = keys_make(KEYS_CLUSTERED, params.dtype, params.head_dim, length, &rng);
+        struct owner owner = owner_begin(&params, &heap, keys);
+        assert_int_equal(owner_append(&owner, early), INDEX_OK);
+        owner_build(&owner, 100000);
+        assert_int_equal(owner_append(&owner, length - early), INDEX_OK);
+        owner_build(&owner, 100000);
+        assert_int_equal(index_indexed(owner.index), cases[i / 2].indexed);
+        if (owner.index->tree != NULL) {
+            const uint32_t base =
+                (256 + cases[i / 2].page_tokens - 1) / cases[i / 2].page_tokens * cases[i / 2].page_tokens;
+            assert_int_equal(owner.index->tree->bulk_tokens, length >= 4 * base ? 4 * base : base);
+        }
+        owner_end(&owner);
+        free(keys);
+    }
+}
+
+// Equal keys are equally near to every pivot; they must not all crowd into one cell.
+static void equal_keys_spread_over_cells(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(34);
+    const struct index_params params = {16, INDEX_FP32, 16, 0.0f, 1};
+    struct heap heap = {0};
+    for (enum keys_kind kind = KEYS_EQUAL; kind <= KEYS_ZERO; kind++) {
+        unsigned char *keys = keys_make(kind, params.dtype, params.head_dim, 1800, &rng);
+        struct owner owner = owner_begin(&params, &heap, keys);
+        assert_int_equal(owner_append(&owner, 1800), INDEX_OK);
+        owner_build(&owner, 100000);
+        const struct tree *tree = owner.index->tree;
+        for (uint32_t i = 0; i < tree->levels[1].count; i++) {
+            assert_true(dci_node(tree, 1, i)->weight <= 4 * 32);
+        }
+        owner_end(&owner);
+        free(keys);
+    }
+}
+
+// A store whose growth is refused half-way keeps what it had and no more.
+static void stores_grow_all_or_nothing(void **state)
+{
+    (void)state;
+    struct heap heap = {0};
+    struct dci_memory memory = {.allocator = heap_allocator(&heap)};
+    struct dci_store store;
+    dci_store_init(&store, 32, 3);
+    assert_true(dci_store_reserve(&store, &memory, 9));
+    assert_int_equal(store.chunk_count, 2);
+    const uint64_t bytes = heap.bytes;
+    heap.refuse_at = heap.acquired + 2;
+    assert_false(dci_store_reserve(&store, &memory, 32));
+    assert_int_equal(store.chunk_count, 2);
+    assert_int_equal(heap.bytes, bytes);
+    dci_store_fini(&store, &memory);
+    assert_int_equal(heap.blocks, 0);
+    assert_int_equal(memory.bytes, 0);
 }
 
 // A dropped plan comes again, the same to the last move, though the tail has grown past the next boundary meanwhile.
@@ -533,6 +636,10 @@ int main(void)
         cmocka_unit_test(many_levels),
         cmocka_unit_test(same_tree_however_cut),
         cmocka_unit_test(seeds_and_keys_change_the_tree),
+        cmocka_unit_test(version_follows_insertions),
+        cmocka_unit_test(builds_happen_at_fixed_counts),
+        cmocka_unit_test(equal_keys_spread_over_cells),
+        cmocka_unit_test(stores_grow_all_or_nothing),
         cmocka_unit_test(dropped_plan_comes_again),
         cmocka_unit_test(slices_are_bounded),
         cmocka_unit_test(appends_while_a_plan_is_pending),

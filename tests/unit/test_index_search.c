@@ -410,6 +410,43 @@ static void coverage_stops_early(void **state)
     lane_end(&lane);
 }
 
+// Effort is the share of pages that is opened; more of it finds more.
+static void effort_bounds_what_is_scored(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(53);
+    const struct index_params params = {32, INDEX_FP32, 16, 0.0f, 9};
+    struct lane lane;
+    lane_begin(&lane, &params, KEYS_GAUSSIAN, 2048, 2, &rng);
+    assert_int_equal(owner_append(&lane.owner, 2048), INDEX_OK);
+    owner_build(&lane.owner, 100000);
+    struct index_shape shape;
+    index_shape(lane.owner.index, &shape);
+    double shares[3] = {0};
+    for (uint32_t round = 0; round < 10; round++) {
+        lane_queries(&lane, 2, 1.0f, &rng);
+        for (uint32_t i = 0; i < 3; i++) {
+            const float efforts[] = {0.1f, 0.3f, 1.0f};
+            const struct index_query query = {.queries = lane.queries,
+                                              .query_count = 1,
+                                              .head_count = 2,
+                                              .first_position = 2047,
+                                              .scale = 0.25f,
+                                              .budget = 32,
+                                              .effort = efforts[i]};
+            const struct answer answer = search_run(lane.search, lane.owner.index, &query, 5000, UINT32_MAX);
+            const double pages = ceil((double)efforts[i] * shape.leaf_pages);
+            assert_true(answer.selection.scanned <= pages * 16);
+            assert_true(answer.selection.scanned >= pages);
+            masses_exact(&lane.owner, &query, lane.masses);
+            shares[i] += mass_of(lane.masses, &answer);
+        }
+    }
+    assert_true(shares[0] < shares[1] && shares[1] < shares[2]);
+    assert_true(shares[1] > 0.5 * shares[2]);
+    lane_end(&lane);
+}
+
 // No structure, nothing to prune: the default effort looks at (nearly) everything and finds the best.
 static void no_structure_opens_all(void **state)
 {
@@ -694,6 +731,7 @@ int main(void)
         cmocka_unit_test(pages_at_full_effort),
         cmocka_unit_test(partial_answers),
         cmocka_unit_test(coverage_stops_early),
+        cmocka_unit_test(effort_bounds_what_is_scored),
         cmocka_unit_test(no_structure_opens_all),
         cmocka_unit_test(ties_go_to_lower_positions),
         cmocka_unit_test(more_views_than_kept_scores),

@@ -1,0 +1,37 @@
+// The command line of icecache-bench.
+#ifndef ICECACHE_BENCH_OPTIONS_H
+#define ICECACHE_BENCH_OPTIONS_H
+
+#include "data.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define OPTIONS_LIST_MAX 16u
+
+enum { EXIT_CHECK = 1, EXIT_USAGE = 2, EXIT_MISSING = 3 };
+
+struct option_list {
+    uint32_t count;
+    uint32_t values[OPTIONS_LIST_MAX];
+};
+
+struct options {
+    const char *command;
+    bool json, peers;
+    uint64_t seed;
+    uint32_t rounds, queries, seeds;
+    double insert_share; // search: of the tokens, inserted one by one after the build
+    const char *traces[OPTIONS_LIST_MAX];
+    uint32_t trace_count;
+    bool kinds[2]; // by enum data_kind
+    struct option_list tokens, head_dims, query_heads, budgets, cores;
+    const char *shape, *python;
+    uint32_t sinks, window, copies;
+    bool pages; // step: with the gather of K and V, which needs their memory
+};
+
+// Fills *options. Returns 0, or the exit code after a message on stderr; -1: nothing to do (help was printed).
+int options_parse(struct options *options, int argc, char **argv);
+
+#endif

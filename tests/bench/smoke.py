@@ -1,0 +1,92 @@
+"""Runs both commands at tiny sizes and checks that the contract's keys are there and plausible.
+
+usage: smoke.py ICECACHE_BENCH TRACE"""
+import json
+import subprocess
+import sys
+
+OBJECT_KEYS = {"command", "version", "args", "seed", "machine", "rows", "ratios"}
+MACHINE_KEYS = {"cpu", "cores", "isa", "ram_bytes", "huge_pages", "kernel", "gpu"}
+SEARCH_KEYS = {"method", "tokens", "head_dim", "query_heads", "build_us_per_key", "bytes_per_key", "at_recall",
+               "at_share", "scanned_share"}
+TREE_KEYS = SEARCH_KEYS | {"insert_us_per_key", "insert_p99_us", "fill", "mass"}
+MASS_KEYS = {"exact", "token_wise", "page_wise", "partition_optimum", "sequential_optimum"}
+STEP_KEYS = {"method", "budget", "cores", "search_ms", "gather_ms", "share", "share_mean", "bytes_per_key",
+             "scanned_share", "lanes", "cold"}
+SEARCH_RATIOS = {"tree_over_i8_at_0.95", "tree_over_best_peer_at_0.95", "tree_over_i8_at_share_0.98"}
+
+
+def check(condition, text):
+    if not condition:
+        sys.exit(f"smoke: {text}")
+
+
+def run(bench, *arguments, wanted=0):
+    done = subprocess.run([bench, *arguments], capture_output=True, text=True)
+    check(done.returncode == wanted, f"{arguments}: exit status {done.returncode}, {wanted} wanted\n{done.stderr}")
+    return done.stdout
+
+
+def run_json(bench, *arguments):
+    result = json.loads(run(bench, *arguments, "--json"))
+    check(OBJECT_KEYS <= result.keys(), f"keys of the object: {sorted(result)}")
+    check(MACHINE_KEYS <= result["machine"].keys(), f"keys of the machine: {sorted(result['machine'])}")
+    check(result["command"] == arguments[0] and result["rows"] and result["ratios"], "command, rows or ratios")
+    return result
+
+
+def check_search(result, combinations):
+    rows = result["rows"]
+    check(len(result["ratios"]) == combinations, f"{len(result['ratios'])} ratios, {combinations} wanted")
+    for method in ("tree", "scan-f32", "scan-bf16", "scan-i8"):
+        found = [row for row in rows if row["method"] == method]
+        check(len(found) == 2 * combinations, f"{len(found)} rows of {method}")
+        for row in found:
+            wanted = TREE_KEYS if method == "tree" else SEARCH_KEYS
+            check(wanted <= row.keys(), f"{method} lacks {wanted - row.keys()}")
+            check(set(row["at_recall"]) == {"0.5", "0.8", "0.9", "0.95"}, "levels of recall")
+            check(set(row["at_share"]) == {"0.95", "0.98", "0.99"}, "levels of share")
+            check(row["at_share"]["0.95"] > 0 and row["at_recall"]["0.95"] > 0, f"{method} does not get to .95")
+    for row in rows:
+        if row["method"] != "scan-i8" and row["method"].startswith("scan"):
+            check(row["default"]["share"] > 0.99, f"{row['method']}: share {row['default']['share']}")
+        for budget, mass in row.get("mass", {}).items():
+            check(MASS_KEYS <= mass.keys(), f"mass lacks {MASS_KEYS - mass.keys()}")
+            check(mass["exact"] <= 1 and mass["token_wise"] <= mass["exact"] + 1e-6, f"mass at {budget}: {mass}")
+            check(mass["page_wise"] <= mass["partition_optimum"] + 1e-6, f"mass at {budget}: {mass}")
+            check(mass["sequential_optimum"] <= mass["exact"] + 1e-6, f"mass at {budget}: {mass}")
+    for ratio in result["ratios"].values():
+        check(SEARCH_RATIOS <= ratio.keys(), f"ratios: {sorted(ratio)}")
+        check(ratio["tree_over_i8_at_share_0.98"] > 0, "no ratio at .98")
+
+
+def check_step(result, combinations):
+    for row in result["rows"]:
+        check(STEP_KEYS <= row.keys(), f"step lacks {STEP_KEYS - row.keys()}")
+        check(row["search_ms"] > 0 and row["gather_ms"] > 0 and 0 < row["share"] <= 1 + 1e-6, f"step row {row}")
+        if row["method"] == "tree":
+            check(row["build_s"] > 0 and row["insert_us_per_key"] > 0, "costs of the tree")
+    check({row["method"] for row in result["rows"]} == {"tree", "scan-i8"}, "methods of step")
+    check(len(result["ratios"]) == combinations, "ratios of step")
+    for ratio in result["ratios"].values():
+        check(ratio["tree_over_i8"] > 0, f"ratio {ratio}")
+
+
+def main():
+    bench, trace = sys.argv[1:]
+    small = ("--rounds", "1", "--seeds", "1")
+    search = run_json(bench, "search", *small, "--data", "attention,gauss", "--tokens", "1024", "--head-dim", "64",
+                      "--query-heads", "1,2", "--queries", "4", "--budget", "32,64")
+    check_search(search, 4)
+    check_search(run_json(bench, "search", *small, "--trace", trace, "--queries", "2"), 1)
+    check_step(run_json(bench, "step", "--rounds", "1", "--shape", "small", "--tokens", "1024", "--budget", "32,64",
+                        "--cores", "1,2"), 4)
+    check("tree_over_i8" in run(bench, "step", "--rounds", "1", "--shape", "small", "--tokens", "512"), "no table")
+    run(bench, "search", "--tokens", "3", wanted=2)
+    run(bench, "nothing", wanted=2)
+    run(bench, "search", "--trace", "/nowhere", wanted=3)
+    run(bench, "search", "--help")
+
+
+if __name__ == "__main__":
+    main()

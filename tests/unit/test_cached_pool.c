@@ -246,7 +246,7 @@ static void *hammer(void *argument)
     struct pool_reservation reservation = {0};
     for (int round = 0; round < 200; round++) {
         void *frames[16];
-        if (!pool_reserve(pool, &reservation, 4096 << (round % 3), 16))
+        if (!pool_reserve(pool, &reservation, 4096u << (round % 3), 16))
             continue;
         for (int i = 0; i < 16; i++) {
             frames[i] = pool_acquire(pool, &reservation, 4096u << (round % 3));

@@ -63,10 +63,13 @@ static void check_full(const struct daemon *daemon, ice_status expected, const c
     stats_held(daemon, &empty);
     worker.sequence = sequence_open(worker.client, &shape);
     ice_sequence *other = sequence_open(worker.client, &shape);
+    // Its first part would fit, but not the whole: refused before anything is appended.
+    assert_refused(append_some(other, &history, 0, 12000, &length), expected, text);
+    assert_int_equal(length, 0);
+    check_length(other, 0);
     uint64_t held = fill(worker.sequence, &history, 100, expected, text);
     assert_true(held >= 300);
-    // A large append is refused before its first part.
-    assert_refused(append_some(other, &history, 0, 12000, &length), expected, text);
+    assert_refused(append_some(other, &history, 0, 2000, &length), expected, text);
     assert_int_equal(length, 0);
     check_length(other, 0);
     // What is there is served; an equal append again is accepted.

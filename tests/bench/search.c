@@ -352,7 +352,7 @@ static bool time_round(struct search *search, uint32_t round)
     for (uint32_t m = 0; m < METHODS; m++) {
         for (uint32_t i = 0; i < search->measured[m].setting_count; i++) {
             struct setting *setting = &search->measured[m].settings[i];
-            for (int mode = 0; mode < MODES; mode++) {
+            for (enum mode mode = ALONE; mode < MODES; mode++) {
                 for (int cold = 0; setting->timed[mode] && cold < 2; cold++) {
                     double us;
                     if (!time_setting(search, &search_methods[m], round % search->seeds, mode, cold != 0,

@@ -1,7 +1,6 @@
 // Clock, statistics, bandwidth, and the machine's description from /proc and /sys.
 #include "measure.h"
 
-#include "arena.h"
 #include "scan.h"
 
 #include <glob.h>
@@ -13,8 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define BANDWIDTH_BYTES  ((size_t)512 << 20)
-#define BANDWIDTH_PASSES 5
+#define BANDWIDTH_BYTES ((size_t)512 << 20)
 
 uint64_t measure_ns(void)
 {
@@ -63,42 +61,29 @@ double samples_max(const struct samples *samples)
     return quantile(sorted.values, sorted.count, 1);
 }
 
-// Reads as a scan does: one coordinate row after the other, through the int8 kernel's simplest sibling.
-static uint64_t read_all(const uint64_t *memory, size_t count)
+bool bandwidth_init(struct bandwidth *bandwidth)
 {
-    uint64_t sums[8] = {0};
-    for (size_t i = 0; i + 64 <= count; i += 64) {
-        for (size_t line = 0; line < 64; line += 8) {
-            __builtin_prefetch(memory + i + line + 512);
-            for (size_t j = 0; j < 8; j++) {
-                sums[j] += memory[i + line + j];
-            }
-        }
+    *bandwidth = (struct bandwidth){0};
+    bandwidth->memory = arena_acquire(&bandwidth->arena, BANDWIDTH_BYTES);
+    if (bandwidth->memory == NULL) {
+        return false;
     }
-    for (size_t j = 1; j < 8; j++) {
-        sums[0] ^= sums[j];
-    }
-    return sums[0];
+    memset(bandwidth->memory, 1, BANDWIDTH_BYTES);
+    return true;
 }
 
-double measure_bandwidth(void)
+void bandwidth_fini(struct bandwidth *bandwidth)
 {
-    struct arena arena = {0};
-    uint64_t *memory = arena_acquire(&arena, BANDWIDTH_BYTES);
-    if (memory == NULL) {
-        return 0;
-    }
-    memset(memory, 1, BANDWIDTH_BYTES);
-    double best = 0;
-    volatile uint64_t sink = 0;
-    for (int pass = 0; pass < BANDWIDTH_PASSES; pass++) {
-        const uint64_t begin = measure_ns();
-        sink = sink + read_all(memory, BANDWIDTH_BYTES / sizeof *memory);
-        const double rate = (double)BANDWIDTH_BYTES / (double)(measure_ns() - begin);
-        best = rate > best ? rate : best;
-    }
-    arena_fini(&arena);
-    return best;
+    arena_fini(&bandwidth->arena);
+    *bandwidth = (struct bandwidth){0};
+}
+
+void bandwidth_measure(struct bandwidth *bandwidth)
+{
+    volatile uint32_t sink = 0;
+    const uint64_t begin = measure_ns();
+    sink = sink + scan_ops_best()->read(bandwidth->memory, BANDWIDTH_BYTES);
+    samples_add(&bandwidth->gb_per_s, (double)BANDWIDTH_BYTES / (double)(measure_ns() - begin));
 }
 
 // The text behind the first "key ... :" of a file, or "".

@@ -2,7 +2,10 @@
 #ifndef ICECACHE_BENCH_MEASURE_H
 #define ICECACHE_BENCH_MEASURE_H
 
+#include "arena.h"
+
 #include <jansson.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #define MEASURE_SAMPLES_MAX 256u
@@ -20,8 +23,16 @@ double samples_max(const struct samples *samples);
 // q in [0, 1]; sorts the values.
 double quantile(double *values, uint32_t count, double q);
 
-// GB/s that one core reads from memory, out of cache; the best of some passes. 0 when there is no memory.
-double measure_bandwidth(void);
+// GB/s that one core reads from memory, out of cache; measured once in each round, beside what is compared with it.
+struct bandwidth {
+    struct arena arena;
+    void *memory;
+    struct samples gb_per_s;
+};
+bool bandwidth_init(struct bandwidth *bandwidth); // false when there is no memory
+void bandwidth_fini(struct bandwidth *bandwidth);
+void bandwidth_measure(struct bandwidth *bandwidth);
+
 json_t *measure_machine(void); // owned by the caller
 
 #endif

@@ -58,6 +58,8 @@ struct scan_ops {
     void (*masses)(const struct scan_stream *stream, const float *base, float *masses);
     // Keeps the candidates whose rank is at least `bar`.
     void (*keep)(struct scan_stream *stream, float bar);
+    // Reads bytes (a multiple of 256) as fast as it can and returns a number that depends on them: memory's bandwidth.
+    uint32_t (*read)(const void *memory, size_t bytes);
 };
 
 // The fastest one that this machine can run, or the one named "portable", "avx2" or "avx512vnni" (NULL where the

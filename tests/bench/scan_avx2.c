@@ -168,6 +168,7 @@ const struct scan_ops scan_ops_avx2 = {
     .filter = filter,
     .masses = masses,
     .keep = keep,
+    .read = read_all,
 };
 #else
 typedef int nothing_here;

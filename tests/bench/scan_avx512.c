@@ -63,6 +63,7 @@ const struct scan_ops scan_ops_avx512vnni = {
     .filter = filter,
     .masses = masses,
     .keep = keep,
+    .read = read_all,
 };
 #else
 typedef int nothing_here;

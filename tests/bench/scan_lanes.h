@@ -300,3 +300,22 @@ static void keep(struct scan_stream *stream, float bar)
     }
     stream->count = kept;
 }
+
+static uint32_t read_all(const void *memory, size_t bytes)
+{
+    const int32_t *words = memory;
+    vi sums[4] = {vi_set1(0), vi_set1(0), vi_set1(0), vi_set1(0)};
+    for (size_t i = 0; i < bytes / sizeof *words; i += 64) {
+        UNROLL
+        for (size_t j = 0; j < 4; j++) {
+            sums[j] = vi_add(sums[j], vi_load(words + i + 16 * j));
+        }
+    }
+    int32_t lanes[SCAN_LANES];
+    vi_store(lanes, vi_add(vi_add(sums[0], sums[1]), vi_add(sums[2], sums[3])));
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < SCAN_LANES; i++) {
+        sum += (uint32_t)lanes[i];
+    }
+    return sum;
+}

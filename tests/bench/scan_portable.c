@@ -90,7 +90,7 @@ static inline void vi_store(int32_t *to, vi a)
 }
 static inline vi vi_add(vi a, vi b)
 {
-    EACH a.x[i] += b.x[i];
+    EACH a.x[i] = (int32_t)((uint32_t)a.x[i] + (uint32_t)b.x[i]);
     return a;
 }
 static inline vi vi_shift23(vi a)
@@ -177,4 +177,5 @@ const struct scan_ops scan_ops_portable = {
     .filter = filter,
     .masses = masses,
     .keep = keep,
+    .read = read_all,
 };

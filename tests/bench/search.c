@@ -147,8 +147,7 @@ static bool prepare(struct search *search)
     search->fill /= trees;
     search->bytes_per_key /= trees;
     search->moved_per_1000 /= trees;
-    search->bandwidth = measure_bandwidth();
-    return reserve(search);
+    return bandwidth_init(&search->bandwidth) && reserve(search);
 }
 
 static void release(struct search *search)
@@ -170,6 +169,7 @@ static void release(struct search *search)
     scan_stream_destroy(search->stream);
     free(search->prepared);
     free(search->latencies.ns);
+    bandwidth_fini(&search->bandwidth);
 }
 
 struct asked {
@@ -349,6 +349,7 @@ static bool time_setting(struct search *search, const struct search_method *meth
 
 static bool time_round(struct search *search, uint32_t round)
 {
+    bandwidth_measure(&search->bandwidth);
     for (uint32_t m = 0; m < METHODS; m++) {
         for (uint32_t i = 0; i < search->measured[m].setting_count; i++) {
             struct setting *setting = &search->measured[m].settings[i];

@@ -62,7 +62,7 @@ struct search {
     struct scan_query *prepared;
     struct index_search *context;
     struct arena context_arena;
-    double bandwidth; // GB/s
+    struct bandwidth bandwidth;
     // The tree's costs over all lanes and seeds.
     struct tree_costs costs;
     struct tree_latencies latencies;

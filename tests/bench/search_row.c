@@ -94,7 +94,7 @@ static json_t *method_row(struct search *search, uint32_t m, bool cold)
     } else {
         const double gb_per_s = measured->bytes_per_key * search->data.tokens / together_us / 1000;
         set(row, "gb_per_s", gb_per_s);
-        set(row, "over_bandwidth", gb_per_s / search->bandwidth);
+        set(row, "over_bandwidth", gb_per_s / samples_median(&search->bandwidth.gb_per_s));
     }
     set(row, "scanned_share", usual->scanned);
     return row;

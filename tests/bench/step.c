@@ -240,6 +240,7 @@ static bool measure_all(struct step *step, struct combination *combinations, uin
     }
     for (uint32_t r = 0; r < step->options->rounds; r++) {
         (void)fprintf(stderr, "round %u of %u\n", r + 1, step->options->rounds);
+        bandwidth_measure(&step->bandwidth);
         for (uint32_t c = 0; c < count; c++) {
             for (uint32_t i = 0; i < combinations[c].setting_count; i++) {
                 if (!time_setting(step, &combinations[c], &combinations[c].settings[i])) {
@@ -271,7 +272,7 @@ static int run(struct step *step, json_t *rows, json_t *ratios)
     if (code == 0 && !measure_all(step, combinations, count)) {
         code = EXIT_CHECK;
     }
-    const double bandwidth = measure_bandwidth();
+    const double bandwidth = samples_median(&step->bandwidth.gb_per_s);
     for (uint32_t c = 0; code == 0 && c < count; c++) {
         for (uint32_t i = 0; i < combinations[c].setting_count; i++) {
             for (int warm = 0; warm < 2; warm++) {

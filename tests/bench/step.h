@@ -3,6 +3,7 @@
 #ifndef ICECACHE_BENCH_STEP_H
 #define ICECACHE_BENCH_STEP_H
 
+#include "measure.h"
 #include "options.h"
 #include "reference.h"
 #include "scan.h"
@@ -42,6 +43,7 @@ struct step {
     struct step_worker *workers; // [cores_max]
     uint8_t *landing;            // [lane]{K, V}[slot][head_dim]
     struct tree_costs costs;
+    struct bandwidth bandwidth;
 };
 
 enum step_job { STEP_TREE, STEP_SCAN, STEP_GATHER };

@@ -169,7 +169,7 @@ int step_prepare(struct step *step)
     bool complete =
         make_references(step) && make_lanes(step) && build_all(step) && pack_scans(step) && make_workers(step);
     step->landing = arena_acquire(&step->landing_arena, landing_bytes);
-    complete = complete && step->landing != NULL;
+    complete = complete && step->landing != NULL && bandwidth_init(&step->bandwidth);
     for (uint32_t l = 0; complete && step->options->pages && l < step->lane_count; l++) {
         complete = fill_pages(step, &step->lanes[l]);
     }
@@ -204,6 +204,7 @@ void step_release(struct step *step)
     arena_fini(&step->scan_arena);
     arena_fini(&step->page_arena);
     arena_fini(&step->landing_arena);
+    bandwidth_fini(&step->bandwidth);
 }
 
 static bool search_tree(const struct step *step, struct step_worker *worker, struct step_lane *lane,

@@ -15,13 +15,13 @@ extern char **environ;
 struct peers {
     pid_t pid;
     FILE *to, *from;
-    char folder[64];
+    char folder[256];
 };
 
 static bool write_npy(const char *folder, const char *name, const char *type, const char *shape, const void *data,
                       size_t bytes)
 {
-    char path[128], header[256];
+    char path[320], header[256];
     (void)snprintf(path, sizeof path, "%s/%s.npy", folder, name);
     // Magic, version and length are 10 bytes; the header's end is aligned to 64.
     const int text =
@@ -128,7 +128,7 @@ static void stop(struct peers *peers)
     }
     static const char *const names[] = {"K", "Q", "best", "range"};
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
-        char path[128];
+        char path[320];
         for (uint32_t lane = 0;; lane++) {
             (void)snprintf(path, sizeof path, "%s/%s%u.npy", peers->folder, names[i], lane);
             if (unlink(path) != 0) {
@@ -146,7 +146,9 @@ struct peers *peers_open(const struct search *search)
     if (peers == NULL) {
         return NULL;
     }
-    (void)snprintf(peers->folder, sizeof peers->folder, "/tmp/icecache-bench-XXXXXX");
+    const char *temporary = getenv("TMPDIR");
+    (void)snprintf(peers->folder, sizeof peers->folder, "%s/icecache-bench-XXXXXX",
+                   temporary != NULL && strlen(temporary) < sizeof peers->folder / 2 ? temporary : "/tmp");
     if (mkdtemp(peers->folder) == NULL) {
         (void)fprintf(stderr, "icecache-bench: %s: %s; no peers\n", peers->folder, strerror(errno));
         free(peers);

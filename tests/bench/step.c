@@ -74,7 +74,8 @@ static bool find_settings(struct step *step, struct combination *combination)
         return false;
     }
     uint32_t reached = 0;
-    for (double effort = EFFORT_LEAST; reached < SHARES; effort = fmin(effort * EFFORT_STEP, 1)) {
+    double effort = EFFORT_LEAST;
+    while (reached < SHARES && effort <= 1) {
         struct setting setting = {.job = STEP_TREE, .effort = effort};
         if (!judge(step, combination->budget, &setting)) {
             return false;
@@ -85,9 +86,7 @@ static bool find_settings(struct step *step, struct combination *combination)
         while (reached < SHARES && setting.share >= shares[reached]) {
             reached++;
         }
-        if (effort >= 1) {
-            break;
-        }
+        effort = effort < 1 ? fmin(effort * EFFORT_STEP, 1) : 2; // the last one is 1
     }
     return true;
 }

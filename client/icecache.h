@@ -213,6 +213,7 @@ struct ice_retrieve_result {
     uint32_t queue_us, search_us, copy_us; // spent in the daemon
 };
 
+// After an error the cells of this layer in the rows named are undefined (other layers' are not touched).
 // Blocking: submit and wait. result (may be NULL) is filled on success; its arrays are borrowed until this thread's
 // next call of ice_retrieve.
 ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,

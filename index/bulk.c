@@ -205,7 +205,7 @@ static bool make_page(struct index *index, struct bulk *bulk, const struct dci_s
             (struct index_move){.from = {token->page[now], token->row[now]}, .to = {id, r}};
         tree->digest = dci_mix(tree->digest ^ position);
     }
-    dci_keys_summary(index, page->tokens, page->rows, dci_page_mean(index, page), &page->radius);
+    dci_keys_summary(index, page->tokens, page->rows, dci_page_mean(index, page), &page->radius, &page->farthest);
     dci_page_link(index, tree, id, bulk->cursor);
     tree->pages++;
     return true;

@@ -55,12 +55,13 @@ static bool check_tokens(const struct index *index, const struct report *report)
 static bool check_leaf(const struct index *index, uint32_t id, const struct report *report)
 {
     struct page *page = dci_page(index, id);
-    float mean[INDEX_HEAD_DIM_MAX], radius;
-    const uint32_t rows = dci_keys_summary(index, page->tokens, index->page_tokens, mean, &radius);
+    float mean[INDEX_HEAD_DIM_MAX], radius, farthest;
+    const uint32_t rows = dci_keys_summary(index, page->tokens, index->page_tokens, mean, &radius, &farthest);
     if (rows == 0 || rows != page->rows) {
         return wrong(report, "page %u holds %u tokens, says %u", id, rows, page->rows);
     }
-    if (radius != page->radius || memcmp(mean, dci_page_mean(index, page), index->head_dim * sizeof mean[0]) != 0) {
+    if (radius != page->radius || farthest != page->farthest ||
+        memcmp(mean, dci_page_mean(index, page), index->head_dim * sizeof mean[0]) != 0) {
         return wrong(report, "page %u has a stale mean", id);
     }
     for (uint32_t r = 0; r < index->page_tokens; r++) {

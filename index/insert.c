@@ -388,6 +388,7 @@ static void commit_page(struct index *index, struct insert *insert, struct draft
     }
     page->rows = draft->rows;
     page->radius = draft->radius;
+    page->farthest = draft->farthest;
     memcpy(page->tokens, draft->tokens, index->page_tokens * sizeof page->tokens[0]);
     memcpy(dci_page_mean(index, page), dci_draft_mean(insert, draft), index->head_dim * sizeof(float));
     for (uint32_t r = 0; r < index->page_tokens; r++) {

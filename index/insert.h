@@ -11,8 +11,8 @@
 struct draft {
     uint32_t page, cell, rows;
     bool fresh; // the page is new
-    bool stale; // mean and radius are to be recomputed
-    float radius;
+    bool stale; // mean and distances are to be recomputed
+    float radius, farthest;
     uint32_t tokens[]; // page_tokens positions; behind them the mean
 };
 

@@ -39,7 +39,8 @@ void dci_page_release(struct index *index, uint32_t id)
     index->free_page = id;
 }
 
-uint32_t dci_keys_summary(const struct index *index, const uint32_t *positions, uint32_t n, float *mean, float *radius)
+uint32_t dci_keys_summary(const struct index *index, const uint32_t *positions, uint32_t n, float *mean, float *radius,
+                          float *farthest)
 {
     const uint32_t dim = index->head_dim;
     float key[INDEX_HEAD_DIM_MAX];
@@ -55,6 +56,7 @@ uint32_t dci_keys_summary(const struct index *index, const uint32_t *positions, 
         }
         count++;
     }
+    *farthest = 0.0f;
     if (count == 0) {
         *radius = 0.0f;
         return 0;
@@ -66,9 +68,12 @@ uint32_t dci_keys_summary(const struct index *index, const uint32_t *positions, 
     for (uint32_t i = 0; i < n; i++) {
         if (positions[i] != TREE_NONE) {
             dci_key_widen(index, positions[i], key);
-            spread += (double)index->kernel->distance2(key, mean, dim);
+            const float distance2 = index->kernel->distance2(key, mean, dim);
+            spread += (double)distance2;
+            *farthest = distance2 > *farthest ? distance2 : *farthest;
         }
     }
+    *farthest = sqrtf(*farthest);
     *radius = (float)sqrt(spread / count);
     return count;
 }

@@ -22,7 +22,8 @@ static struct draft *draft_add(struct index *index, uint32_t id)
     struct insert *insert = index->build.insert;
     struct page *page = dci_page(index, id);
     struct draft *draft = dci_draft(insert, insert->draft_count);
-    *draft = (struct draft){.page = id, .cell = page->owner, .rows = page->rows, .radius = page->radius};
+    *draft = (struct draft){
+        .page = id, .cell = page->owner, .rows = page->rows, .radius = page->radius, .farthest = page->farthest};
     memcpy(draft->tokens, page->tokens, index->page_tokens * sizeof draft->tokens[0]);
     memcpy(dci_draft_mean(insert, draft), dci_page_mean(index, page), index->head_dim * sizeof(float));
     page->draft = ++insert->draft_count;
@@ -94,7 +95,7 @@ void dci_draft_refresh(const struct index *index, struct draft *draft)
 {
     if (draft->stale) {
         dci_keys_summary(index, draft->tokens, index->page_tokens, dci_draft_mean(index->build.insert, draft),
-                         &draft->radius);
+                         &draft->radius, &draft->farthest);
         draft->stale = false;
     }
 }

@@ -15,13 +15,16 @@
 // How many measured deviations above the expected best token of a page are still hoped for, times that distance. The
 // measurement's own error (9 % with 64 tokens) and heavier tails than a normal distribution's are in it.
 #define HOPE_DEVIATION 1.25f
-#define SPREAD_MIN     0.5f
-#define SPREAD_MAX     8.0f
-#define EXPONENT_MAX   80.0f
+// The same for the key that lies farthest from the mean, which a radius over many hides: a key that is unlike all
+// others is often the one that is looked for.
+#define FARTHEST_DEVIATION 2.0f
+#define SPREAD_MIN         0.5f
+#define SPREAD_MAX         8.0f
+#define EXPONENT_MAX       80.0f
 
 struct summary {
     const float *mean;
-    float radius;
+    float radius, farthest;
     uint32_t weight, tie, rows;
 };
 
@@ -30,10 +33,12 @@ static struct summary summary_of(const struct index *index, uint32_t level, uint
     if (level > 0) {
         struct node *node = dci_node(index->tree, level, number);
         const uint32_t rows = node->weight < index->page_tokens ? node->weight : index->page_tokens;
-        return (struct summary){dci_node_mean(index, node), node->radius, node->weight, node->token, rows};
+        return (struct summary){
+            dci_node_mean(index, node), node->radius, node->farthest, node->weight, node->token, rows};
     }
     struct page *page = dci_page(index, number);
-    struct summary summary = {dci_page_mean(index, page), page->radius, page->rows, TREE_NONE, page->rows};
+    struct summary summary = {
+        dci_page_mean(index, page), page->radius, page->farthest, page->rows, TREE_NONE, page->rows};
     for (uint32_t r = 0; r < index->page_tokens; r++) {
         summary.tie = page->tokens[r] < summary.tie ? page->tokens[r] : summary.tie;
     }
@@ -98,7 +103,9 @@ static void estimate(const struct index_search *search, const struct summary *su
         const float center = search->query.scale * index->kernel->dot(query, summary->mean, index->head_dim);
         const float deviation = norms[v] * spread;
         exponents[v] = center + log_mass(deviation, reach, log_n);
-        hopes[v] = center + HOPE_DEVIATION * reach * deviation;
+        const float alone = FARTHEST_DEVIATION * norms[v] * summary->farthest * index->inverse_root_dim;
+        const float together = HOPE_DEVIATION * reach * deviation;
+        hopes[v] = center + (alone > together ? alone : together);
     }
 }
 

@@ -128,7 +128,7 @@ void dci_page_unlink(struct index *index, struct tree *tree, uint32_t id)
 
 struct child {
     uint32_t weight, next;
-    float radius;
+    float radius, farthest;
     const float *mean;
 };
 
@@ -136,10 +136,10 @@ static struct child child_get(const struct index *index, const struct tree *tree
 {
     if (level == 0) {
         struct page *page = dci_page(index, number);
-        return (struct child){page->rows, page->next, page->radius, dci_page_mean(index, page)};
+        return (struct child){page->rows, page->next, page->radius, page->farthest, dci_page_mean(index, page)};
     }
     struct node *node = dci_node(tree, level, number);
-    return (struct child){node->weight, node->next, node->radius, dci_node_mean(index, node)};
+    return (struct child){node->weight, node->next, node->radius, node->farthest, dci_node_mean(index, node)};
 }
 
 void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t level, uint32_t number)
@@ -149,6 +149,7 @@ void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t l
     float *mean = dci_node_mean(index, node);
     node->marked = false;
     node->weight = 0;
+    node->farthest = 0.0f;
     struct child child;
     for (uint32_t c = node->first; c != TREE_NONE; c = child.next) {
         child = child_get(index, tree, level - 1, c);
@@ -167,7 +168,10 @@ void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t l
     for (uint32_t c = node->first; c != TREE_NONE; c = child.next) {
         child = child_get(index, tree, level - 1, c);
         const double within = (double)child.radius * (double)child.radius;
-        spread += child.weight * (within + (double)index->kernel->distance2(child.mean, mean, dim));
+        const float distance2 = index->kernel->distance2(child.mean, mean, dim);
+        const float farthest = sqrtf(distance2) + child.farthest;
+        spread += child.weight * (within + (double)distance2);
+        node->farthest = farthest > node->farthest ? farthest : node->farthest;
     }
     node->radius = (float)sqrt(spread / node->weight);
 }

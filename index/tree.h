@@ -36,6 +36,7 @@ struct page {
     uint32_t rows;  // leaf: rows in use
     uint32_t draft; // 1 + its draft in the running insertion; 0: none
     float radius;   // leaf: root mean square distance of the keys from their mean
+    float farthest; // leaf: the largest of these distances
     enum page_state state;
     uint32_t tokens[]; // page_tokens positions, TREE_NONE where not in use; behind them the mean key
 };
@@ -49,6 +50,7 @@ struct node {
     bool marked;     // its summary is to be recomputed
     float norm2;     // of the token's key
     float radius;    // root mean square distance of the keys below from their mean
+    float farthest;  // no key below lies farther from their mean
     float vectors[]; // the token's key, then the mean of the keys below
 };
 
@@ -148,8 +150,10 @@ static inline float *dci_page_mean(const struct index *index, struct page *page)
 }
 INDEX_MUST_CHECK bool dci_page_acquire(struct index *index, enum page_state state, uint32_t *out);
 void dci_page_release(struct index *index, uint32_t page);
-// Mean and radius of the keys of n positions; TREE_NONE entries are skipped. Returns how many were counted.
-uint32_t dci_keys_summary(const struct index *index, const uint32_t *positions, uint32_t n, float *mean, float *radius);
+// Mean key of n positions, root mean square and largest distance from it; TREE_NONE entries are skipped. Returns how
+// many were counted.
+uint32_t dci_keys_summary(const struct index *index, const uint32_t *positions, uint32_t n, float *mean, float *radius,
+                          float *farthest);
 
 // ---- tree.c ----
 static inline struct node *dci_node(const struct tree *tree, uint32_t level, uint32_t node)
@@ -175,7 +179,7 @@ void dci_node_link(struct tree *tree, uint32_t level, uint32_t node, uint32_t pa
 void dci_node_unlink(struct tree *tree, uint32_t level, uint32_t node);
 void dci_page_link(struct index *index, struct tree *tree, uint32_t page, uint32_t cell);
 void dci_page_unlink(struct index *index, struct tree *tree, uint32_t page);
-// Weight, mean and radius of a node from its children.
+// Weight, mean and distances of a node from its children.
 void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t level, uint32_t node);
 
 // A key in search of its parent.

@@ -4,7 +4,8 @@
 //   VK_BIAS           what the int8 dot product of one code adds to the signed one
 //   vk_load, vi_dot   codes; accumulator + dot of four codes with four of the query
 //   vf_* , vi_*       as named
-// All sums are in one order, so that every instruction set gives the same integers.
+// All sums are in one order, so that every instruction set gives the same integers. No include guard: the including
+// file gives it its meaning.
 #include "scan.h"
 
 #include <math.h>

@@ -43,17 +43,21 @@ class Commands:
                 self.entries[path[len(root):]] = (entry["directory"], arguments)
 
     def near(self, path):
-        """(directory, compiler, flags) of the source beside path whose name begins most like it (tests of different layers
+        """(directory, compiler, flags) of the source beside path whose name shares most words with it (tests of different layers
         share a folder), else of one in a folder above it; None if there is none."""
         folder = os.path.dirname(path)
         while folder:
             beside = [known for known in sorted(self.entries) if os.path.dirname(known) == folder]
             if beside:
-                closest = max(beside, key=lambda known: len(os.path.commonprefix([known, path])))
+                closest = max(beside, key=lambda known: len(words(known) & words(path)))
                 directory, arguments = self.entries[closest]
                 return directory, arguments[0], preprocessing(arguments)
             folder = os.path.dirname(folder)
         return None
+
+
+def words(path):
+    return set(os.path.splitext(os.path.basename(path))[0].split("_")) - {"test"}
 
 
 def preprocessing(arguments):

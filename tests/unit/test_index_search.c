@@ -258,7 +258,9 @@ static void everything_is_selected(void **state)
                                               .sinks = 8,
                                               .window = 32,
                                               .page_wise = variant % 2 == 1,
-                                              .effort = 0.5f * (float)(variant / 2)};
+                                              .effort = variant < 2   ? 0.0f
+                                                        : variant < 4 ? 0.5f
+                                                                      : 1.0f};
             const struct answer answer = search_run(lane.search, lane.owner.index, &query, 500, UINT32_MAX);
             selection_verify(&lane.owner, &query, &answer);
             assert_int_equal(answer.selection.count, n - 40);

@@ -290,7 +290,7 @@ static void note_stats(struct op *op, ice_status status)
     struct server_stats *stats = &op->server->stats;
     uint64_t now = env_now_ns(op->server->env);
     if (status != ICE_OK) {
-        stats->errors++;
+        stats->errors += !op->session->dead; // what a dead session left unfinished is no error of anybody
         return;
     }
     if (op->kind == OP_APPEND) {

@@ -260,13 +260,20 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     return status;
 }
 
+// What a dead session has in flight is only finished as far as the lane needs it: nobody waits for the answer, but the
+// session's memory waits for its requests.
 static ice_status run_phase(struct op_lane *part, struct shard *shard)
 {
+    bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
+    if (cancelled && part->op->phase != PHASE_COMMIT && part->op->phase != PHASE_DROP)
+        return ICE_UNKNOWN_SESSION;
     switch (part->op->phase) {
     case PHASE_PREPARE:
         return run_prepare(part, shard);
     case PHASE_COMMIT:
         lane_commit(part->lane, shard);
+        if (cancelled)
+            return ICE_UNKNOWN_SESSION;
         return part->op->kind == OP_RETRIEVE ? run_search(part, shard) : ICE_OK;
     case PHASE_DROP:
         if (part->prepared)

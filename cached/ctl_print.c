@@ -1,4 +1,4 @@
-// Output of icecachectl. Single thread. Strings come from workers (namespaces), so JSON escapes them.
+// Output of icecachectl. Single thread. Strings come from workers (names, namespaces), so JSON escapes them.
 #include "cached/ctl_print.h"
 
 #include <inttypes.h>
@@ -52,13 +52,14 @@ void ctl_print_table(Icecache__Wire__Reply *const *pages, size_t count)
 {
     char pool[32], index[32];
     print_totals(pages[0]->stats);
-    printf(
-        "sequence       pid  namespace         tokens   indexed     pages       pool      index  retrieves  phase\n");
+    printf("sequence       pid  worker           namespace         tokens   indexed     pages       pool      index  "
+           "retrieves  phase\n");
     for (size_t page = 0; page < count; page++) {
         for (size_t i = 0; i < pages[page]->stats->n_sequence; i++) {
             const Icecache__Wire__SequenceStats *row = pages[page]->stats->sequence[i];
-            printf("%8" PRIu64 "  %8u  %-15.15s %8" PRIu64 "  %8" PRIu64 "  %8" PRIu64 " %10s %10s %10" PRIu64 "  %s\n",
-                   row->sequence_id, row->pid, row->name_space, row->tokens, row->indexed, row->pages,
+            printf("%8" PRIu64 "  %8u  %-15.15s  %-15.15s %8" PRIu64 "  %8" PRIu64 "  %8" PRIu64 " %10s %10s %10" PRIu64
+                   "  %s\n",
+                   row->sequence_id, row->pid, row->client_name, row->name_space, row->tokens, row->indexed, row->pages,
                    size_text(row->pool_bytes, pool, sizeof pool), size_text(row->index_bytes, index, sizeof index),
                    row->retrieves, row->phase);
         }
@@ -108,6 +109,8 @@ static void json_sequence(const Icecache__Wire__SequenceStats *row)
 {
     printf("{\"id\":%" PRIu64 ",\"session\":\"%016" PRIx64 "\",\"pid\":%u,", row->sequence_id, row->session_id,
            row->pid);
+    json_string("worker", row->client_name);
+    printf(",");
     json_string("namespace", row->name_space);
     printf(",\"tokens\":%" PRIu64 ",\"indexed\":%" PRIu64 ",\"pages\":%" PRIu64 ",\"pool_bytes\":%" PRIu64
            ",\"index_bytes\":%" PRIu64 ",\"retrieves\":%" PRIu64 ",\"appended_tokens\":%" PRIu64 ",",

@@ -126,9 +126,9 @@ static void check_phases(const json_t *stats, uint64_t retrieves, uint64_t appen
 
 static void check_sequence(const json_t *sequence, const struct ice_sequence_info *info, uint64_t retrieves)
 {
-    static const char *const keys[] = {"id",    "session",    "pid",         "namespace", "tokens",          "indexed",
-                                       "pages", "pool_bytes", "index_bytes", "retrieves", "appended_tokens", "phase",
-                                       NULL};
+    static const char *const keys[] = {"id",        "session",         "pid",   "worker",     "namespace",
+                                       "tokens",    "indexed",         "pages", "pool_bytes", "index_bytes",
+                                       "retrieves", "appended_tokens", "phase", NULL};
     check_keys(sequence, keys);
     assert_int_equal(stats_number(sequence, "pid"), getpid());
     assert_int_equal(stats_number(sequence, "tokens"), info->length);
@@ -138,6 +138,7 @@ static void check_sequence(const json_t *sequence, const struct ice_sequence_inf
     assert_int_equal(stats_number(sequence, "pool_bytes"), info->pool_bytes);
     assert_int_equal(stats_number(sequence, "index_bytes"), info->index_bytes);
     assert_int_equal(stats_number(sequence, "retrieves"), retrieves);
+    assert_string_equal(json_string_value(json_object_get(sequence, "worker")), "test");
     assert_string_equal(json_string_value(json_object_get(sequence, "namespace")), "a\"b\\c");
     assert_string_equal(json_string_value(json_object_get(sequence, "phase")), "idle");
     assert_int_equal(strlen(json_string_value(json_object_get(sequence, "session"))), 16);

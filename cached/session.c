@@ -180,7 +180,7 @@ static void hello(struct server *server, struct session *session, uint64_t reque
     body.session_token.len = sizeof session->token;
     body.endpoint = endpoint;
     body.daemon_version = (char *)ICECACHE_VERSION;
-    body.decode_inflight_max = (uint32_t)server->config->inflight_max;
+    body.inflight_max = (uint32_t)server->config->inflight_max;
     body.vectors_bytes_max = WIRE_VECTORS_BYTES_MAX;
     if (session->admin)
         log_debug("admin session id=%llu pid=%d", (unsigned long long)session->id, (int)session->pid);

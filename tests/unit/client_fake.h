@@ -136,7 +136,7 @@ static inline void fake_hello(struct fake *fake, int peer, Icecache__Wire__Contr
     hello.session_token.data = fake->session_token;
     hello.session_token.len = sizeof fake->session_token;
     hello.endpoint = fake->short_hello ? (char *)(uintptr_t) "tcp://127.0.0.1:1" : fake->endpoint;
-    hello.decode_inflight_max = 64;
+    hello.inflight_max = 64;
     hello.vectors_bytes_max = 1 << 20;
     reply->body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_HELLO;
     reply->hello = &hello;

@@ -69,9 +69,10 @@ static bool set_number(struct config *config, const struct number *number, const
 {
     uint64_t value;
     if (!parse_number(number->type, text, &value) || value < number->min || value > number->max) {
-        const char *format = number->type == OCTAL
-                                 ? "--%s: '%s' is not a mode from %llo to %llo"
-                                 : "--%s: '%s' is not a number from %llu to %llu (sizes take k, m, g or t)";
+        const char *format = number->type == OCTAL  ? "--%s: '%s' is not a mode from %llo to %llo"
+                             : number->type == SIZE ? "--%s: '%s' is not a size from %llu to %llu bytes (k, m, g and t "
+                                                      "may follow the number)"
+                                                    : "--%s: '%s' is not a number from %llu to %llu";
         snprintf(error, capacity, format, number->flag, text, (unsigned long long)number->min,
                  (unsigned long long)number->max);
         return false;
@@ -90,26 +91,39 @@ static bool set_text(char *field, size_t field_bytes, const char *flag, const ch
     return true;
 }
 
-// --pool-bytes -> ICECACHE_POOL_BYTES
-static const char *environment_of(const char *flag)
+#define VARIABLE_BYTES 64
+
+// --pool-bytes -> ICECACHE_POOL_BYTES, whose name goes to `name`
+static const char *environment_of(const char *flag, char *name)
 {
-    char name[64] = "ICECACHE_";
+    strcpy(name, "ICECACHE_");
     size_t used = strlen(name);
-    for (; *flag && used < sizeof name - 1; flag++)
+    for (; *flag && used < VARIABLE_BYTES - 1; flag++)
         name[used++] = *flag == '-' ? '_' : (char)toupper((unsigned char)*flag);
     name[used] = '\0';
     return getenv(name);
 }
 
+// Says after the error that its value came from a variable, because nobody sees it in the command line.
+static bool blame_variable(const char *name, char *error, size_t capacity)
+{
+    size_t used = strlen(error);
+    snprintf(error + used, capacity - used, "; it comes from the environment: %s", name);
+    return false;
+}
+
 static bool read_environment(struct config *config, char *error, size_t capacity)
 {
+    char name[VARIABLE_BYTES];
     for (size_t i = 0; i < NUMBER_COUNT; i++) {
-        const char *text = environment_of(numbers[i].flag);
+        const char *text = environment_of(numbers[i].flag, name);
         if (text && !set_number(config, &numbers[i], text, error, capacity))
-            return false;
+            return blame_variable(name, error, capacity);
     }
-    const char *level = environment_of("log-level");
-    return !level || set_text(config->log_level, sizeof config->log_level, "log-level", level, error, capacity);
+    const char *level = environment_of("log-level", name);
+    if (level && !set_text(config->log_level, sizeof config->log_level, "log-level", level, error, capacity))
+        return blame_variable(name, error, capacity);
+    return true;
 }
 
 static enum config_outcome read_arguments(struct config *config, int argc, char *const *argv, char *error,

@@ -83,7 +83,7 @@ bool server_take_directory(struct server *server)
     pid_t holder = 0;
     int error = env->make_directory(env, directory);
     if (error)
-        log_error("cannot use %s for the sockets: %s", directory,
+        log_error("cannot use %s for the sockets: %s; choose another --socket-dir or mend it", directory,
                   error == -EPERM ? "it belongs to another user" : strerror(-error));
     else if ((error = env->lock_file(env, server->lock_path, &server->lock_fd, &holder)) == -EWOULDBLOCK)
         log_error("another icecached (pid %d) serves %s; stop it or choose another --socket-dir", (int)holder,
@@ -98,8 +98,8 @@ bool server_take_pool(struct server *server)
     log_info("populating the pool: %llu MiB", (unsigned long long)(server->config->pool_bytes >> 20));
     int error = pool_create(server->env, server->config->pool_bytes, &server->pool);
     if (error) {
-        log_error("cannot take --pool-bytes %llu: %s", (unsigned long long)server->config->pool_bytes,
-                  strerror(-error));
+        log_error("cannot take --pool-bytes %llu: %s; free memory or ask for less",
+                  (unsigned long long)server->config->pool_bytes, strerror(-error));
         return false;
     }
     struct pool_usage usage;

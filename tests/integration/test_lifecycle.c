@@ -127,7 +127,7 @@ static void options(void **state)
     expect_run(RUN("--version"), 0, ICECACHE_VERSION);
     expect_run(RUN("--nonsense"), 2, "unknown option --nonsense");
     expect_run(RUN("--pool-bytes"), 2, "--pool-bytes needs a value");
-    expect_run(RUN("--pool-bytes", "lots"), 2, "--pool-bytes: 'lots' is not a number");
+    expect_run(RUN("--pool-bytes", "lots"), 2, "--pool-bytes: 'lots' is not a size");
     expect_run(RUN("--pool-bytes", "1k"), 2, "--pool-bytes: '1k'");
     expect_run(RUN("--pool-bytes", "-1"), 2, "--pool-bytes: '-1'");
     expect_run(RUN("--index-bytes", "99999999t"), 2, "--index-bytes");

@@ -83,6 +83,7 @@ static void test_order(void **state)
     assert_int_equal(read_options(NULL), CONFIG_ERROR);
     assert_non_null(strstr(text, "--pool-bytes"));
     assert_non_null(strstr(text, "many"));
+    assert_non_null(strstr(text, "ICECACHE_POOL_BYTES"));
     unsetenv("ICECACHE_POOL_BYTES");
     unsetenv("ICECACHE_LOG_LEVEL");
     unsetenv("ICECACHE_SOCKET_DIR");
@@ -140,6 +141,8 @@ static void test_refusals(void **state)
     longest[sizeof longest - 1] = '\0';
     assert_int_equal(READ("--nonsense", "1"), CONFIG_ERROR);
     assert_non_null(strstr(text, "--nonsense"));
+    assert_int_equal(READ("--shards", "1k"), CONFIG_ERROR);
+    assert_null(strstr(text, "k, m, g")); // a count is no size
     assert_int_equal(READ("stray"), CONFIG_ERROR);
     assert_non_null(strstr(text, "stray"));
     assert_int_equal(READ("--socket-dir", longest), CONFIG_ERROR);

@@ -65,6 +65,10 @@ enum {
     HELP
 };
 
+// What one of the commands has no use for; it is refused there, because a figure would not be what was asked for.
+static const int search_only[] = {SEEDS, HEAD_DIM, QUERY_HEADS, QUERIES, INSERT_SHARE, PEERS, PYTHON};
+static const int step_only[] = {SHAPE, COPIES, CORES, NO_GATHER};
+
 static const struct option long_options[] = {
     {"json", no_argument, NULL, JSON},
     {"seed", required_argument, NULL, SEED},
@@ -233,6 +237,31 @@ static bool set(struct options *options, int option, const char *text)
     }
 }
 
+static const char *name_of(int option)
+{
+    const struct option *named = long_options;
+    while (named->val != option) {
+        named++;
+    }
+    return named->name;
+}
+
+// Are all options that were given (a bit each) of use to this command?
+static bool are_used(const char *command, uint64_t given)
+{
+    const bool is_step = strcmp(command, "step") == 0;
+    const int *refused = is_step ? search_only : step_only;
+    const size_t count = is_step ? sizeof search_only / sizeof *search_only : sizeof step_only / sizeof *step_only;
+    for (size_t i = 0; i < count; i++) {
+        if (given & UINT64_C(1) << (refused[i] - OPTION_FIRST)) {
+            (void)fprintf(stderr, "icecache-bench: --%s is an option of %s, not of %s\n", name_of(refused[i]),
+                          is_step ? "search" : "step", command);
+            return false;
+        }
+    }
+    return true;
+}
+
 static void set_defaults(struct options *options)
 {
     const bool is_step = strcmp(options->command, "step") == 0;
@@ -286,6 +315,7 @@ int options_parse(struct options *options, int argc, char **argv)
         .copies = 64,
         .pages = true,
     };
+    uint64_t given = 0;
     for (int option; (option = getopt_long(argc, argv, "", long_options, NULL)) != -1;) {
         if (option == HELP) {
             (void)fputs(help, stdout);
@@ -294,6 +324,7 @@ int options_parse(struct options *options, int argc, char **argv)
         if (!set(options, option, optarg)) {
             return EXIT_USAGE;
         }
+        given |= UINT64_C(1) << (option - OPTION_FIRST);
     }
     if (optind + 1 != argc) {
         (void)fputs(help, stderr);
@@ -301,5 +332,5 @@ int options_parse(struct options *options, int argc, char **argv)
     }
     options->command = argv[optind];
     set_defaults(options);
-    return is_valid(options) ? 0 : EXIT_USAGE;
+    return is_valid(options) && are_used(options->command, given) ? 0 : EXIT_USAGE;
 }

@@ -84,6 +84,8 @@ def main():
     check("tree_over_i8" in run(bench, "step", "--rounds", "1", "--shape", "small", "--tokens", "512"), "no table")
     run(bench, "search", "--tokens", "3", wanted=2)
     run(bench, "nothing", wanted=2)
+    run(bench, "search", "--cores", "2", wanted=2)  # step's
+    run(bench, "step", "--peers", wanted=2)  # search's
     run(bench, "search", "--trace", "/nowhere", wanted=3)
     run(bench, "search", "--help")
 

@@ -1,7 +1,7 @@
 // Sequences: making, finding and unmaking. Runs on the reactor; only the reapers run on shards.
 //
-// A sequence and its lanes are one allocation, so that an open sequence costs two allocations and no list walk; the
-// trees come with the first append.
+// A sequence and its lanes are one allocation, so that an open sequence costs one allocation; the trees come
+// with the first append.
 #include "cached/sequence.h"
 
 #include "cached/server.h"

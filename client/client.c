@@ -63,6 +63,17 @@ uint64_t client_until(const ice_client *client, uint64_t deadline_us)
 
 // ---- connect ----
 
+// A program may be called anything; the daemon takes printable ASCII.
+static void name_from_program(char *name, size_t capacity)
+{
+    (void)strncpy(name, program_invocation_short_name, capacity - 1);
+    for (char *c = name; *c != '\0'; c++) {
+        if (*c < 0x20 || *c > 0x7e) {
+            *c = '?';
+        }
+    }
+}
+
 static ice_status options_apply(ice_client *client, const struct ice_client_options *options)
 {
     static const struct ice_client_options none;
@@ -70,11 +81,14 @@ static ice_status options_apply(ice_client *client, const struct ice_client_opti
     client->deadline_us = given->deadline_us != 0 ? given->deadline_us : DEADLINE_DEFAULT_US;
     client->staging_bytes = given->staging_bytes != 0 ? given->staging_bytes : STAGING_DEFAULT_BYTES;
 
-    const char *name = given->name != NULL ? given->name : program_invocation_short_name;
-    if (given->name != NULL && strlen(name) > WIRE_NAME_BYTES_MAX) {
-        return error_set(ICE_TOO_LARGE, "name has %zu bytes, the limit is %u", strlen(name), WIRE_NAME_BYTES_MAX);
+    if (given->name == NULL) {
+        name_from_program(client->name, sizeof client->name);
+    } else if (strlen(given->name) > WIRE_NAME_BYTES_MAX) {
+        return error_set(ICE_TOO_LARGE, "name has %zu bytes, the limit is %u", strlen(given->name),
+                         WIRE_NAME_BYTES_MAX);
+    } else {
+        memcpy(client->name, given->name, strlen(given->name) + 1);
     }
-    (void)strncpy(client->name, name, sizeof client->name - 1);
 
     if (given->socket_directory == NULL) {
         ice_status status = control_default_directory(client->directory, sizeof client->directory);

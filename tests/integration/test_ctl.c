@@ -1,6 +1,7 @@
 // icecachectl: what it prints, its JSON keys and values, its exit statuses.
 #include "worker.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -89,6 +90,22 @@ static void the_folder_from_the_environment(void **state)
     ice_status status = ice_client_connect(NULL, &client);
     unsetenv("ICECACHE_SOCKET_DIR");
     assert_ok(status);
+    ice_client_close(client);
+}
+
+// Without a name of its own a client is called like its program, which may be called anything.
+static void a_program_of_any_name(void **state)
+{
+    const struct daemon *daemon = *state;
+    char *name = program_invocation_short_name, odd[] = "f\xc3\xbcnf\n";
+    const struct ice_client_options options = {.socket_directory = daemon->sockets};
+    ice_client *client = NULL;
+    program_invocation_short_name = odd;
+    ice_status status = ice_client_connect(&options, &client);
+    program_invocation_short_name = name;
+    assert_ok(status);
+    (void)sequence_open(client, &shape);
+    expect(daemon, CTL("stats"), 0, "f??nf?");
     ice_client_close(client);
 }
 
@@ -247,6 +264,7 @@ int main(void)
         DAEMON_TEST(a_daemon_that_does_not_answer),
         DAEMON_TEST_WITH(a_full_daemon, single),
         DAEMON_TEST(the_folder_from_the_environment),
+        DAEMON_TEST(a_program_of_any_name),
         DAEMON_TEST(json_says_what_happened),
         DAEMON_TEST(many_sequences),
     };

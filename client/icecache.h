@@ -95,7 +95,8 @@ ICE_API uint64_t ice_client_boot_token(const ice_client *client);
 
 // ---- landing ----
 
-// [row, layer, KV head, {K, V}, slot, head_dim]. slots: at least sinks + window + budget of any retrieve.
+// [row, layer, KV head, {K, V}, slot, head_dim]. slots: at least sinks + window + budget of any retrieve (the budget
+// alone where the worker holds the ends; page-wise a budget counts as at least one page of the daemon's).
 struct ice_landing_shape {
     uint32_t rows, layers, kv_heads, slots, head_dim;
     ice_dtype dtype;
@@ -220,7 +221,8 @@ ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retriev
                                     struct ice_retrieve_result *result);
 
 // The rows belong to the daemon from submit until the reply has come, also after a time-out: until then submits to them
-// answer ICE_BUSY. All memory in options is copied. *out is owned by the caller until ice_ticket_close.
+// answer ICE_BUSY. All memory in options is copied. *out is owned by the caller until ice_ticket_close. A client has at
+// most 256 requests in flight, fewer where the daemon's --inflight-max is smaller; more answer ICE_QUEUE_FULL.
 ICE_CHECKED ice_status ice_retrieve_submit(ice_client *client, const struct ice_retrieve_options *options,
                                            ice_ticket **out);
 // Waits until the reply or the time-out. ICE_TIMEOUT: the ticket stays open and may be waited for again. result's

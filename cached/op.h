@@ -78,6 +78,7 @@ struct op {
     _Atomic uint32_t lanes_left;
     _Atomic bool cancelled;   // the session has ended: be quick
     _Atomic uint32_t failure; // ice_status of the first lane that failed
+    struct op_lane *failed;   // that lane; written once, by the one that set failure
 };
 
 // Makes an op for a validated message, or sends the error reply and answers NULL. The op owns `message` then.

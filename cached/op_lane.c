@@ -10,6 +10,7 @@
 
 #include <assert.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 // ---- queries ----
@@ -293,7 +294,11 @@ static void op_done(struct completion *completion, struct server *server)
     (void)server;
     struct op *op = (struct op *)((char *)completion - offsetof(struct op, completion));
     ice_status status = (ice_status)atomic_load_explicit(&op->failure, memory_order_acquire);
-    op_finish(op, status, NULL);
+    char text[256] = "";
+    if (op->failed)
+        snprintf(text, sizeof text, "layer %u, KV head %u: %s", op->failed->lane->layer, op->failed->lane->kv_head,
+                 status_text((int)status));
+    op_finish(op, status, text);
 }
 
 static void next_phase(struct op *op)
@@ -325,9 +330,9 @@ void op_lane_run(struct task *task, void *thread)
     struct op *op = part->op;
     ice_status status = run_phase(part, thread);
     uint32_t none = ICE_OK;
-    if (status != ICE_OK)
-        atomic_compare_exchange_strong_explicit(&op->failure, &none, status, memory_order_acq_rel,
-                                                memory_order_relaxed);
+    if (status != ICE_OK && atomic_compare_exchange_strong_explicit(&op->failure, &none, status, memory_order_acq_rel,
+                                                                    memory_order_relaxed))
+        op->failed = part; // read when all lanes are done
     if (atomic_fetch_sub_explicit(&op->lanes_left, 1, memory_order_acq_rel) == 1)
         next_phase(op);
 }

@@ -105,6 +105,7 @@ static void a_different_append_over_old_positions(void **state)
             bytes[77] ^= 0x10;
             assert_refused(ice_append(bench.worker.sequence, ICE_ALL_LAYERS, 0, LENGTH + 50, &source, 0, &length),
                            ICE_CONFLICT, "cannot be rewritten");
+            assert_non_null(strstr(ice_last_error(), "KV head "));
             assert_int_equal(length, LENGTH);
             bytes[77] ^= 0x10;
         }

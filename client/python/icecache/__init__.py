@@ -312,8 +312,13 @@ class Client:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, exc_type, *_):
+        try:
+            self.close()
+        except BufferError:
+            # Views that the exception's frames hold keep a landing in use: its cause must not be hidden by that.
+            if exc_type is None:
+                raise
 
     def __del__(self):
         if getattr(self, "_handle", None) is not None:

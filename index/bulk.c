@@ -19,6 +19,7 @@ enum phase {
     PHASE_ORDER,    // tokens by cell
     PHASE_CUT,      // cells into pages
     PHASE_SUMMARY,  // means and radii, from level 1 up
+    PHASE_SKETCHES, // sketches of the pages
     PHASE_OLD_TREE, // pages to release: the old tree's
     PHASE_OLD_TAIL, // and the open ones
     PHASE_DONE,
@@ -168,7 +169,8 @@ static bool starts_item(struct index *index, struct bulk *bulk, struct dci_work 
         return true;
     }
     enter(bulk, PHASE_ORDER);
-    return dci_list_reserve(&index->build.new_pages, &index->memory, bulk->page_need);
+    return dci_sketch_reserve(index, bulk->tree, bulk->page_need) &&
+           dci_list_reserve(&index->build.new_pages, &index->memory, bulk->page_need);
 }
 
 static void order_item(struct bulk *bulk, struct dci_work *work)
@@ -245,6 +247,21 @@ static void summary_item(struct index *index, struct bulk *bulk, struct dci_work
     }
     bulk->cursor = 0;
     if (++bulk->level > bulk->tree->top) {
+        enter(bulk, PHASE_SKETCHES);
+    }
+}
+
+static void sketches_item(struct index *index, struct bulk *bulk, struct dci_work *work)
+{
+    struct tree *tree = bulk->tree;
+    if (bulk->cursor == 0) {
+        dci_sketch_base(index, tree);
+        dci_work_spend(work, index, tree->levels[tree->top].count);
+    }
+    dci_sketch_write(index, tree, bulk->cursor, index->build.new_pages.items[bulk->cursor]);
+    dci_work_spend(work, index, 4);
+    if (++bulk->cursor == tree->pages) {
+        dci_sketch_clear_from(index, tree, tree->pages);
         enter(bulk, PHASE_OLD_TREE);
     }
 }
@@ -303,6 +320,9 @@ enum dci_progress dci_bulk_step(struct index *index, struct dci_work *work)
             break;
         case PHASE_SUMMARY:
             summary_item(index, bulk, work);
+            break;
+        case PHASE_SKETCHES:
+            sketches_item(index, bulk, work);
             break;
         case PHASE_OLD_TREE:
             old_tree_item(index, bulk, work);

@@ -64,11 +64,34 @@ static bool check_leaf(const struct index *index, uint32_t id, const struct repo
         memcmp(mean, dci_page_mean(index, page), index->head_dim * sizeof mean[0]) != 0) {
         return wrong(report, "page %u has a stale mean", id);
     }
+    if (!dci_sketch_agrees(index, index->tree, id)) {
+        return wrong(report, "page %u has a stale sketch in slot %u", id, page->slot);
+    }
     for (uint32_t r = 0; r < index->page_tokens; r++) {
         const uint32_t token = page->tokens[r];
         if (token != TREE_NONE && (token >= index->tree->tokens || dci_token(index, token)->page[index->column] != id ||
                                    dci_token(index, token)->row[index->column] != r)) {
             return wrong(report, "page %u row %u holds token %u, which lies elsewhere", id, r, token);
+        }
+    }
+    return true;
+}
+
+// Every leaf has a slot of its own (its sketch names it); what is behind the last one counts for nothing.
+static bool check_sketches(const struct index *index, const struct report *report)
+{
+    const uint32_t pages = index->tree->pages, blocks = dci_sketch_blocks(pages);
+    for (uint32_t s = 0; s < blocks * SKETCH_LANES; s++) {
+        const struct sketch *sketch = dci_sketch_at(index->tree, s / SKETCH_LANES);
+        const uint32_t id = sketch->page[s % SKETCH_LANES];
+        if (s >= pages) {
+            if (id != TREE_NONE || sketch->rows[s % SKETCH_LANES] != 0 ||
+                sketch->log_rows[s % SKETCH_LANES] != DCI_HIDDEN) {
+                return wrong(report, "slot %u of %u pages is not cleared", s, pages);
+            }
+        } else if (id >= index->page_bound || dci_page(index, id)->state != PAGE_LEAF ||
+                   dci_page(index, id)->slot != s) {
+            return wrong(report, "slot %u holds page %u, which is not its", s, id);
         }
     }
     return true;
@@ -210,6 +233,9 @@ bool index_check(const struct index *index, char *text, size_t capacity)
 {
     const struct report report = {text, capacity};
     if (!check_tokens(index, &report) || !check_pages(index, &report)) {
+        return false;
+    }
+    if (index->tree != NULL && !check_sketches(index, &report)) {
         return false;
     }
     for (uint32_t level = 1; index->tree != NULL && level <= index->tree->top; level++) {

@@ -168,8 +168,8 @@ INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *sea
 // The index must not be appended to or committed on until finish; build steps may go on.
 INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index *index,
                                                       const struct index_query *query);
-// Does about work_units units, at least one item: a page, or a node's children, against all queries. True when
-// complete.
+// Does about work_units units, at least one item: 16 keys, a page, or the sketches of 16 pages, against all queries.
+// True when complete.
 bool index_search_step(struct index_search *search, uint64_t work_units);
 // Selects from what has been scored so far. *tokens is borrowed from the context until its next begin or reserve.
 void index_search_finish(struct index_search *search, struct index_selection *selection,

@@ -255,7 +255,8 @@ static bool reserve_plan(struct index *index, struct insert *insert)
     }
     build->moves = dci_memory_acquire(&index->memory, rows * sizeof build->moves[0]);
     build->move_room = build->moves == NULL ? 0 : rows;
-    return build->moves != NULL && dci_list_reserve(&build->new_pages, &index->memory, insert->draft_count) &&
+    return build->moves != NULL && dci_sketch_reserve(index, index->tree, index->tree->pages + insert->draft_count) &&
+           dci_list_reserve(&build->new_pages, &index->memory, insert->draft_count) &&
            dci_list_reserve(&build->released_pages, &index->memory, insert->draft_count + blocks) &&
            dci_list_reserve(&insert->dirty, &index->memory, 2 * marks * index->tree->top);
 }
@@ -379,12 +380,13 @@ static void commit_page(struct index *index, struct insert *insert, struct draft
     mark(insert, tree, 1, draft->cell);
     if (draft->rows == 0) {
         dci_page_unlink(index, tree, draft->page);
+        dci_sketch_remove(index, tree, draft->page, tree->pages);
         tree->pages--;
         return;
     }
     if (draft->fresh) {
         dci_page_link(index, tree, draft->page, draft->cell);
-        tree->pages++;
+        page->slot = tree->pages++;
     }
     page->rows = draft->rows;
     page->radius = draft->radius;
@@ -398,6 +400,7 @@ static void commit_page(struct index *index, struct insert *insert, struct draft
             token->row[index->column] = (uint8_t)r;
         }
     }
+    dci_sketch_write(index, tree, page->slot, draft->page);
 }
 
 void dci_insert_commit(struct index *index)
@@ -411,6 +414,7 @@ void dci_insert_commit(struct index *index)
             commit_page(index, insert, draft);
         }
     }
+    dci_sketch_clear_from(index, tree, tree->pages);
     for (uint32_t level = 1; level <= tree->top; level++) {
         for (uint32_t i = 0; i < insert->dirty.count; i += 2) {
             if (insert->dirty.items[i] == level) {

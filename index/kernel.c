@@ -5,28 +5,50 @@
 // compiled for each instruction set in vectors as wide as it has. Pure functions; any thread.
 #include "index/kernel.h"
 
-#include <string.h>
+#include "index/sketch.h"
 
-#define KERNEL_SET portable
+#include <math.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// No page's exponent is above this one over the reference.
+#define EXPONENT_MAX  80.0f
+
+#define DOTS_PORTABLE 0
+#define DOTS_AVX2     1
+#define DOTS_VNNI     2
+
+#define KERNEL_SET    portable
 #define KERNEL_TARGET
 #define KERNEL_WIDTH 4
+#define KERNEL_DOTS  DOTS_PORTABLE
 #include "index/kernel_lanes.h"
 
 #if defined(__x86_64__)
 #define KERNEL_SET    avx2
 #define KERNEL_TARGET __attribute__((target("avx2")))
 #define KERNEL_WIDTH  8
+#define KERNEL_DOTS   DOTS_AVX2
 #include "index/kernel_lanes.h"
 
 #define KERNEL_SET    avx512
 #define KERNEL_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
 #define KERNEL_WIDTH  16
+#define KERNEL_DOTS   DOTS_AVX2
+#include "index/kernel_lanes.h"
+
+#define KERNEL_SET    avx512vnni
+#define KERNEL_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
+#define KERNEL_WIDTH  16
+#define KERNEL_DOTS   DOTS_VNNI
 #include "index/kernel_lanes.h"
 #endif
 
 const struct dci_kernel *dci_kernel_at(uint32_t number)
 {
-    const struct dci_kernel *found[3] = {&kernel_portable, NULL, NULL};
+    const struct dci_kernel *found[4] = {&kernel_portable, NULL, NULL, NULL};
 #if defined(__x86_64__)
     uint32_t count = 1;
     __builtin_cpu_init();
@@ -36,9 +58,12 @@ const struct dci_kernel *dci_kernel_at(uint32_t number)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
         found[count++] = &kernel_avx512;
+        if (__builtin_cpu_supports("avx512vnni")) {
+            found[count++] = &kernel_avx512vnni;
+        }
     }
 #endif
-    return number < 3 ? found[number] : NULL;
+    return number < 4 ? found[number] : NULL;
 }
 
 const struct dci_kernel *dci_kernel_best(void)
@@ -48,6 +73,26 @@ const struct dci_kernel *dci_kernel_best(void)
         best = dci_kernel_at(i);
     }
     return best;
+}
+
+float dci_encode(const float *x, uint32_t n, int8_t *codes)
+{
+    const float nothing = 0x1p-100f;
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    float largest = 0.0f;
+    for (uint32_t i = 0; i < n; i++) {
+        const float size = fabsf(x[i]);
+        largest = size > largest ? size : largest;
+    }
+    if (largest < nothing) {
+        memset(codes, 0, n);
+        return 0.0f;
+    }
+    const float step = largest / 127.0f, inverse = 127.0f / largest;
+    for (uint32_t i = 0; i < n; i++) {
+        codes[i] = (int8_t)((x[i] * inverse + round) - round);
+    }
+    return step;
 }
 
 float dci_exp(float x)

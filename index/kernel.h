@@ -13,6 +13,18 @@
 // Scores of real tokens are kept below this, so that no sum or difference of them overflows.
 #define DCI_SCORE_MAX 1.0e30f
 
+// Views as sketches see them: queries in int8, and what turns an inner product of codes into a score.
+struct dci_views {
+    uint32_t count, head_dim;
+    const int8_t *codes;  // [view][head_dim]
+    const int32_t *zeros; // per view: what a sketch of nothing but code 128 scores in codes
+    const float *steps;   // per view: softmax scale * scale of the codes
+    const float *bases;   // per view: score of the tree's base
+    const float *norms;   // per view: deviation of the scores for an isotropic deviation of 1 of the keys
+};
+
+struct sketch;
+
 struct dci_kernel {
     const char *name;
     // n elements (multiple of 16) of the given type to fp32, exact, subnormals included.
@@ -30,12 +42,29 @@ struct dci_kernel {
     // Sum of exp(x[i]).
     float (*exp_sum)(const float *x, uint32_t n);
     float (*exp_one)(float x);
+
+    // Sketches: 16 pages at once. A page's exponent is the log of the estimated mass of its tokens.
+    // centers[view][16] = estimated score of the mean. The inner products of codes are exact.
+    void (*centers16)(const struct dci_views *views, const struct sketch *sketch, float *centers);
+    // Adds the exponents to the running log-sum-exp of every view.
+    void (*survey16)(const struct dci_views *views, const struct sketch *sketch, const float *centers, float *top,
+                     float *total);
+    // merits[16] = mean over the views of exp(hoped-for best score - reference), masses[16] the same of the exponents
+    // (NULL: not wanted).
+    void (*merits16)(const struct dci_views *views, const struct sketch *sketch, const float *centers,
+                     const float *reference, float *merits, float *masses);
+    // Adds to rest[view] the sum over the pages of weights[16] * exp(exponent - top), each at most rows * exp(top).
+    void (*rest16)(const struct dci_views *views, const struct sketch *sketch, const float *centers, const float *top,
+                   const float *weights, float *rest);
 };
 
 // The best one for this machine.
 const struct dci_kernel *dci_kernel_best(void);
 // All that this machine can run, for tests: NULL past the end. 0 is the portable one.
 const struct dci_kernel *dci_kernel_at(uint32_t number);
+
+// Codes of n elements: nearest integers to x / step, -127 .. 127. Returns the step; 0 where all elements are next to 0.
+float dci_encode(const float *x, uint32_t n, int8_t *codes);
 
 float dci_exp(float x); // 0 below -87, limited to exp(88)
 float dci_log(float x); // of a normal positive number

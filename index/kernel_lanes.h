@@ -113,9 +113,10 @@ ENTRY void NAME(widen)(enum index_dtype dtype, const void *elements, uint32_t n,
     }
 }
 
-LOCAL float NAME(dot_lanes)(const float *a, const float *b, uint32_t n)
+// Products of two rows, summed up in 16 lanes.
+LOCAL void NAME(dot_parts)(const float *a, const float *b, uint32_t n, NAME(floats) * sum)
 {
-    NAME(floats) sum[KERNEL_PARTS] = {{0}};
+    memset(sum, 0, KERNEL_PARTS * sizeof sum[0]);
     for (uint32_t i = 0; i < n; i += DCI_LANES) {
         for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
             NAME(floats) x, y;
@@ -124,6 +125,40 @@ LOCAL float NAME(dot_lanes)(const float *a, const float *b, uint32_t n)
             sum[part] += x * y;
         }
     }
+}
+
+#if KERNEL_WIDTH == 16
+// 16 times sum_lanes at once: at each step of the tree two vectors share one addition.
+LOCAL void NAME(sum_rows)(const NAME(floats) rows[DCI_LANES][KERNEL_PARTS], float *sums)
+{
+    __m512 x[DCI_LANES];
+    memcpy(x, rows, sizeof x);
+    for (uint32_t i = 0; i < 8; i++) { // 8 and 8
+        x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
+    }
+    for (uint32_t i = 0; i < 4; i++) { // 4 and 4
+        x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 4], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd));
+    }
+    for (uint32_t i = 0; i < 2; i++) { // 2 and 2
+        x[i] = _mm512_add_ps(_mm512_shuffle_ps(x[i], x[i + 2], 0x44), _mm512_shuffle_ps(x[i], x[i + 2], 0xee));
+    }
+    const __m512 mixed = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x88), _mm512_shuffle_ps(x[0], x[1], 0xdd));
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    _mm512_storeu_ps(sums, _mm512_permutexvar_ps(order, mixed));
+}
+#else
+LOCAL void NAME(sum_rows)(const NAME(floats) rows[DCI_LANES][KERNEL_PARTS], float *sums)
+{
+    for (uint32_t i = 0; i < DCI_LANES; i++) {
+        sums[i] = NAME(sum_lanes)(rows[i]);
+    }
+}
+#endif
+
+LOCAL float NAME(dot_lanes)(const float *a, const float *b, uint32_t n)
+{
+    NAME(floats) sum[KERNEL_PARTS];
+    NAME(dot_parts)(a, b, n, sum);
     return NAME(sum_lanes)(sum);
 }
 
@@ -151,9 +186,14 @@ ENTRY void NAME(score16)(const float *queries, uint32_t views, const float *rows
                          float *scores)
 {
     for (uint32_t v = 0; v < views; v++) {
+        NAME(floats) sums[DCI_LANES][KERNEL_PARTS];
+        float dots[DCI_LANES];
         for (uint32_t i = 0; i < DCI_LANES; i++) {
-            const float dot = NAME(dot_lanes)(queries + (size_t)v * n, rows + (size_t)i * n, n);
-            scores[v * DCI_LANES + i] = scale * dot;
+            NAME(dot_parts)(queries + (size_t)v * n, rows + (size_t)i * n, n, sums[i]);
+        }
+        NAME(sum_rows)((const NAME(floats)(*)[KERNEL_PARTS])sums, dots);
+        for (uint32_t i = 0; i < DCI_LANES; i++) {
+            scores[v * DCI_LANES + i] = scale * dots[i];
         }
     }
 }
@@ -228,6 +268,214 @@ ENTRY float NAME(exp_sum)(const float *x, uint32_t n)
     return NAME(sum_lanes)(sum);
 }
 
+// Inner products of the codes of 16 pages with those of up to four views, exact in integers.
+#define DOTS_VIEWS 4u
+
+#if KERNEL_DOTS == DOTS_VNNI
+LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
+{
+    __m512i sum[2][DOTS_VIEWS];
+    for (uint32_t v = 0; v < DOTS_VIEWS; v++) {
+        sum[0][v] = sum[1][v] = _mm512_setzero_si512();
+    }
+    for (uint32_t i = 0; i < n; i += 8) {
+        const __m512i a = _mm512_loadu_si512(codes + (size_t)i * DCI_LANES);
+        const __m512i b = _mm512_loadu_si512(codes + (size_t)(i + 4) * DCI_LANES);
+        for (uint32_t v = 0; v < count; v++) {
+            int32_t words[2];
+            memcpy(words, query + (size_t)v * n + i, sizeof words);
+            sum[0][v] = _mm512_dpbusd_epi32(sum[0][v], a, _mm512_set1_epi32(words[0]));
+            sum[1][v] = _mm512_dpbusd_epi32(sum[1][v], b, _mm512_set1_epi32(words[1]));
+        }
+    }
+    for (uint32_t v = 0; v < count; v++) {
+        _mm512_storeu_si512(dots + v * DCI_LANES, _mm512_add_epi32(sum[0][v], sum[1][v]));
+    }
+}
+#elif KERNEL_DOTS == DOTS_AVX2
+// Sums of two products must fit in 16 bits: the codes lose their offset and go in as size and sign, the query's bytes
+// take the sign (127 * 127 * 2 fits), and the offset's part is added back at the end.
+LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
+{
+    const __m256i zero_code = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
+    __m256i sum[2][DOTS_VIEWS], query_sum[DOTS_VIEWS];
+    for (uint32_t v = 0; v < DOTS_VIEWS; v++) {
+        sum[0][v] = sum[1][v] = query_sum[v] = _mm256_setzero_si256();
+    }
+    for (uint32_t i = 0; i < n; i += 4) {
+        for (uint32_t half = 0; half < 2; half++) {
+            const uint8_t *at = codes + (size_t)i * DCI_LANES + (size_t)half * 32;
+            const __m256i code = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)at), zero_code);
+            const __m256i size = _mm256_abs_epi8(code);
+            for (uint32_t v = 0; v < count; v++) {
+                int32_t word;
+                memcpy(&word, query + (size_t)v * n + i, sizeof word);
+                const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(word), code));
+                sum[half][v] = _mm256_add_epi32(sum[half][v], _mm256_madd_epi16(pairs, ones));
+            }
+        }
+        for (uint32_t v = 0; v < count; v++) {
+            int32_t word;
+            memcpy(&word, query + (size_t)v * n + i, sizeof word);
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(64), _mm256_set1_epi32(word));
+            query_sum[v] = _mm256_add_epi32(query_sum[v], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    for (uint32_t v = 0; v < count; v++) {
+        const __m256i offset = _mm256_slli_epi32(query_sum[v], 1);
+        for (uint32_t half = 0; half < 2; half++) {
+            _mm256_storeu_si256((__m256i *)(void *)(dots + v * DCI_LANES + half * 8),
+                                _mm256_add_epi32(sum[half][v], offset));
+        }
+    }
+}
+#else
+LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
+{
+    for (uint32_t v = 0; v < count; v++) {
+        int32_t sum[DCI_LANES] = {0};
+        for (uint32_t i = 0; i < n; i += 4) {
+            const uint8_t *code = codes + (size_t)i * DCI_LANES;
+            const int8_t *q = query + (size_t)v * n + i;
+            for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+                sum[lane] += code[4 * lane] * q[0] + code[4 * lane + 1] * q[1] + code[4 * lane + 2] * q[2] +
+                             code[4 * lane + 3] * q[3];
+            }
+        }
+        memcpy(dots + v * DCI_LANES, sum, sizeof sum);
+    }
+}
+#endif
+
+ENTRY void NAME(centers16)(const struct dci_views *views, const struct sketch *sketch, float *centers)
+{
+    uint32_t count;
+    for (uint32_t first = 0; first < views->count; first += count) {
+        int32_t dots[DOTS_VIEWS * DCI_LANES];
+        const int8_t *query = views->codes + (size_t)first * views->head_dim;
+        const uint32_t left = views->count - first;
+        count = left >= DOTS_VIEWS ? DOTS_VIEWS : left >= 2 ? 2 : 1;
+        if (count == DOTS_VIEWS) { // a constant, so that the sums stay in registers
+            NAME(dots)(sketch->codes, query, views->head_dim, DOTS_VIEWS, dots);
+        } else if (count == 2) {
+            NAME(dots)(sketch->codes, query, views->head_dim, 2, dots);
+        } else {
+            NAME(dots)(sketch->codes, query, views->head_dim, 1, dots);
+        }
+        for (uint32_t v = 0; v < count; v++) {
+            for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+                NAME(ints) dot;
+                NAME(floats) scale;
+                memcpy(&dot, dots + v * DCI_LANES + part * KERNEL_WIDTH, sizeof dot);
+                memcpy(&scale, sketch->scale + part * KERNEL_WIDTH, sizeof scale);
+                const NAME(floats) wide = __builtin_convertvector(dot - views->zeros[first + v], NAME(floats));
+                const NAME(floats) center = wide * (scale * views->steps[first + v]) + views->bases[first + v];
+                memcpy(centers + (size_t)(first + v) * DCI_LANES + part * KERNEL_WIDTH, &center, sizeof center);
+            }
+        }
+    }
+}
+
+LOCAL void NAME(load_lanes)(const float *from, uint32_t part, NAME(floats) * out)
+{
+    memcpy(out, from + part * KERNEL_WIDTH, sizeof *out);
+}
+
+LOCAL void NAME(least)(const NAME(floats) * a, const NAME(floats) * b, NAME(floats) * out)
+{
+    const NAME(ints) is_less = *a < *b;
+    *out = (NAME(floats))((is_less & (NAME(ints)) * a) | (~is_less & (NAME(ints)) * b));
+}
+
+// Log of the sum of exp of as many scores as the page has rows, spread around their center: while the deviation is
+// small all of them carry it, else the largest few.
+LOCAL void NAME(exponents)(const struct sketch *sketch, const float *centers, float norm, uint32_t part,
+                           NAME(floats) * out)
+{
+    NAME(floats) center, unit, log_rows, reach;
+    NAME(load_lanes)(centers, part, &center);
+    NAME(load_lanes)(sketch->unit, part, &unit);
+    NAME(load_lanes)(sketch->log_rows, part, &log_rows);
+    NAME(load_lanes)(sketch->reach, part, &reach);
+    const NAME(floats) deviation = unit * norm;
+    const NAME(ints) by_all = deviation < reach;
+    const NAME(floats) all = log_rows + 0.5f * deviation * deviation, few = reach * deviation;
+    *out = center + (NAME(floats))((by_all & (NAME(ints))all) | (~by_all & (NAME(ints))few));
+}
+
+ENTRY void NAME(survey16)(const struct dci_views *views, const struct sketch *sketch, const float *centers, float *top,
+                          float *total)
+{
+    for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES) {
+        NAME(floats) exponent[KERNEL_PARTS], weights[KERNEL_PARTS];
+        float lanes[DCI_LANES];
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(exponents)(sketch, centers, views->norms[v], part, &exponent[part]);
+        }
+        memcpy(lanes, exponent, sizeof lanes);
+        const float highest = NAME(max_lanes)(lanes);
+        if (highest > top[v]) {
+            total[v] *= NAME(exp_one)(top[v] - highest);
+            top[v] = highest;
+        }
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            const NAME(floats) below = exponent[part] - top[v];
+            NAME(exp_lanes)(&below, &weights[part]);
+        }
+        total[v] += NAME(sum_lanes)(weights);
+    }
+}
+
+ENTRY void NAME(merits16)(const struct dci_views *views, const struct sketch *sketch, const float *centers,
+                          const float *reference, float *merits, float *masses)
+{
+    const NAME(floats) zero = {0};
+    const NAME(floats) limit = zero + EXPONENT_MAX;
+    const float share = 1.0f / (float)views->count;
+    NAME(floats) merit[KERNEL_PARTS] = {{0}}, mass[KERNEL_PARTS] = {{0}};
+    for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES) {
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) center, hope, x, weight;
+            NAME(load_lanes)(centers, part, &center);
+            NAME(load_lanes)(sketch->hope, part, &hope);
+            x = (center + hope * views->norms[v]) - reference[v];
+            NAME(least)(&x, &limit, &x);
+            NAME(exp_lanes)(&x, &weight);
+            merit[part] += weight * share;
+            if (masses != NULL) {
+                NAME(exponents)(sketch, centers, views->norms[v], part, &x);
+                x = x - reference[v];
+                NAME(least)(&x, &limit, &x);
+                NAME(exp_lanes)(&x, &weight);
+                mass[part] += weight * share;
+            }
+        }
+    }
+    memcpy(merits, merit, sizeof merit);
+    if (masses != NULL) {
+        memcpy(masses, mass, sizeof mass);
+    }
+}
+
+ENTRY void NAME(rest16)(const struct dci_views *views, const struct sketch *sketch, const float *centers,
+                        const float *top, const float *weights, float *rest)
+{
+    for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES) {
+        NAME(floats) sum[KERNEL_PARTS];
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) x, log_rows, weight;
+            NAME(exponents)(sketch, centers, views->norms[v], part, &x);
+            NAME(load_lanes)(sketch->log_rows, part, &log_rows);
+            NAME(load_lanes)(weights, part, &weight);
+            x = x - top[v];
+            NAME(least)(&x, &log_rows, &x);
+            NAME(exp_lanes)(&x, &sum[part]);
+            sum[part] *= weight;
+        }
+        rest[v] += NAME(sum_lanes)(sum);
+    }
+}
+
 #define KERNEL_TEXT2(x) #x
 #define KERNEL_TEXT(x)  KERNEL_TEXT2(x)
 
@@ -241,6 +489,10 @@ static const struct dci_kernel NAME(kernel) = {
     .weigh16 = NAME(weigh16),
     .exp_sum = NAME(exp_sum),
     .exp_one = NAME(exp_one),
+    .centers16 = NAME(centers16),
+    .survey16 = NAME(survey16),
+    .merits16 = NAME(merits16),
+    .rest16 = NAME(rest16),
 };
 
 #undef KERNEL_PARTS
@@ -254,3 +506,5 @@ static const struct dci_kernel NAME(kernel) = {
 #undef KERNEL_SET
 #undef KERNEL_TARGET
 #undef KERNEL_WIDTH
+#undef KERNEL_DOTS
+#undef DOTS_VIEWS

@@ -1,53 +1,121 @@
-// What is worth opening: estimates of nodes and pages from their means and radii, the queue, and when to stop.
+// What is worth opening: estimates of the leaf pages from their sketches, the queue, and when to stop.
 //
-// A page's or node's scores for one view are taken as spread around q . mean with a deviation proportional to
+// A page's scores for one view are taken as spread around q . mean with a deviation proportional to
 // |q| * radius / sqrt(head_dim). The factor is measured anew by every search, per view, on a sample of tokens: keys
 // vary most in few directions and queries favour some of them, so it lies anywhere between 1 and 3, differs between the
 // heads of a group and from step to step, and no constant serves two models. From the deviation follow a page's
 // estimated mass (the sum of exp of n such scores, which for a large deviation is carried by the largest few, as in the
-// random energy model) and the hoped-for mass of its best token. The queue is ordered by the latter, so that the search
-// goes down the tree wherever a heavy token may still be, and it ends when none of the waiting ones may hold a token
-// better than the worst of the best found so far. Thread ownership: that of the search context. No allocation.
+// random energy model) and the hoped-for mass of its best token. Pages are opened in the order of the latter, and the
+// search ends when none of the waiting ones may hold a token better than the worst of the best found so far.
+//
+// Means are compared in int8, where every instruction set gets the same integers. The queue is a heap over blocks of
+// 16 pages, each with the best page that still waits in it. The order is fixed before the first page is opened, so the
+// next few are taken out early and their memory is asked for. Thread ownership: that of the search context. No
+// allocation.
 #include "index/search.h"
 
 #include <math.h>
 
-// How many measured deviations above the expected best token of a page are still hoped for, times that distance. The
-// measurement's own error (9 % with 64 tokens) and heavier tails than a normal distribution's are in it.
-#define HOPE_DEVIATION 1.25f
-// The same for the key that lies farthest from the mean, which a radius over many hides: a key that is unlike all
-// others is often the one that is looked for.
-#define FARTHEST_DEVIATION 2.0f
-#define SPREAD_MIN         0.5f
-#define SPREAD_MAX         8.0f
-#define EXPONENT_MAX       80.0f
+#define SPREAD_MIN 0.5f
+#define SPREAD_MAX 8.0f
 
-struct summary {
-    const float *mean;
-    float radius, farthest;
-    uint32_t weight, tie, rows;
-};
-
-static struct summary summary_of(const struct index *index, uint32_t level, uint32_t number)
-{
-    if (level > 0) {
-        struct node *node = dci_node(index->tree, level, number);
-        const uint32_t rows = node->weight < index->page_tokens ? node->weight : index->page_tokens;
-        return (struct summary){
-            dci_node_mean(index, node), node->radius, node->farthest, node->weight, node->token, rows};
-    }
-    struct page *page = dci_page(index, number);
-    struct summary summary = {
-        dci_page_mean(index, page), page->radius, page->farthest, page->rows, TREE_NONE, page->rows};
-    for (uint32_t r = 0; r < index->page_tokens; r++) {
-        summary.tie = page->tokens[r] < summary.tie ? page->tokens[r] : summary.tie;
-    }
-    return summary;
-}
+// Memory is asked for some steps before its use: of the sample, its tokens, then their pages and keys; of a page about
+// to be opened, the beginnings of its key rows.
+#define SAMPLE_TOKENS_AHEAD 12u
+#define SAMPLE_PAGES_AHEAD  4u
+#define PREFETCH_ROW_BYTES  256u
+#define CENTERS_AHEAD       2u // blocks of sketches
 
 static float at_most(float x, float limit)
 {
     return x < limit ? x : limit;
+}
+
+static void prefetch(const void *memory, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch((const unsigned char *)memory + at);
+    }
+}
+
+static struct dci_views views_of(const struct index_search *search)
+{
+    return (struct dci_views){
+        .count = search->views,
+        .head_dim = search->index->head_dim,
+        .codes = SEARCH_ROOM(search, int8_t, ROOM_CODES),
+        .zeros = SEARCH_ROOM(search, int32_t, ROOM_ZEROS),
+        .steps = SEARCH_ROOM(search, float, ROOM_STEPS),
+        .bases = SEARCH_ROOM(search, float, ROOM_BASES),
+        .norms = SEARCH_ROOM(search, float, ROOM_NORMS),
+    };
+}
+
+// What sketches are compared with, per view.
+void dci_rank_encode(struct index_search *search, uint32_t view)
+{
+    const struct index *index = search->index;
+    const uint32_t dim = index->head_dim;
+    const float *query = search->query.queries + (size_t)view * dim;
+    int8_t *codes = SEARCH_ROOM(search, int8_t, ROOM_CODES) + (size_t)view * dim;
+    const float step = dci_encode(query, dim, codes);
+    int32_t sum = 0;
+    for (uint32_t i = 0; i < dim; i++) {
+        sum += codes[i];
+    }
+    SEARCH_ROOM(search, int32_t, ROOM_ZEROS)[view] = SKETCH_CODE_ZERO * sum;
+    SEARCH_ROOM(search, float, ROOM_STEPS)[view] = search->query.scale * step;
+    SEARCH_ROOM(search, float, ROOM_BASES)
+    [view] = search->query.scale * index->kernel->dot(query, index->tree->base, dim);
+}
+
+// Estimated scores of the means of a block of pages: kept ones, else computed again.
+static const float *block_centers(struct index_search *search, const struct dci_views *views, uint32_t block,
+                                  bool are_kept)
+{
+    const bool has_room = block < search->center_blocks;
+    float *centers = has_room ? SEARCH_ROOM(search, float, ROOM_CENTERS) + (size_t)block * search->views * SKETCH_LANES
+                              : SEARCH_ROOM(search, float, ROOM_BLOCK);
+    if (!has_room || !are_kept) {
+        search->index->kernel->centers16(views, dci_sketch_at(search->index->tree, block), centers);
+    }
+    return centers;
+}
+
+void dci_rank_center(struct index_search *search, uint32_t block)
+{
+    const struct tree *tree = search->index->tree;
+    const struct dci_views views = views_of(search);
+    if (block >= search->center_blocks) {
+        return; // computed where it is needed
+    }
+    if (block + CENTERS_AHEAD < dci_sketch_blocks(tree->pages)) {
+        prefetch(dci_sketch_at(tree, block + CENTERS_AHEAD), tree->sketches.stride);
+    }
+    block_centers(search, &views, block, false);
+}
+
+static uint32_t sample_position(uint64_t n, uint32_t sample)
+{
+    return (uint32_t)((sample * n + n / 2) / SEARCH_SAMPLE);
+}
+
+static void prefetch_sample(const struct index_search *search, uint64_t n, uint32_t sample)
+{
+    const struct index *index = search->index;
+    for (uint32_t i = sample == 0 ? 0 : SAMPLE_TOKENS_AHEAD; i <= SAMPLE_TOKENS_AHEAD; i++) {
+        if (sample + i < SEARCH_SAMPLE) {
+            prefetch(dci_token(index, sample_position(n, sample + i)), 1);
+        }
+    }
+    for (uint32_t i = sample == 0 ? 0 : SAMPLE_PAGES_AHEAD; i <= SAMPLE_PAGES_AHEAD; i++) {
+        if (sample + i < SEARCH_SAMPLE) {
+            const struct token *token = dci_token(index, sample_position(n, sample + i));
+            const struct page *page = dci_page(index, token->page[index->column]);
+            prefetch(page, 1);
+            prefetch(dci_store_at(&index->keys, sample_position(n, sample + i)), index->row_bytes);
+        }
+    }
 }
 
 // One token of the sample, the sample being spread evenly over the indexed positions: adds the square of how far its
@@ -58,19 +126,22 @@ void dci_rank_measure(struct index_search *search, uint32_t sample)
     const float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
     float *sums = SEARCH_ROOM(search, float, ROOM_SCRATCH), *key = SEARCH_ROOM(search, float, ROOM_ROWS);
     const uint64_t n = index_indexed(index);
-    const uint32_t position = (uint32_t)((sample * n + n / 2) / SEARCH_SAMPLE);
-    struct page *page = dci_page(index, dci_token(index, position)->page[index->column]);
-    if (!(page->radius > 0.0f)) {
+    const uint32_t position = sample_position(n, sample);
+    prefetch_sample(search, n, sample);
+    const uint32_t slot = dci_page(index, dci_token(index, position)->page[index->column])->slot;
+    const uint32_t block = slot / SKETCH_LANES, lane = slot % SKETCH_LANES;
+    const float unit = dci_sketch_at(index->tree, block)->unit[lane];
+    if (!(unit > 0.0f)) {
         return;
     }
     search->measured++;
     dci_key_widen(index, position, key);
-    const float unit = page->radius * index->inverse_root_dim;
+    const struct dci_views views = views_of(search);
+    const float *centers = block_centers(search, &views, block, true);
     for (uint32_t v = 0; v < search->views; v++) {
         const float *query = search->query.queries + (size_t)v * index->head_dim;
-        const float score = index->kernel->dot(query, key, index->head_dim);
-        const float center = index->kernel->dot(query, dci_page_mean(index, page), index->head_dim);
-        const float off = norms[v] > 0.0f ? search->query.scale * (score - center) / (norms[v] * unit) : 0.0f;
+        const float score = search->query.scale * index->kernel->dot(query, key, index->head_dim);
+        const float off = norms[v] > 0.0f ? (score - centers[v * SKETCH_LANES + lane]) / (norms[v] * unit) : 0.0f;
         sums[v] += at_most(off * off, SPREAD_MAX * SPREAD_MAX * SEARCH_SAMPLE);
     }
 }
@@ -85,45 +156,14 @@ void dci_rank_fix_spread(struct index_search *search)
     }
 }
 
-// Log of the sum of exp of n scores around 0.
-static float log_mass(float deviation, float reach, float log_n)
+// The estimates of a block of pages join what was scored exactly: a running log-sum-exp per view, its largest exponent
+// in ROOM_REFERENCE, the sum relative to it in ROOM_REST.
+void dci_rank_survey(struct index_search *search, uint32_t block)
 {
-    return deviation < reach ? log_n + 0.5f * deviation * deviation : reach * deviation;
-}
-
-// exponents[view] = log of the estimated mass; hopes[view] = log of the hoped-for best one. Both absolute.
-static void estimate(const struct index_search *search, const struct summary *summary, float *exponents, float *hopes)
-{
-    const struct index *index = search->index;
-    const float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
-    const float log_n = dci_log((float)summary->weight), reach = sqrtf(2.0f * log_n);
-    const float spread = summary->radius * index->inverse_root_dim;
-    for (uint32_t v = 0; v < search->views; v++) {
-        const float *query = search->query.queries + (size_t)v * index->head_dim;
-        const float center = search->query.scale * index->kernel->dot(query, summary->mean, index->head_dim);
-        const float deviation = norms[v] * spread;
-        exponents[v] = center + log_mass(deviation, reach, log_n);
-        const float alone = FARTHEST_DEVIATION * norms[v] * summary->farthest * index->inverse_root_dim;
-        const float together = HOPE_DEVIATION * reach * deviation;
-        hopes[v] = center + (alone > together ? alone : together);
-    }
-}
-
-// The survey's estimates join what was scored exactly.
-void dci_rank_survey(struct index_search *search, uint32_t level, uint32_t number)
-{
-    const struct summary summary = summary_of(search->index, level, number);
-    float *exponents = SEARCH_ROOM(search, float, ROOM_SCRATCH), *hopes = SEARCH_ROOM(search, float, ROOM_HOPES);
-    float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE), *rest = SEARCH_ROOM(search, float, ROOM_REST);
-    estimate(search, &summary, exponents, hopes);
-    // A running log-sum-exp per view: largest exponent in `reference`, sum relative to it in `rest`.
-    for (uint32_t v = 0; v < search->views; v++) {
-        if (exponents[v] > reference[v]) {
-            rest[v] *= dci_exp(reference[v] - exponents[v]);
-            reference[v] = exponents[v];
-        }
-        rest[v] += dci_exp(exponents[v] - reference[v]);
-    }
+    const struct dci_views views = views_of(search);
+    const float *centers = block_centers(search, &views, block, true);
+    search->index->kernel->survey16(&views, dci_sketch_at(search->index->tree, block), centers,
+                                    SEARCH_ROOM(search, float, ROOM_REFERENCE), SEARCH_ROOM(search, float, ROOM_REST));
 }
 
 void dci_rank_fix_reference(struct index_search *search)
@@ -138,77 +178,163 @@ void dci_rank_fix_reference(struct index_search *search)
     }
 }
 
-static bool is_before(const struct waiting *a, const struct waiting *b)
+static bool is_before(const struct front *a, const struct front *b)
 {
-    if (a->merit != b->merit) {
-        return a->merit > b->merit;
-    }
-    return a->tie != b->tie ? a->tie < b->tie : a->level > b->level;
+    return a->merit != b->merit ? a->merit > b->merit : a->tie < b->tie;
 }
 
-void dci_rank_push(struct index_search *search, uint32_t level, uint32_t number)
+// The best page of a block that still waits; merit SEARCH_TAKEN if none does.
+static struct front block_front(const struct index_search *search, uint32_t block)
 {
-    const struct summary summary = summary_of(search->index, level, number);
-    const uint32_t views = search->views;
-    float *exponents = SEARCH_ROOM(search, float, ROOM_SCRATCH), *hopes = SEARCH_ROOM(search, float, ROOM_HOPES);
-    const float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
-    estimate(search, &summary, exponents, hopes);
-    for (uint32_t v = 0; v < views; v++) {
-        exponents[v] = at_most(exponents[v] - reference[v], EXPONENT_MAX);
-        hopes[v] = at_most(hopes[v] - reference[v], EXPONENT_MAX);
+    const struct sketch *sketch = dci_sketch_at(search->index->tree, block);
+    const float *merits = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * SKETCH_LANES;
+    struct front best = {SEARCH_TAKEN, TREE_NONE, block * SKETCH_LANES};
+    for (uint32_t lane = 0; lane < SKETCH_LANES; lane++) {
+        const struct front front = {merits[lane], sketch->tie[lane], block * SKETCH_LANES + lane};
+        best = is_before(&front, &best) ? front : best;
     }
-    struct waiting item = {.tie = summary.tie, .number = number, .level = level};
-    item.weight = summary.weight;
-    search->waiting_tokens += summary.weight;
-    item.mass = search->index->kernel->exp_sum(exponents, views) / (float)views;
-    item.merit = search->index->kernel->exp_sum(hopes, views) / (float)views;
-    if (search->query.page_wise) {
-        item.merit *= (float)summary.rows;
-    }
-    search->waiting_mass += (double)item.mass;
-
-    struct waiting *queue = SEARCH_ROOM(search, struct waiting, ROOM_QUEUE);
-    uint32_t at = search->queue_count++;
-    assert(search->queue_count * sizeof queue[0] <= search->rooms[ROOM_QUEUE].bytes);
-    for (; at > 0 && is_before(&item, &queue[(at - 1) / 2]); at = (at - 1) / 2) {
-        queue[at] = queue[(at - 1) / 2];
-    }
-    queue[at] = item;
+    return best;
 }
 
-struct waiting dci_rank_pop(struct index_search *search)
+// Moves the front on top of the queue down to where it belongs.
+static void sift(struct index_search *search, struct front front)
 {
-    struct waiting *queue = SEARCH_ROOM(search, struct waiting, ROOM_QUEUE);
-    const struct waiting first = queue[0], last = queue[--search->queue_count];
+    struct front *queue = SEARCH_ROOM(search, struct front, ROOM_QUEUE);
     uint32_t at = 0;
     for (uint32_t child = 1; child < search->queue_count; child = 2 * at + 1) {
         if (child + 1 < search->queue_count && is_before(&queue[child + 1], &queue[child])) {
             child++;
         }
-        if (!is_before(&queue[child], &last)) {
+        if (!is_before(&queue[child], &front)) {
             break;
         }
         queue[at] = queue[child];
         at = child;
     }
-    queue[at] = last;
-    search->waiting_mass -= (double)first.mass;
-    search->waiting_tokens -= first.weight;
+    queue[at] = front;
+}
+
+void dci_rank_push(struct index_search *search, uint32_t block)
+{
+    const struct dci_views views = views_of(search);
+    const struct sketch *sketch = dci_sketch_at(search->index->tree, block);
+    const float *centers = block_centers(search, &views, block, true);
+    float *merits = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * SKETCH_LANES, masses[SKETCH_LANES];
+    const bool needs_masses = search->query.coverage > 0.0f;
+    search->index->kernel->merits16(&views, sketch, centers, SEARCH_ROOM(search, float, ROOM_REFERENCE), merits,
+                                    needs_masses ? masses : NULL);
+    for (uint32_t lane = 0; lane < SKETCH_LANES; lane++) {
+        if (search->query.page_wise) {
+            merits[lane] *= (float)sketch->rows[lane];
+        }
+        if (sketch->rows[lane] == 0) {
+            merits[lane] = SEARCH_TAKEN;
+        } else if (needs_masses) {
+            SEARCH_ROOM(search, float, ROOM_PAGE_MASSES)[block * SKETCH_LANES + lane] = masses[lane];
+            search->waiting_mass += (double)masses[lane];
+        }
+    }
+    const struct front front = block_front(search, block);
+    struct front *queue = SEARCH_ROOM(search, struct front, ROOM_QUEUE);
+    uint32_t at = search->queue_count++;
+    for (; at > 0 && is_before(&front, &queue[(at - 1) / 2]); at = (at - 1) / 2) {
+        queue[at] = queue[(at - 1) / 2];
+    }
+    queue[at] = front;
+}
+
+// Takes the best page out of the queue of blocks.
+static struct front pop(struct index_search *search)
+{
+    struct front *queue = SEARCH_ROOM(search, struct front, ROOM_QUEUE);
+    const struct front first = queue[0];
+    const uint32_t block = first.slot / SKETCH_LANES;
+    SEARCH_ROOM(search, float, ROOM_MERITS)[first.slot] = SEARCH_TAKEN;
+    const struct front next = block_front(search, block);
+    if (next.merit == SEARCH_TAKEN) {
+        search->queue_count--;
+        if (search->queue_count > 0) {
+            sift(search, queue[search->queue_count]);
+        }
+    } else {
+        sift(search, next);
+    }
     return first;
 }
 
-void dci_rank_rest(struct index_search *search, const struct waiting *waiting)
+static const struct page *front_page(const struct index_search *search, const struct front *front)
 {
-    const struct summary summary = summary_of(search->index, waiting->level, waiting->number);
-    float *exponents = SEARCH_ROOM(search, float, ROOM_SCRATCH), *hopes = SEARCH_ROOM(search, float, ROOM_HOPES);
-    float *rest = SEARCH_ROOM(search, float, ROOM_REST);
-    const float *top = SEARCH_ROOM(search, float, ROOM_TOP);
-    const float log_n = dci_log((float)summary.weight);
-    estimate(search, &summary, exponents, hopes);
-    for (uint32_t v = 0; v < search->views; v++) {
-        // What was left unopened holds no token above the best that was found.
-        rest[v] += dci_exp(at_most(exponents[v] - top[v], log_n));
+    const struct sketch *sketch = dci_sketch_at(search->index->tree, front->slot / SKETCH_LANES);
+    return dci_page(search->index, sketch->page[front->slot % SKETCH_LANES]);
+}
+
+static struct front *ahead_at(struct index_search *search, uint32_t number)
+{
+    return &search->ahead[(search->ahead_first + number) % SEARCH_AHEAD];
+}
+
+static void prefetch_rows(const struct index_search *search, const struct front *front)
+{
+    const struct index *index = search->index;
+    const struct page *page = front_page(search, front);
+    const size_t bytes = index->row_bytes < PREFETCH_ROW_BYTES ? index->row_bytes : PREFETCH_ROW_BYTES;
+    for (uint32_t r = 0; r < index->page_tokens; r++) {
+        if (page->tokens[r] != TREE_NONE) {
+            prefetch(dci_store_at(&index->keys, page->tokens[r]), bytes);
+        }
     }
+}
+
+void dci_rank_look_ahead(struct index_search *search)
+{
+    while (search->ahead_count < SEARCH_AHEAD && search->queue_count > 0) {
+        struct front *front = ahead_at(search, search->ahead_count++);
+        *front = pop(search);
+        const struct page *page = front_page(search, front);
+        prefetch(page, sizeof *page + search->index->page_tokens * sizeof page->tokens[0]);
+    }
+    for (uint32_t i = 0; search->pages_opened == 0 && i < SEARCH_ROWS_AHEAD && i < search->ahead_count; i++) {
+        prefetch_rows(search, ahead_at(search, i)); // the first ones
+    }
+}
+
+const struct page *dci_rank_take(struct index_search *search)
+{
+    assert(search->ahead_count > 0);
+    const struct front front = *ahead_at(search, 0);
+    if (search->ahead_count > SEARCH_ROWS_AHEAD) {
+        prefetch_rows(search, ahead_at(search, SEARCH_ROWS_AHEAD));
+    }
+    search->ahead_first = (search->ahead_first + 1) % SEARCH_AHEAD;
+    search->ahead_count--;
+    const struct page *page = front_page(search, &front);
+    if (search->query.coverage > 0.0f) {
+        search->waiting_mass -= (double)SEARCH_ROOM(search, float, ROOM_PAGE_MASSES)[front.slot];
+    }
+    search->waiting_tokens -= page->rows;
+    return page;
+}
+
+void dci_rank_give_back(struct index_search *search)
+{
+    for (; search->ahead_count > 0; search->ahead_count--) {
+        const struct front *front = ahead_at(search, search->ahead_count - 1);
+        SEARCH_ROOM(search, float, ROOM_MERITS)[front->slot] = front->merit;
+    }
+}
+
+void dci_rank_rest(struct index_search *search, uint32_t block)
+{
+    const struct dci_views views = views_of(search);
+    const float *merits = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * SKETCH_LANES;
+    const float *centers = block_centers(search, &views, block, true);
+    float weights[SKETCH_LANES];
+    for (uint32_t lane = 0; lane < SKETCH_LANES; lane++) {
+        weights[lane] = merits[lane] == SEARCH_TAKEN ? 0.0f : 1.0f;
+    }
+    // What was left unopened holds no token above the best that was found.
+    search->index->kernel->rest16(&views, dci_sketch_at(search->index->tree, block), centers,
+                                  SEARCH_ROOM(search, float, ROOM_TOP), weights, SEARCH_ROOM(search, float, ROOM_REST));
 }
 
 void dci_rank_offer(struct index_search *search, float preview)
@@ -248,7 +374,7 @@ float dci_rank_waiting_share(const struct index_search *search)
 bool dci_rank_is_enough(const struct index_search *search)
 {
     const struct index_query *query = &search->query;
-    if (search->queue_count == 0 || search->eligible_scored == search->high - search->low) {
+    if (search->ahead_count == 0 || search->eligible_scored == search->high - search->low) {
         return true;
     }
     if (query->coverage > 0.0f) {
@@ -264,8 +390,8 @@ bool dci_rank_is_enough(const struct index_search *search)
     if (search->pages_opened >= search->pages_max) {
         return true;
     }
-    const struct waiting *queue = SEARCH_ROOM(search, struct waiting, ROOM_QUEUE);
     const float *best = SEARCH_ROOM(search, float, ROOM_BEST);
     const bool is_full = search->best_count == search->best_room;
-    return query->effort == 0.0f && is_full && (search->best_room == 0 || queue[0].merit < best[0]);
+    return query->effort == 0.0f && is_full &&
+           (search->best_room == 0 || search->ahead[search->ahead_first].merit < best[0]);
 }

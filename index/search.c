@@ -1,17 +1,15 @@
 // A search: sinks, window and tail exactly, then the tree best first, then the mass of everything that was scored.
 //
-// Each phase works in items (a block of 16 tokens, a node, a page against all queries), and an item is never cut, so a
-// search gives the same result however it is sliced. Log-sum-exps are kept per view over everything scored; an estimate
-// for what was not opened joins at the end. Small levels are taken in whole: the search starts at the lowest level that
-// is small enough to look at every node.
-// Thread ownership: that of the search context. Only create and reserve allocate.
+// Each phase works in items (16 tokens, a page, the sketches of 16 pages against all queries), and an item is never
+// cut, so a search gives the same result however it is sliced. Log-sum-exps are kept per view over everything scored;
+// an estimate for what was not opened joins at the end. All leaf pages are ranked by their sketches, in one pass over
+// dense blocks. Thread ownership: that of the search context. Only create and reserve allocate.
 #include "index/search.h"
 
 #include <math.h>
 #include <string.h>
 
-#define START_NODES_MAX 1024u
-#define ROOM_BYTES_MIN  64u
+#define ROOM_BYTES_MIN 64u
 
 enum index_status index_search_create(const struct index_allocator *allocator, struct index_search **out)
 {
@@ -52,9 +50,9 @@ static size_t round_up16(size_t n)
     return (n + DCI_LANES - 1) / DCI_LANES * DCI_LANES;
 }
 
-static size_t score_blocks_max(size_t views)
+static size_t blocks_max(size_t elements_max, size_t views)
 {
-    const size_t blocks = SEARCH_SCORES_MAX / (views * DCI_LANES);
+    const size_t blocks = elements_max / (views * DCI_LANES);
     return blocks < 1 ? 1 : blocks;
 }
 
@@ -70,18 +68,18 @@ static void room_sizes(const struct index *index, const struct index_query *quer
     const size_t views = (size_t)query->query_count * query->head_count, n = index->length;
     const uint32_t leaf_pages = index->tree == NULL ? 0 : index->tree->pages;
     const size_t pages = leaf_pages + (n - index_indexed(index) + index->page_tokens - 1) / index->page_tokens;
-    size_t nodes = leaf_pages, entries = n + 4 * DCI_LANES;
-    for (uint32_t level = 1; index->tree != NULL && level <= index->tree->top; level++) {
-        nodes += index->tree->levels[level].count;
-    }
+    const size_t page_blocks = dci_sketch_blocks(leaf_pages);
+    size_t entries = n + 4 * DCI_LANES;
     if (query->page_wise) {
         entries += pages * round_up16(index->page_tokens);
     }
     const size_t blocks = entries / DCI_LANES + 1;
-    const size_t kept = blocks < score_blocks_max(views) ? blocks : score_blocks_max(views);
+    const size_t scores_max = blocks_max(SEARCH_SCORES_MAX, views), centers_max = blocks_max(SEARCH_CENTERS_MAX, views);
+    const size_t kept = blocks < scores_max ? blocks : scores_max;
+    const size_t kept_centers = page_blocks < centers_max ? page_blocks : centers_max;
     size_t selected = query->budget > index->page_tokens ? query->budget : index->page_tokens;
     selected = selected < n ? selected : n;
-    for (enum room_name i = ROOM_NORMS; i <= ROOM_HOPES; i++) {
+    for (enum room_name i = ROOM_NORMS; i <= ROOM_BASES; i++) {
         sizes[i] = views * sizeof(float);
     }
     sizes[ROOM_BLOCK] = views * DCI_LANES * sizeof(float);
@@ -89,7 +87,11 @@ static void room_sizes(const struct index *index, const struct index_query *quer
     sizes[ROOM_SCORES] = kept * views * DCI_LANES * sizeof(float);
     sizes[ROOM_POSITIONS] = round_up16(entries) * sizeof(uint32_t);
     sizes[ROOM_MASSES] = round_up16(entries) * sizeof(float);
-    sizes[ROOM_QUEUE] = nodes * sizeof(struct waiting);
+    sizes[ROOM_CODES] = views * index->head_dim;
+    sizes[ROOM_CENTERS] = kept_centers * views * SKETCH_LANES * sizeof(float);
+    sizes[ROOM_MERITS] = page_blocks * SKETCH_LANES * sizeof(float);
+    sizes[ROOM_PAGE_MASSES] = query->coverage > 0.0f ? sizes[ROOM_MERITS] : 0;
+    sizes[ROOM_QUEUE] = page_blocks * sizeof(struct front);
     sizes[ROOM_BEST] = selected * sizeof(float);
     sizes[ROOM_CANDIDATES] = entries * sizeof(struct candidate);
     sizes[ROOM_SELECTED] = sizes[ROOM_SORTED] = selected * sizeof(struct index_selected);
@@ -140,6 +142,9 @@ static bool views_init(struct index_search *search)
         SEARCH_ROOM(search, float, ROOM_REST)[v] = 0.0f;
         SEARCH_ROOM(search, float, ROOM_SCRATCH)[v] = 0.0f;
         SEARCH_ROOM(search, float, ROOM_INVERSE)[v] = 1.0f / (float)search->views;
+        if (index->tree != NULL) {
+            dci_rank_encode(search, v);
+        }
     }
     return true;
 }
@@ -167,16 +172,20 @@ static void bounds_init(struct index_search *search)
     }
     const uint32_t indexed = (uint32_t)index_indexed(index);
     search->tail_begin = indexed > search->low ? indexed : search->low;
-    search->start_level = 1;
     search->pages_max = 0;
     if (index->tree != NULL) {
         const struct tree *tree = index->tree;
-        while (search->start_level < tree->top && tree->levels[search->start_level].count > START_NODES_MAX) {
-            search->start_level++;
-        }
         const double share = query->effort == 0.0f ? 1.0 : (double)query->effort;
         search->pages_max = (uint32_t)ceil(share * tree->pages);
+        search->waiting_tokens = tree->tokens;
     }
+}
+
+static uint32_t blocks_kept(const struct index_search *search, enum room_name room, size_t elements_max)
+{
+    const size_t held = search->rooms[room].bytes / (search->views * DCI_LANES * sizeof(float));
+    const size_t limit = blocks_max(elements_max, search->views);
+    return (uint32_t)(held < limit ? held : limit);
 }
 
 enum index_status index_search_begin(struct index_search *search, const struct index *index,
@@ -201,10 +210,8 @@ enum index_status index_search_begin(struct index_search *search, const struct i
     search->index = index;
     search->query = *query;
     search->views = query->query_count * query->head_count;
-    search->score_blocks = (uint32_t)(search->rooms[ROOM_SCORES].bytes / (search->views * DCI_LANES * sizeof(float)));
-    if (search->score_blocks > score_blocks_max(search->views)) {
-        search->score_blocks = (uint32_t)score_blocks_max(search->views);
-    }
+    search->score_blocks = blocks_kept(search, ROOM_SCORES, SEARCH_SCORES_MAX);
+    search->center_blocks = blocks_kept(search, ROOM_CENTERS, SEARCH_CENTERS_MAX);
     if (!views_init(search)) {
         return INDEX_NOT_FINITE;
     }
@@ -330,7 +337,7 @@ static void tail_item(struct index_search *search, struct dci_work *work)
     double ignored = 0.0;
     if (search->cursor >= search->high) {
         score_lined_up(search, true, &ignored, work);
-        enter(search, SEARCH_MEASURE);
+        enter(search, SEARCH_CENTERS);
         return;
     }
     uint32_t end = (search->cursor / step + 1) * step;
@@ -342,6 +349,17 @@ static void tail_item(struct index_search *search, struct dci_work *work)
     score_lined_up(search, search->query.page_wise, &ignored, work);
 }
 
+static uint32_t page_blocks(const struct index_search *search)
+{
+    return search->index->tree == NULL ? 0 : dci_sketch_blocks(search->index->tree->pages);
+}
+
+// A block of pages costs a quarter of as many keys: bytes instead of fp32.
+static void spend_sketch(const struct index_search *search, struct dci_work *work)
+{
+    dci_work_spend(work, search->index, (uint64_t)SKETCH_LANES * (search->views + 3) / 4);
+}
+
 static void measure_item(struct index_search *search, struct dci_work *work)
 {
     if (search->cursor == SEARCH_SAMPLE || index_indexed(search->index) < SEARCH_SAMPLE) {
@@ -350,33 +368,18 @@ static void measure_item(struct index_search *search, struct dci_work *work)
         return;
     }
     dci_rank_measure(search, search->cursor++);
-    dci_work_spend(work, search->index, 2 * (uint64_t)search->views);
-}
-
-static uint32_t start_nodes(const struct index_search *search)
-{
-    return search->index->tree == NULL ? 0 : search->index->tree->levels[search->start_level].count;
+    dci_work_spend(work, search->index, search->views);
 }
 
 static void survey_item(struct index_search *search, struct dci_work *work)
 {
-    if (search->cursor == start_nodes(search)) {
+    if (search->cursor == page_blocks(search)) {
         dci_rank_fix_reference(search);
         enter(search, SEARCH_PREVIEW);
         return;
     }
-    uint32_t seen = 0;
-    const uint32_t node = search->cursor++;
-    if (search->start_level > 1) {
-        dci_rank_survey(search, search->start_level, node);
-        seen = 1;
-    } else {
-        for (uint32_t id = dci_node(search->index->tree, 1, node)->first; id != TREE_NONE; seen++) {
-            dci_rank_survey(search, 0, id);
-            id = dci_page(search->index, id)->next;
-        }
-    }
-    dci_work_spend(work, search->index, (uint64_t)seen * search->views);
+    dci_rank_survey(search, search->cursor++);
+    spend_sketch(search, work);
 }
 
 // One scored page or, token-wise, one block: its tokens enter the running best, now that there is a reference.
@@ -411,9 +414,8 @@ static void preview_item(struct index_search *search, struct dci_work *work)
     }
 }
 
-static void open_page(struct index_search *search, uint32_t id, struct dci_work *work)
+static void open_page(struct index_search *search, const struct page *page, struct dci_work *work)
 {
-    const struct page *page = dci_page(search->index, id);
     double preview = 0.0;
     search->pages_opened++;
     for (uint32_t r = 0; r < search->index->page_tokens; r++) {
@@ -430,41 +432,17 @@ static void open_page(struct index_search *search, uint32_t id, struct dci_work 
     }
 }
 
-static void push_children(struct index_search *search, uint32_t level, uint32_t node, struct dci_work *work)
-{
-    const struct tree *tree = search->index->tree;
-    for (uint32_t c = dci_node(tree, level, node)->first; c != TREE_NONE;) {
-        dci_rank_push(search, level - 1, c);
-        dci_work_spend(work, search->index, search->views);
-        c = level == 1 ? dci_page(search->index, c)->next : dci_node(tree, level - 1, c)->next;
-    }
-}
-
 static void open_item(struct index_search *search, struct dci_work *work)
 {
+    dci_rank_look_ahead(search);
     if (dci_rank_is_enough(search)) {
         double preview = 0.0;
         score_lined_up(search, true, &preview, work);
+        dci_rank_give_back(search);
         enter(search, SEARCH_REST);
         return;
     }
-    const struct waiting waiting = dci_rank_pop(search);
-    if (waiting.level == 0) {
-        open_page(search, waiting.number, work);
-        return;
-    }
-    push_children(search, waiting.level, waiting.number, work);
-}
-
-static void seed_item(struct index_search *search, struct dci_work *work)
-{
-    const uint32_t node = search->cursor++;
-    if (search->start_level == 1) {
-        push_children(search, 1, node, work);
-        return;
-    }
-    dci_rank_push(search, search->start_level, node);
-    dci_work_spend(work, search->index, search->views);
+    open_page(search, dci_rank_take(search), work);
 }
 
 // One item of the current phase.
@@ -476,6 +454,14 @@ static void item(struct index_search *search, struct dci_work *work)
         break;
     case SEARCH_TAIL:
         tail_item(search, work);
+        break;
+    case SEARCH_CENTERS:
+        if (search->cursor == page_blocks(search)) {
+            enter(search, SEARCH_MEASURE);
+            break;
+        }
+        dci_rank_center(search, search->cursor++);
+        spend_sketch(search, work);
         break;
     case SEARCH_MEASURE:
         measure_item(search, work);
@@ -491,23 +477,24 @@ static void item(struct index_search *search, struct dci_work *work)
         }
         break;
     case SEARCH_SEED:
-        if (search->cursor == start_nodes(search)) {
+        if (search->cursor == page_blocks(search)) {
             enter(search, SEARCH_OPEN);
             break;
         }
-        seed_item(search, work);
+        dci_rank_push(search, search->cursor++);
+        spend_sketch(search, work);
         break;
     case SEARCH_OPEN:
         open_item(search, work);
         break;
     case SEARCH_REST:
-        if (search->cursor == search->queue_count) {
+        if (search->cursor == page_blocks(search)) {
             dci_search_fix_inverse(search);
             enter(search, SEARCH_SETTLE);
             break;
         }
-        dci_rank_rest(search, &SEARCH_ROOM(search, struct waiting, ROOM_QUEUE)[search->cursor++]);
-        dci_work_spend(work, search->index, search->views);
+        dci_rank_rest(search, search->cursor++);
+        spend_sketch(search, work);
         break;
     case SEARCH_SETTLE:
         if (search->settled * DCI_LANES == search->scored) {

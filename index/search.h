@@ -12,28 +12,36 @@
 
 // Scores kept between scoring and settling, in elements; what does not fit is scored again.
 #define SEARCH_SCORES_MAX (1u << 20)
+// The same for the estimated scores of pages' means.
+#define SEARCH_CENTERS_MAX (1u << 20)
+
+// Pages taken from the queue before they are opened, so that their memory can be asked for early; of so many of them
+// the key rows too.
+#define SEARCH_AHEAD      16u
+#define SEARCH_ROWS_AHEAD 4u
+
+// The merit of a page that does not wait any more.
+#define SEARCH_TAKEN (-1.0f)
 
 enum search_phase {
     SEARCH_ENDS,    // sinks and window
     SEARCH_TAIL,    // tokens that are not indexed
+    SEARCH_CENTERS, // estimated scores of the means of all leaf pages
     SEARCH_MEASURE, // how far scores spread around their pages' means, per view
-    SEARCH_SURVEY,  // estimated mass of every node of the start level, per view
+    SEARCH_SURVEY,  // estimated mass of every leaf page, per view
     SEARCH_PREVIEW, // the tail's tokens enter the running best
-    SEARCH_SEED,    // nodes of the start level enter the queue
-    SEARCH_OPEN,    // best first: a node's children enter the queue, a page's tokens are scored
+    SEARCH_SEED,    // blocks of pages enter the queue
+    SEARCH_OPEN,    // best first: a page's tokens are scored
     SEARCH_REST,    // estimated mass of what was not opened, per view
     SEARCH_SETTLE,  // mass of every scored token
     SEARCH_DONE,
 };
 
-// A node (level >= 1) or page (level 0) that is not opened yet.
-struct waiting {
-    float merit;     // hoped-for mass of its best token (page-wise: of its best page)
-    float mass;      // estimated mass
-    uint32_t tie;    // lowest position (page) or pivot (node)
-    uint32_t number; // page id or node
-    uint32_t level;
-    uint32_t weight; // tokens below it
+// The best page of a block that still waits to be opened.
+struct front {
+    float merit;  // hoped-for mass of its best token (page-wise: of the page)
+    uint32_t tie; // lowest position
+    uint32_t slot;
 };
 
 struct candidate {
@@ -54,15 +62,21 @@ enum room_name {
     ROOM_REFERENCE, // per view: estimated log-sum-exp, fixed after the survey
     ROOM_INVERSE,   // per view: final 1 / (total + rest)
     ROOM_REST,      // per view: estimated sum of exp(score - top) of what was not opened
-    ROOM_SCRATCH,   // per view: exponents of one estimate
-    ROOM_HOPES,     // per view: the same, hoped for
-    ROOM_BLOCK,     // one block's scores
-    ROOM_ROWS,      // one block's keys
-    ROOM_SCORES,    // scores of the first blocks
-    ROOM_POSITIONS, // per entry
-    ROOM_MASSES,    // per entry
-    ROOM_QUEUE,
-    ROOM_BEST, // the best previews so far, worst on top
+    ROOM_SCRATCH,   // per view: sums of the measurement
+    ROOM_ZEROS,     // per view: dci_views
+    ROOM_STEPS,
+    ROOM_BASES,
+    ROOM_CODES,
+    ROOM_BLOCK,       // one block's scores
+    ROOM_ROWS,        // one block's keys
+    ROOM_SCORES,      // scores of the first blocks
+    ROOM_POSITIONS,   // per entry
+    ROOM_MASSES,      // per entry
+    ROOM_CENTERS,     // estimated scores of the means of the first blocks of pages
+    ROOM_MERITS,      // per slot; SEARCH_TAKEN once it is taken from the queue
+    ROOM_PAGE_MASSES, // per slot, with a coverage target only
+    ROOM_QUEUE,       // one front per block of pages
+    ROOM_BEST,        // the best previews so far, worst on top
     ROOM_CANDIDATES,
     ROOM_SELECTED,
     ROOM_SORTED,
@@ -78,7 +92,7 @@ struct index_search {
     struct index_query query;
     enum search_phase phase;
     uint32_t views, visible, low, high, sinks_end;
-    uint32_t tail_begin, start_level, cursor;
+    uint32_t tail_begin, cursor;
     uint32_t entry_count, scored; // entries lined up, and how many of them are scored
     uint32_t ends_count;          // entries of sinks and window, padding included
     uint32_t settled;
@@ -86,8 +100,11 @@ struct index_search {
     uint32_t measured; // tokens of the sample that counted
     uint32_t pages_opened, pages_max;
     uint32_t queue_count, best_count, best_room;
-    uint64_t waiting_tokens; // in what waits
-    uint32_t score_blocks;   // blocks that fit in ROOM_SCORES
+    uint64_t waiting_tokens;          // in what waits
+    uint32_t score_blocks;            // blocks that fit in ROOM_SCORES
+    uint32_t center_blocks;           // and in ROOM_CENTERS
+    struct front ahead[SEARCH_AHEAD]; // a ring: taken from the queue, to be opened next
+    uint32_t ahead_first, ahead_count;
     double best_sum, ends_preview, scored_preview, waiting_mass;
     bool begun;
 };
@@ -100,14 +117,18 @@ void dci_search_line_up(struct index_search *search, uint32_t position);
 const float *dci_search_block_scores(struct index_search *search, uint32_t block);
 
 // ---- rank.c ----
-// Estimates are made from a mean key, the radius around it, the number of tokens and the measured spread.
+// Estimates are made from the sketches of pages and the measured spread.
+void dci_rank_encode(struct index_search *search, uint32_t view); // with a tree only
+void dci_rank_center(struct index_search *search, uint32_t block);
 void dci_rank_measure(struct index_search *search, uint32_t sample); // one token of the sample
 void dci_rank_fix_spread(struct index_search *search);
-void dci_rank_survey(struct index_search *search, uint32_t level, uint32_t number);
+void dci_rank_survey(struct index_search *search, uint32_t block);
 void dci_rank_fix_reference(struct index_search *search);
-void dci_rank_push(struct index_search *search, uint32_t level, uint32_t number);
-struct waiting dci_rank_pop(struct index_search *search);
-void dci_rank_rest(struct index_search *search, const struct waiting *waiting);
+void dci_rank_push(struct index_search *search, uint32_t block);
+void dci_rank_look_ahead(struct index_search *search);         // fills the ring from the queue
+const struct page *dci_rank_take(struct index_search *search); // the next page of the ring
+void dci_rank_give_back(struct index_search *search);          // what the ring holds waits again
+void dci_rank_rest(struct index_search *search, uint32_t block);
 void dci_rank_offer(struct index_search *search, float preview); // to the running best
 float dci_rank_waiting_share(const struct index_search *search);
 bool dci_rank_is_enough(const struct index_search *search); // nothing that waits is worth opening

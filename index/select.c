@@ -123,7 +123,11 @@ static uint32_t collect(struct index_search *search)
         if (position == TREE_NONE) {
             continue;
         }
-        if (search->query.page_wise && page_of(index, position) == page) {
+        if (!search->query.page_wise) {
+            candidates[count++] = (struct candidate){masses[e], position, e};
+            continue;
+        }
+        if (page_of(index, position) == page) {
             struct candidate *last = &candidates[count - 1];
             last->mass += masses[e];
             last->position = position < last->position ? position : last->position;
@@ -160,6 +164,9 @@ static uint32_t emit(struct index_search *search, const struct candidate *candid
     struct index_selected *out = SEARCH_ROOM(search, struct index_selected, ROOM_SELECTED);
     const uint32_t end = search->settled * DCI_LANES;
     uint32_t emitted = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        __builtin_prefetch(dci_token(index, positions[candidates[i].entry]));
+    }
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t page = page_of(index, positions[candidates[i].entry]);
         for (uint32_t e = candidates[i].entry; e < end; e++) {

@@ -6,7 +6,6 @@
 // by page id. Thread ownership: the index's.
 #include "index/tree.h"
 
-#include <math.h>
 #include <string.h>
 
 #define NODES_SHIFT 5u
@@ -62,6 +61,7 @@ struct tree *dci_tree_create(struct index *index, uint32_t n)
         dci_store_init(&tree->levels[level].nodes, sizeof(struct node) + 2 * index->head_dim * sizeof(float),
                        NODES_SHIFT);
     }
+    dci_sketch_init(tree, index->head_dim);
     return tree;
 }
 
@@ -73,6 +73,7 @@ void dci_tree_destroy(struct index *index, struct tree *tree)
     for (uint32_t level = 1; level <= tree->top; level++) {
         dci_store_fini(&tree->levels[level].nodes, &index->memory);
     }
+    dci_store_fini(&tree->sketches, &index->memory);
     dci_memory_release(&index->memory, tree, sizeof *tree);
 }
 
@@ -128,7 +129,6 @@ void dci_page_unlink(struct index *index, struct tree *tree, uint32_t id)
 
 struct child {
     uint32_t weight, next;
-    float radius, farthest;
     const float *mean;
 };
 
@@ -136,10 +136,10 @@ static struct child child_get(const struct index *index, const struct tree *tree
 {
     if (level == 0) {
         struct page *page = dci_page(index, number);
-        return (struct child){page->rows, page->next, page->radius, page->farthest, dci_page_mean(index, page)};
+        return (struct child){page->rows, page->next, dci_page_mean(index, page)};
     }
     struct node *node = dci_node(tree, level, number);
-    return (struct child){node->weight, node->next, node->radius, node->farthest, dci_node_mean(index, node)};
+    return (struct child){node->weight, node->next, dci_node_mean(index, node)};
 }
 
 void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t level, uint32_t number)
@@ -149,7 +149,6 @@ void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t l
     float *mean = dci_node_mean(index, node);
     node->marked = false;
     node->weight = 0;
-    node->farthest = 0.0f;
     struct child child;
     for (uint32_t c = node->first; c != TREE_NONE; c = child.next) {
         child = child_get(index, tree, level - 1, c);
@@ -164,16 +163,6 @@ void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t l
             mean[j] += share * child.mean[j];
         }
     }
-    double spread = 0.0;
-    for (uint32_t c = node->first; c != TREE_NONE; c = child.next) {
-        child = child_get(index, tree, level - 1, c);
-        const double within = (double)child.radius * (double)child.radius;
-        const float distance2 = index->kernel->distance2(child.mean, mean, dim);
-        const float farthest = sqrtf(distance2) + child.farthest;
-        spread += child.weight * (within + (double)distance2);
-        node->farthest = farthest > node->farthest ? farthest : node->farthest;
-    }
-    node->radius = (float)sqrt(spread / node->weight);
 }
 
 static uint32_t tie_of(uint32_t position, uint32_t pivot)

@@ -9,6 +9,7 @@
 #define ICECACHE_INDEX_TREE_H
 
 #include "index/kernel.h"
+#include "index/sketch.h"
 #include "index/store.h"
 
 #include <assert.h>
@@ -34,6 +35,7 @@ struct page {
     uint32_t owner; // leaf: node of level 1; open: position of row 0
     uint32_t next;  // leaf: next page of the cell; free: next free page
     uint32_t rows;  // leaf: rows in use
+    uint32_t slot;  // leaf: of its sketch
     uint32_t draft; // 1 + its draft in the running insertion; 0: none
     float radius;   // leaf: root mean square distance of the keys from their mean
     float farthest; // leaf: the largest of these distances
@@ -49,8 +51,6 @@ struct node {
     uint32_t weight; // tokens below
     bool marked;     // its summary is to be recomputed
     float norm2;     // of the token's key
-    float radius;    // root mean square distance of the keys below from their mean
-    float farthest;  // no key below lies farther from their mean
     float vectors[]; // the token's key, then the mean of the keys below
 };
 
@@ -67,6 +67,8 @@ struct tree {
     float norm2_max;                          // c^2 of T_K: the largest squared norm in the tree
     uint64_t digest;                          // of every decision taken since the last bulk build, and of that build
     struct level levels[TREE_LEVELS_MAX + 1]; // 0 is not used
+    struct dci_store sketches;                // blocks of 16 leaf pages
+    float base[INDEX_HEAD_DIM_MAX];           // what their codes are relative to
 };
 
 enum build_kind { BUILD_NONE = 0, BUILD_BULK, BUILD_INSERT };
@@ -179,7 +181,7 @@ void dci_node_link(struct tree *tree, uint32_t level, uint32_t node, uint32_t pa
 void dci_node_unlink(struct tree *tree, uint32_t level, uint32_t node);
 void dci_page_link(struct index *index, struct tree *tree, uint32_t page, uint32_t cell);
 void dci_page_unlink(struct index *index, struct tree *tree, uint32_t page);
-// Weight, mean and distances of a node from its children.
+// Weight and mean of a node from its children.
 void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t level, uint32_t node);
 
 // A key in search of its parent.

@@ -16,6 +16,7 @@
 #define SERVER_SEARCH_UNITS       20000u // work units between two looks at the deadline: about half a millisecond
 #define SERVER_BUILD_UNITS        4000u  // work units of a clustering slice, while which a decode task may wait
 #define SERVER_MOVE_ROWS          256u   // rows that a slice moves
+#define SERVER_SPARE_CONNECTIONS  8u // beyond --sessions-max: for icecachectl, and for those that are yet to say hello
 #define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
 #define SERVER_ACCEPT_PAUSE_NS    (100ull * 1000000u)
 #define SERVER_FAREWELL_NS        (100ull * 1000000u) // between the last reply and the closing of the sockets at a stop
@@ -53,7 +54,9 @@ struct server {
     bool stopping;
     uint64_t stop_deadline_ns, farewell_ns;
     uint64_t accept_from_ns; // the listener is not watched until then; 0: it is
-    uint32_t session_count, sequence_count, ops;
+    uint32_t session_count;  // connections of every kind
+    uint32_t worker_count;   // those that have said hello as workers
+    uint32_t sequence_count, ops;
     uint64_t next_id;
     struct session *sessions, *graveyard;
     struct sequence *sequences[SERVER_HASH_BUCKETS];

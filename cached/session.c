@@ -13,6 +13,8 @@
 #include <stdio.h>
 #include <string.h>
 
+static const char session_limit_text[] = "as many workers are connected as --sessions-max allows";
+
 #define ACCEPTS_PER_ROUND 64u // who connects without end must not keep the reactor from the others
 
 // ---- replies on the control socket ----
@@ -58,6 +60,7 @@ void session_release(struct server *server, struct session *session)
     if (session->next)
         session->next->previous = session->previous;
     server->session_count--;
+    server->worker_count -= session->greeted && !session->admin;
     if (session->greeted && !session->admin)
         log_info("session gone id=%llu pid=%d", (unsigned long long)session->id, (int)session->pid);
     // Events that the reactor has fetched already may still name it: freed at the end of the round.
@@ -104,8 +107,7 @@ static void refuse_connection(struct server *server, int fd, ice_status status)
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     uint8_t bytes[WIRE_CONTROL_BYTES_MAX];
     reply.status = status;
-    reply.text = (char *)(status == ICE_LIMIT ? "as many sessions are connected as --sessions-max allows"
-                                              : status_text((int)status));
+    reply.text = (char *)(status == ICE_LIMIT ? session_limit_text : status_text((int)status));
     size_t size = icecache__wire__control_reply__pack(&reply, bytes);
     ice_status sent = env->control_send(env, fd, bytes, size, -1);
     log_warn("connection refused: %s%s", reply.text, sent == ICE_OK ? "" : " (and it did not listen)");
@@ -117,7 +119,7 @@ static void refuse_connection(struct server *server, int fd, ice_status status)
 
 static void accept_connection(struct server *server, int fd)
 {
-    bool room = server->session_count < server->config->sessions_max && !server->stopping;
+    bool room = server->session_count < server->config->sessions_max + SERVER_SPARE_CONNECTIONS && !server->stopping;
     struct session *session = room ? session_create(server, fd) : NULL;
     if (!session)
         refuse_connection(server, fd, server->stopping ? ICE_SHUTTING_DOWN : room ? ICE_NO_MEMORY : ICE_LIMIT);
@@ -164,10 +166,15 @@ static void hello(struct server *server, struct session *session, uint64_t reque
         control_error(server, session, request_id, ICE_INVALID_ARGUMENT, "the session has said hello already");
         return;
     }
+    if (!message->admin && server->worker_count >= server->config->sessions_max) {
+        control_error(server, session, request_id, ICE_LIMIT, session_limit_text);
+        return;
+    }
     char endpoint[160];
     snprintf(endpoint, sizeof endpoint, "ipc://%s", server->data_path);
     session->greeted = true;
     session->admin = message->admin;
+    server->worker_count += !session->admin;
     strncpy(session->name, message->client_name, sizeof session->name - 1);
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     Icecache__Wire__HelloReply body = ICECACHE__WIRE__HELLO_REPLY__INIT;

@@ -74,7 +74,10 @@ static void a_full_daemon(void **state)
 {
     const struct daemon *daemon = *state;
     ice_client *client = client_connect(daemon->sockets, 0, 0);
-    expect(daemon, CTL("ping"), 1, "--sessions-max");
+    const struct ice_client_options options = {.socket_directory = daemon->sockets};
+    ice_client *second = NULL;
+    assert_refused(ice_client_connect(&options, &second), ICE_LIMIT, "--sessions-max");
+    expect(daemon, CTL("ping"), 0, "answers");
     ice_client_close(client);
 }
 

@@ -285,6 +285,22 @@ static void note_lengths(struct op *op)
     }
 }
 
+struct op_totals op_totals(const struct op *op)
+{
+    struct op_totals totals = {0};
+    uint64_t begun_ns = UINT64_MAX;
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        const struct op_lane *part = &op->lanes[i];
+        begun_ns = part->begun_ns < begun_ns ? part->begun_ns : begun_ns;
+        totals.search_ns = part->search_ns > totals.search_ns ? part->search_ns : totals.search_ns;
+        totals.copy_ns = part->copy_ns > totals.copy_ns ? part->copy_ns : totals.copy_ns;
+        totals.partial |= part->partial;
+        totals.bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
+    }
+    totals.queue_ns = begun_ns - op->received_ns;
+    return totals;
+}
+
 static void note_stats(struct op *op, ice_status status)
 {
     struct server_stats *stats = &op->server->stats;
@@ -303,21 +319,13 @@ static void note_stats(struct op *op, ice_status status)
         histogram_add(&stats->read, now - op->received_ns);
         return;
     }
-    uint64_t begun = UINT64_MAX, search = 0, copy = 0;
-    bool partial = false;
-    for (uint32_t i = 0; i < op->lane_count; i++) {
-        const struct op_lane *part = &op->lanes[i];
-        begun = part->begun_ns < begun ? part->begun_ns : begun;
-        search = part->search_ns > search ? part->search_ns : search;
-        copy = part->copy_ns > copy ? part->copy_ns : copy;
-        partial |= part->partial;
-        stats->bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
-    }
+    const struct op_totals totals = op_totals(op);
     stats->retrieves++;
-    stats->retrieves_partial += partial;
-    histogram_add(&stats->queue, begun - op->received_ns);
-    histogram_add(&stats->search, search);
-    histogram_add(&stats->copy, copy);
+    stats->retrieves_partial += totals.partial;
+    stats->bytes_moved += totals.bytes_moved;
+    histogram_add(&stats->queue, totals.queue_ns);
+    histogram_add(&stats->search, totals.search_ns);
+    histogram_add(&stats->copy, totals.copy_ns);
     histogram_add(&stats->total, now - op->received_ns);
     for (uint32_t i = 0; i < op->sequence_count; i++)
         op->admissions[i].sequence->retrieves++;

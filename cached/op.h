@@ -94,6 +94,12 @@ void op_cancel_all(struct session *session);
 // Links an op to its session, which it holds from now on; unlinks it.
 void op_attach(struct op *op, struct session *session);
 void op_detach(struct op *op);
+// What a retrieve took and moved, over its lanes: the phases in parallel, so the slowest lane's. Done ops only.
+struct op_totals {
+    uint64_t queue_ns, search_ns, copy_ns, bytes_moved;
+    bool partial;
+};
+struct op_totals op_totals(const struct op *op);
 // Reactor: ends an op: reply, statistics, next in the queues.
 void op_finish(struct op *op, ice_status status, const char *text);
 // Shards (op_lane.c).

@@ -139,18 +139,13 @@ static void fill_positions(const struct op *op, struct retrieve_arrays *arrays)
 
 static void fill_retrieve(const struct op *op, struct retrieve_arrays *arrays, Icecache__Wire__RetrieveReply *body)
 {
-    uint64_t begun = UINT64_MAX, search = 0, copy = 0;
+    const struct op_totals totals = op_totals(op);
     for (uint32_t i = 0; i < op->lane_count; i++) {
         const struct op_lane *part = &op->lanes[i];
         arrays->counts[i] = part->count;
         arrays->masses[i] = part->mass;
         arrays->indexed[i] = part->indexed;
         arrays->versions[i] = part->version;
-        begun = part->begun_ns < begun ? part->begun_ns : begun;
-        search = part->search_ns > search ? part->search_ns : search;
-        copy = part->copy_ns > copy ? part->copy_ns : copy;
-        body->partial |= part->partial;
-        body->bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
     }
     fill_positions(op, arrays);
     body->n_counts = body->n_masses = body->n_indexed = body->n_versions = op->lane_count;
@@ -160,9 +155,11 @@ static void fill_retrieve(const struct op *op, struct retrieve_arrays *arrays, I
     body->indexed = arrays->indexed;
     body->versions = arrays->versions;
     body->positions = arrays->positions;
-    body->queue_us = (uint32_t)((begun - op->received_ns) / 1000);
-    body->search_us = (uint32_t)(search / 1000);
-    body->copy_us = (uint32_t)(copy / 1000);
+    body->partial = totals.partial;
+    body->bytes_moved = totals.bytes_moved;
+    body->queue_us = (uint32_t)(totals.queue_ns / 1000);
+    body->search_us = (uint32_t)(totals.search_ns / 1000);
+    body->copy_us = (uint32_t)(totals.copy_ns / 1000);
 }
 
 static void reply_retrieve(struct op *op)

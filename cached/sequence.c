@@ -32,13 +32,13 @@ static uint32_t shard_of(const struct server *server, uint64_t id, uint32_t laye
 
 static void init_identity(struct sequence *sequence, const Icecache__Wire__SequenceOpen *message, uint64_t tokens_max)
 {
-    const char *name_space = message->name_space[0] ? message->name_space : "default";
-    strncpy(sequence->name_space, name_space, sizeof sequence->name_space - 1);
+    // wire_request_decode has filled in the defaults of namespace, tp_size and block_tokens.
+    strncpy(sequence->name_space, message->name_space, sizeof sequence->name_space - 1);
     memcpy(sequence->model_digest, message->model_digest.data, message->model_digest.len);
     sequence->model_digest_bytes = message->model_digest.len;
     sequence->tp_rank = message->tp_rank;
-    sequence->tp_size = message->tp_size ? message->tp_size : 1;
-    sequence->block_tokens = message->block_tokens ? message->block_tokens : 16;
+    sequence->tp_size = message->tp_size;
+    sequence->block_tokens = message->block_tokens;
     sequence->shape = (struct wire_shape){
         .layers = message->layers,
         .kv_heads = message->kv_heads,

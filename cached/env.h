@@ -48,6 +48,12 @@ struct env {
     void *(*acquire)(struct env *env, size_t bytes);
     void (*release)(struct env *env, void *memory, size_t bytes);
 
+    // A piece of private memory, a power of two from 2 MiB, aligned to its size, in large pages where the system gives
+    // them when it is touched; not inherited by children, not in core dumps. NULL when there is none.
+    // The functions are NULL where every block is to come from acquire: tests fail or check each of them.
+    void *(*acquire_chunk)(struct env *env, size_t bytes);
+    void (*release_chunk)(struct env *env, void *memory, size_t bytes);
+
     // Private memory in the largest pages there are, populated, not inherited by children, not in core dumps.
     int (*map_region)(struct env *env, uint64_t bytes, struct env_region *out);
     void (*unmap_region)(struct env *env, struct env_region *region);

@@ -119,6 +119,27 @@ static int map_region(struct env *env, uint64_t bytes, struct env_region *out)
     return 0;
 }
 
+#ifndef __SANITIZE_ADDRESS__
+static void *acquire_chunk(struct env *env, size_t bytes)
+{
+    (void)env;
+    void *memory = map_aligned(bytes);
+    if (memory && (madvise(memory, bytes, MADV_DONTFORK) || madvise(memory, bytes, MADV_DONTDUMP))) {
+        munmap(memory, bytes);
+        return NULL;
+    }
+    if (memory)
+        madvise(memory, bytes, MADV_HUGEPAGE); // refused where huge pages are off: then small ones serve
+    return memory;
+}
+
+static void release_chunk(struct env *env, void *memory, size_t bytes)
+{
+    (void)env;
+    munmap(memory, bytes);
+}
+#endif
+
 static void unmap_region(struct env *env, struct env_region *region)
 {
     (void)env;
@@ -280,6 +301,10 @@ void env_linux_init(struct env *env)
         .random = random_fill,
         .acquire = acquire,
         .release = release,
+#ifndef __SANITIZE_ADDRESS__ // which can watch over single blocks only
+        .acquire_chunk = acquire_chunk,
+        .release_chunk = release_chunk,
+#endif
         .map_region = map_region,
         .unmap_region = unmap_region,
         .memfd_create = make_memfd,

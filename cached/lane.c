@@ -22,6 +22,11 @@ static size_t token_bytes(const struct lane *lane)
     return 2 * lane->sequence->row_bytes;
 }
 
+static uint32_t min_u32(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
 // ---- memory of the index, counted against its budget ----
 
 static void *index_acquire(void *owner, size_t bytes)
@@ -31,7 +36,7 @@ static void *index_acquire(void *owner, size_t bytes)
     struct reservation *promised = lane->building ? NULL : &lane->sequence->index_promised;
     if (!budget_take(&server->index_budget, promised, bytes))
         return NULL;
-    void *memory = server->env->acquire(server->env, bytes);
+    void *memory = arena_acquire(&server->shards[lane->shard].arena, bytes);
     if (!memory) {
         budget_give(&server->index_budget, bytes);
         return NULL;
@@ -46,7 +51,7 @@ static void index_release(void *owner, void *memory, size_t bytes)
     struct server *server = server_of(lane);
     if (!memory)
         return;
-    server->env->release(server->env, memory, bytes);
+    arena_release(&server->shards[lane->shard].arena, memory, bytes);
     budget_give(&server->index_budget, bytes);
     atomic_fetch_sub_explicit(&lane->sequence->index_bytes, bytes, memory_order_relaxed);
 }
@@ -147,18 +152,39 @@ uint64_t lane_promise_frames(const struct sequence *sequence, uint64_t tokens)
     return tokens / sequence->server->config->page_tokens + 2;
 }
 
+// What one array takes that grows from nothing to `count` entries by at least `percent` each time: the new one is there
+// before the old one goes, and what goes is not promised again. The last one is at most 1 + percent/100 times the
+// count, all of them together are a geometric series.
+static uint64_t growth_entries(uint64_t count, uint64_t percent)
+{
+    return count * (100 + percent) / 100 * (100 + percent) / percent;
+}
+
+// The index stores keys, their 8-bit codes, places and pages in chunks of the sizes below and points to the chunks from
+// tables. The build takes its memory elsewhere, but the ids of its pages make the tables larger that an append then
+// pays for.
+//
+// Chunks of keys, codes and places: the parts of an append fill them up one after the other, so that whole chunks of
+// `tokens` and one more are new. Pages: an append takes one id for each whole page of tokens and two at the ends; it
+// pays for a new chunk each time that it takes the first id of one. Ids are used again, so there are never more of them
+// than pages at one time: those of a plan together with those that it replaces, at most PAGES_PER_PAGE for each page of
+// tokens (a page of a division is a third full at least, and a plan makes three of a full one before that goes).
 uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, uint64_t tokens)
 {
-    enum { CHUNK_TOKENS = 256, CHUNK_PAGES = 16, TOKEN_BYTES = 16, PAGE_BYTES = 64, FIXED_BYTES = 16 << 10 };
-    uint64_t page_tokens = sequence->server->config->page_tokens;
-    uint64_t page_bytes = PAGE_BYTES + (page_tokens + sequence->shape.head_dim) * 4;
-    uint64_t chunk_tokens = (tokens / CHUNK_TOKENS + 2) * CHUNK_TOKENS;
-    uint64_t chunk_pages = (tokens / page_tokens / CHUNK_PAGES + 2) * CHUNK_PAGES;
-    // Tables of pointers grow with the whole lane: a larger one is taken before the old one goes. Page ids reach twice
-    // the pages, because a plan's pages are there before those that it empties go.
-    uint64_t all_pages = (length + tokens) / page_tokens + 2;
-    uint64_t tables = 2 * all_pages * 2 * sizeof(void *) + (length + tokens) / 8;
-    return chunk_tokens * (sequence->row_bytes + TOKEN_BYTES) + chunk_pages * page_bytes + tables + FIXED_BYTES;
+    enum { KEYS_CHUNK = 64, PLACES_CHUNK = 256, PAGES_CHUNK = 64 }; // elements
+    enum { PLACE_BYTES = 4, PAGE_BYTES = 12, CODE_HEAD_BYTES = 24, INDEX_BYTES = 8 << 10 };
+    enum { PAGES_PER_PAGE = 4, TABLE_MIN = 16 };
+    const uint64_t page_tokens = sequence->server->config->page_tokens, end = length + tokens;
+    const uint64_t code_bytes = sequence->shape.head_dim + CODE_HEAD_BYTES; // of a token
+    const uint64_t taken = tokens / page_tokens + 2, ids = (end / page_tokens + 2) * PAGES_PER_PAGE;
+    const uint64_t page_chunks = taken < ids / PAGES_CHUNK + 1 ? taken : ids / PAGES_CHUNK + 1;
+    const uint64_t chunks = (tokens / KEYS_CHUNK + 2) * KEYS_CHUNK * (sequence->row_bytes + code_bytes) +
+                            (tokens / PLACES_CHUNK + 2) * PLACES_CHUNK * PLACE_BYTES +
+                            page_chunks * PAGES_CHUNK * PAGE_BYTES;
+    const uint64_t tables = 2 * growth_entries(end / KEYS_CHUNK + TABLE_MIN, 100) +
+                            growth_entries(end / PLACES_CHUNK + TABLE_MIN, 100) +
+                            growth_entries(ids / PAGES_CHUNK + TABLE_MIN, 100) + growth_entries(ids + TABLE_MIN, 50);
+    return chunks + tables * sizeof(void *) + growth_entries(taken + TABLE_MIN, 50) * sizeof(uint32_t) + INDEX_BYTES;
 }
 
 uint64_t lane_length(const struct lane *lane)
@@ -196,6 +222,8 @@ static bool ensure_fresh(struct lane *lane, uint32_t capacity)
 {
     if (capacity <= lane->fresh_capacity)
         return true;
+    const uint32_t least = lane->fresh_capacity + lane->fresh_capacity / 2;
+    capacity = capacity < least ? least : capacity;
     uint32_t *pages = index_acquire(lane, capacity * sizeof *pages);
     if (!pages)
         return false;
@@ -317,17 +345,29 @@ void lane_destroy(struct lane *lane)
 
 // ---- clustering ----
 
-// Frames for the plan's new pages, all or none.
+// A slice of giving frames to the plan's new pages. False where the pool has none: then all that were given are back.
 static bool plan_give_frames(struct lane *lane, const struct index_plan *plan)
 {
-    for (uint32_t i = 0; i < plan->new_page_count; i++) {
-        if (frame_give(lane, plan->new_pages[i], NULL) == ICE_OK)
+    uint32_t until = min_u32(plan->new_page_count, lane->plan_frames + SERVER_PLAN_PAGES);
+    for (; lane->plan_frames < until; lane->plan_frames++) {
+        if (frame_give(lane, plan->new_pages[lane->plan_frames], NULL) == ICE_OK)
             continue;
-        while (i > 0)
-            frame_drop(lane, plan->new_pages[--i]);
+        while (lane->plan_frames > 0)
+            frame_drop(lane, plan->new_pages[--lane->plan_frames]);
         return false;
     }
     return true;
+}
+
+static void plan_copy_rows(struct lane *lane, const struct index_plan *plan)
+{
+    size_t bytes = token_bytes(lane);
+    uint32_t rows = bytes < SERVER_MOVE_BYTES ? (uint32_t)(SERVER_MOVE_BYTES / bytes) : 1;
+    uint32_t until = min_u32(plan->move_count, lane->plan_moves + rows);
+    for (; lane->plan_moves < until; lane->plan_moves++) {
+        const struct index_move *move = &plan->moves[lane->plan_moves];
+        memcpy(row_of(lane, move->to), row_of(lane, move->from), bytes);
+    }
 }
 
 // A slice of the pending plan: frames first, then rows, at last the commit. The released pages' frames go right before
@@ -336,39 +376,66 @@ static enum lane_work plan_step(struct lane *lane)
 {
     struct index_plan plan;
     index_plan_get(lane->index, &plan);
-    if (!lane->plan_ready && !plan_give_frames(lane, &plan)) {
-        index_plan_drop(lane->index);
-        return LANE_STALLED;
-    }
-    lane->plan_ready = true;
-    uint32_t until =
-        plan.move_count - lane->moves_done < SERVER_MOVE_ROWS ? plan.move_count : lane->moves_done + SERVER_MOVE_ROWS;
-    for (; lane->moves_done < until; lane->moves_done++) {
-        const struct index_move *move = &plan.moves[lane->moves_done];
-        memcpy(row_of(lane, move->to), row_of(lane, move->from), token_bytes(lane));
-    }
-    if (until < plan.move_count)
+    if (lane->plan_frames < plan.new_page_count) {
+        if (!plan_give_frames(lane, &plan)) {
+            index_plan_drop(lane->index);
+            lane->plan_runs = false;
+            return LANE_STALLED;
+        }
         return LANE_MORE;
+    }
+    if (lane->plan_moves < plan.move_count) {
+        plan_copy_rows(lane, &plan);
+        return LANE_MORE;
+    }
     for (uint32_t i = 0; i < plan.released_page_count; i++)
         frame_drop(lane, plan.released_pages[i]);
     index_plan_commit(lane->index);
-    lane->plan_ready = false;
-    lane->moves_done = 0;
+    lane->plan_runs = false;
+    lane->plan_frames = lane->plan_moves = 0;
     atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
     return LANE_MORE;
 }
 
+// The K rows of a page, stride token_bytes, in memory until the next plan is committed; all frames are. NULL, with no
+// effect, where they cannot be had now.
+static const void *provide_rows(const struct lane *lane, uint32_t page)
+{
+    return row_of(lane, (struct index_place){page, 0});
+}
+
+// Hands the index the rows that it has asked for: all of them, or none yet.
+static enum lane_work rows_step(struct lane *lane)
+{
+    const uint32_t *pages;
+    uint32_t count;
+    index_rows_get(lane->index, &pages, &count);
+    const void **rows = index_acquire(lane, count * sizeof *rows);
+    bool all = rows != NULL;
+    for (uint32_t i = 0; all && i < count; i++) {
+        rows[i] = provide_rows(lane, pages[i]);
+        all = rows[i] != NULL;
+    }
+    if (all)
+        index_rows_give(lane->index, rows, token_bytes(lane));
+    index_release(lane, rows, count * sizeof *rows);
+    return all ? LANE_MORE : LANE_STALLED;
+}
+
 static enum lane_work build_step(struct lane *lane)
 {
-    if (lane->plan_ready)
+    if (lane->plan_runs)
         return plan_step(lane);
     switch (index_build_step(lane->index, SERVER_BUILD_UNITS)) {
     case INDEX_BUILD_IDLE:
         return LANE_IDLE;
     case INDEX_BUILD_MORE:
         return LANE_MORE;
+    case INDEX_BUILD_ROWS:
+        return rows_step(lane);
     case INDEX_BUILD_PLAN:
-        return plan_step(lane);
+        lane->plan_runs = true;
+        return LANE_MORE;
     default:
         return LANE_STALLED;
     }

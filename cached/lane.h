@@ -26,8 +26,8 @@ struct lane {
     uint32_t *fresh_pages; // pages given a frame by the prepared append
     uint32_t fresh_count, fresh_capacity;
     uint32_t prepared_tokens;
-    uint32_t moves_done; // of the pending plan
-    bool plan_ready;     // its new pages have frames
+    bool plan_runs;                   // a plan is pending and being carried out:
+    uint32_t plan_frames, plan_moves; // so many of its new pages have frames, so many of its moves are done
     struct lane *due_previous, *due_next;
     _Atomic uint64_t indexed; // mirror of index_indexed for statistics
 };

@@ -132,6 +132,7 @@ int shard_start(struct server *server, struct shard *shard, uint32_t index)
 {
     *shard = (struct shard){.server = server, .index = index};
     task_queue_init(&shard->queue);
+    arena_init(&shard->arena, server->env);
     const struct index_allocator allocator = {scratch_acquire, scratch_release, server->env};
     if (index_search_create(&allocator, &shard->search) != INDEX_OK) {
         task_queue_fini(&shard->queue);
@@ -157,5 +158,6 @@ void shard_stop(struct shard *shard)
     index_search_destroy(shard->search);
     env->release(env, shard->queries, shard->queries_bytes);
     env->release(env, shard->places, shard->places_bytes);
+    arena_fini(&shard->arena);
     task_queue_fini(&shard->queue);
 }

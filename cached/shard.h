@@ -3,6 +3,7 @@
 #ifndef ICECACHE_CACHED_SHARD_H
 #define ICECACHE_CACHED_SHARD_H
 
+#include "cached/arena.h"
 #include "cached/lane.h"
 #include "cached/task_queue.h"
 
@@ -17,6 +18,7 @@ struct shard {
     struct task_queue queue; // any thread
 
     // The shard's thread only.
+    struct arena arena; // of its lanes' indexes
     struct index_search *search;
     float *queries; // scratch: one lane's queries
     size_t queries_bytes;

@@ -139,10 +139,14 @@ ICE_CHECKED ice_status ice_sequence_open(ice_client *client, const struct ice_se
 // Frees all that the sequence holds, here and in the daemon. Accepts NULL.
 ICE_API void ice_sequence_close(ice_sequence *sequence);
 
+// Clustering goes in batches and leaves the newest tokens out: indexed_min ends before the length for good, by 64
+// tokens and less than a batch (64 tokens; in a long sequence more, at most 512), and is 0 below about 320 tokens and a
+// page. What is not clustered is scanned, so it is found all the same. To wait until nothing is left to do, wait for
+// `idle`.
 struct ice_sequence_info {
     uint64_t length;      // of the longest layer
     uint64_t length_min;  // of the shortest
-    uint64_t indexed_min; // tokens in the tree, smallest over layers and heads
+    uint64_t indexed_min; // positions below it need no clustering any more; smallest over layers and heads
     uint64_t pages, pool_bytes, index_bytes;
     uint64_t build_us; // time that the daemon spent clustering it, summed over lanes
     bool idle;         // no clustering is waiting or running
@@ -208,7 +212,7 @@ struct ice_retrieve_result {
     uint32_t head_count;      // sequence_count x kv_heads, the length of the arrays below, sequences outermost
     const uint32_t *counts;   // slots filled
     const float *masses;      // estimated share of the attention that is covered
-    const uint64_t *indexed;  // tokens in the tree at the time
+    const uint64_t *indexed;  // as ice_sequence_info says it, at the time
     const uint64_t *versions; // tree versions
     uint64_t bytes_moved;
     uint32_t queue_us, search_us, copy_us; // spent in the daemon

@@ -1,6 +1,6 @@
-// Appending keys: the tail of tokens that no tree holds yet.
+// Appending keys: the tail of tokens that the tree does not hold yet.
 //
-// A tail token at position p lies in the open page of its block p / page_tokens, in row p % page_tokens; builds take
+// A tail token at position p lies in the open page of its block p / page_tokens, in row p % page_tokens; batches end at
 // whole blocks, so an open page is released whole. Prepared tokens lie behind `length`, where nothing looks for them.
 // The key rows are copied first and the copy is what gets checked, so that a source changing meanwhile does no harm.
 // Thread ownership: the index's.
@@ -8,19 +8,26 @@
 
 #include <string.h>
 
-// Gives back the open pages of the blocks that begin in first .. end-1.
-static void release_blocks(struct index *index, uint32_t first, uint32_t end)
-{
-    const uint32_t step = index->page_tokens;
-    for (uint32_t p = (first + step - 1) / step * step; p < end; p += step) {
-        dci_page_release(index, dci_token(index, p)->page[index->column]);
-    }
-}
-
 static void trim(struct index *index)
 {
-    dci_store_trim(&index->keys, &index->memory, index->length);
-    dci_store_trim(&index->tokens, &index->memory, index->length);
+    dci_tail_trim(index, index->length);
+    dci_store_trim(&index->places, &index->memory, index->length);
+}
+
+// The token's key in 8 bits. Its lane counts from now on, but nobody looks behind `length`.
+static void code_key(struct index *index, uint32_t position, float *key)
+{
+    struct entry entry = {.rows = 1.0f, .child = TREE_NONE};
+    struct dci_block *block = dci_tail_block(index, position);
+    const uint32_t begin = position - position % DCI_LANES;
+    // What was there is clustered, or nothing was; but for the last tokens of the head.
+    if (position == begin || (position == index->indexed && begin >= index->head)) {
+        dci_block_clear(index, block);
+    }
+    dci_rotate(index, key);
+    int32_t ignored;
+    entry.step = index->kernel->encode8(key, index->head_dim, entry.codes, &ignored);
+    dci_block_write(index, block, position % DCI_LANES, &entry);
 }
 
 // Copies the rows and checks the copies. False when a key is refused.
@@ -36,29 +43,51 @@ static bool copy_keys(struct index *index, const unsigned char *keys, size_t str
         if (!(norm2 <= TREE_NORM2_MAX)) { // also when it is NaN
             return false;
         }
-        dci_token(index, position)->norm2 = norm2;
         *norm2_max = norm2 > *norm2_max ? norm2 : *norm2_max;
+        code_key(index, position, key);
     }
     return true;
+}
+
+// The open page of the tokens before a position in its block; TREE_NONE where there is none.
+static uint32_t open_page(const struct index *index, uint32_t position)
+{
+    for (uint32_t p = dci_open_begin(index, position); p < position; p++) {
+        const uint32_t page = dci_place_of(index, p).page;
+        if (page != TREE_NONE) {
+            return page;
+        }
+    }
+    return TREE_NONE;
+}
+
+// Gives back the open pages that only prepared tokens lie in.
+static void release_prepared(struct index *index, uint32_t end)
+{
+    uint32_t last = open_page(index, index->length);
+    for (uint32_t p = index->length; p < end; p++) {
+        const uint32_t page = dci_place_of(index, p).page;
+        if (page != last) {
+            dci_page_release(index, page);
+            last = page;
+        }
+    }
 }
 
 // Names the places of the new tokens. False, with no page held, when memory is refused.
 static bool place_tokens(struct index *index, uint32_t n)
 {
     const uint32_t first = index->length, step = index->page_tokens;
-    uint32_t page = first % step == 0 ? TREE_NONE : dci_token(index, first - 1)->page[index->column];
+    uint32_t page = open_page(index, first);
     for (uint32_t p = first; p < first + n; p++) {
-        if (p % step == 0) {
+        if (p % step == 0 || page == TREE_NONE) {
             if (!dci_page_acquire(index, PAGE_OPEN, &page)) {
-                release_blocks(index, first, p);
+                release_prepared(index, p);
                 return false;
             }
             dci_page(index, page)->owner = p;
         }
-        // Both columns, so that a bulk build in progress has the tail's places in either.
-        struct token *token = dci_token(index, p);
-        token->page[0] = token->page[1] = page;
-        token->row[0] = token->row[1] = (uint8_t)(p % step);
+        dci_place_set(index, p, page, p % step);
     }
     return true;
 }
@@ -75,7 +104,8 @@ enum index_status index_append_prepare(struct index *index, const void *keys, si
     enum index_status status = INDEX_NO_MEMORY;
     const uint64_t end = (uint64_t)index->length + n;
     if (!dci_store_reserve(&index->keys, &index->memory, end) ||
-        !dci_store_reserve(&index->tokens, &index->memory, end)) {
+        !dci_store_reserve(&index->places, &index->memory, end) ||
+        !dci_store_reserve(&index->tail, &index->memory, (end + DCI_LANES - 1) / DCI_LANES)) {
         goto refused;
     }
     if (!copy_keys(index, keys, stride_bytes, n, &index->prepared_norm2_max)) {
@@ -88,8 +118,7 @@ enum index_status index_append_prepare(struct index *index, const void *keys, si
     index->preparing = true;
     index->prepared = n;
     for (uint32_t i = 0; i < n; i++) {
-        const struct token *token = dci_token(index, index->length + i);
-        places[i] = (struct index_place){token->page[index->column], token->row[index->column]};
+        places[i] = dci_place_of(index, index->length + i);
     }
     return INDEX_OK;
 
@@ -112,7 +141,7 @@ void index_append_commit(struct index *index)
 void index_append_drop(struct index *index)
 {
     assert(index->preparing);
-    release_blocks(index, index->length, index->length + index->prepared);
+    release_prepared(index, index->length + index->prepared);
     index->prepared = 0;
     index->preparing = false;
     trim(index);

@@ -1,158 +1,139 @@
-// Clustering of the tail: which build is due, its slices, its plan.
+// Clustering of the tail: what is due, its slices, its plan.
 //
-// The cuts are at fixed token counts, whatever the appends looked like and whenever the work is done: a bulk build over
-// everything at the boundaries base * 4^j, and between them insertions of one batch each. A bulk build depends only on
-// the keys below its boundary, so a tail that already reaches further goes to the largest boundary at once and the tree
-// is the same. Both counts are whole pages, so that a plan empties open pages completely.
-// Thread ownership: the index's.
-#include "index/tree.h"
+// The cuts are at fixed token counts, whatever the appends looked like and whenever the work is done: a first batch,
+// then batches of a size that depends on the indexed count alone. Batches end at whole pages, so that a plan empties
+// open pages completely. Cells that a truncation has left small or ragged are mended first, one at a time. Thread
+// ownership: the index's.
+#include "index/batch.h"
 
-#include <string.h>
-
-#define BASE_TOKENS  256u
+#define FIRST_TOKENS 256u
 #define BATCH_TOKENS 64u
-#define GROWTH       4u
+#define BATCH_MAX    512u
+// A batch is this part of the indexed tokens: its fixed cost is spread over more tokens as the tree grows, while the
+// tail that is scanned stays small beside what a search scores in the tree.
+#define BATCH_PART 512u
 
-static uint32_t whole_pages(const struct index *index, uint32_t tokens)
+static uint32_t whole_pages(const struct index *index, uint64_t tokens)
 {
-    return (tokens + index->page_tokens - 1) / index->page_tokens * index->page_tokens;
+    return (uint32_t)(tokens / index->page_tokens * index->page_tokens);
 }
 
-uint32_t dci_build_batch(const struct index *index)
+uint32_t dci_build_target(const struct index *index)
 {
-    return whole_pages(index, BATCH_TOKENS);
-}
-
-uint32_t dci_build_base(const struct index *index)
-{
-    const uint32_t enough = index->fanout * TREE_TOP_MIN; // for a first level
-    return whole_pages(index, enough > BASE_TOKENS ? enough : BASE_TOKENS);
-}
-
-// The build that is due: its kind and the indexed count it leads to.
-static enum build_kind next_build(const struct index *index, uint32_t *target)
-{
-    const uint32_t indexed = index->tree == NULL ? 0 : index->tree->tokens;
-    uint64_t boundary = dci_build_base(index), largest = 0;
-    for (; boundary <= index->length; boundary *= GROWTH) {
-        largest = boundary;
+    uint64_t begin = index->indexed, batch = index->indexed / BATCH_PART;
+    batch = batch < BATCH_TOKENS ? BATCH_TOKENS : batch > BATCH_MAX ? BATCH_MAX : batch;
+    if (index->root == TREE_NONE) {
+        begin = begin > index->head ? begin : index->head;
+        batch = FIRST_TOKENS;
     }
-    if (largest > indexed) {
-        *target = (uint32_t)largest;
-        return BUILD_BULK;
-    }
-    // What does not fill a batch before the next boundary waits for the bulk build there.
-    const uint64_t batch_end = (uint64_t)indexed + dci_build_batch(index);
-    *target = (uint32_t)batch_end;
-    return index->tree != NULL && batch_end < boundary && batch_end <= index->length ? BUILD_INSERT : BUILD_NONE;
-}
-
-static void build_end(struct index *index)
-{
-    struct build *build = &index->build;
-    dci_memory_release(&index->memory, build->moves, build->move_room * sizeof build->moves[0]);
-    dci_list_fini(&build->new_pages, &index->memory);
-    dci_list_fini(&build->released_pages, &index->memory);
-    *build = (struct build){0};
+    batch = batch < index->page_tokens ? index->page_tokens : batch;
+    const uint32_t target = whole_pages(index, begin + batch);
+    return (uint64_t)target + INDEX_RECENT <= index->length ? target : 0;
 }
 
 // Ends a build that was not committed: its pages go back to the free list.
 void dci_build_fini(struct index *index)
 {
-    if (index->build.kind == BUILD_BULK) {
-        dci_bulk_discard(index);
-    } else if (index->build.kind == BUILD_INSERT) {
-        dci_insert_discard(index);
-    }
-    build_end(index);
+    dci_batch_discard(index);
+    index->stage = STAGE_NONE;
 }
 
 bool index_build_is_due(const struct index *index)
 {
-    uint32_t target;
-    if (index->build.kind != BUILD_NONE) {
-        return index->build.stage != STAGE_PLANNED;
+    if (index->stage != STAGE_NONE) {
+        return index->stage != STAGE_PLANNED && index->stage != STAGE_ROWS;
     }
-    return next_build(index, &target) != BUILD_NONE;
+    return index->ragged || dci_build_target(index) != 0;
 }
 
-static bool build_begin(struct index *index, enum build_kind kind, uint32_t target)
+static enum index_build_state no_memory(struct index *index)
 {
-    index->build.kind = kind;
-    if (kind == BUILD_BULK) {
-        return dci_bulk_begin(index, target);
-    }
-    return dci_insert_begin(index, target - index->tree->tokens);
+    dci_build_fini(index);
+    return INDEX_BUILD_NO_MEMORY;
 }
 
 enum index_build_state index_build_step(struct index *index, uint64_t work_units)
 {
-    struct build *build = &index->build;
-    if (build->kind == BUILD_NONE) {
-        uint32_t target;
-        const enum build_kind kind = next_build(index, &target);
-        if (kind == BUILD_NONE) {
+    if (index->stage == STAGE_NONE) {
+        const uint32_t target = dci_build_target(index);
+        if (!index->ragged && target == 0) {
             return INDEX_BUILD_IDLE;
         }
-        if (!build_begin(index, kind, target)) {
-            dci_build_fini(index);
-            return INDEX_BUILD_NO_MEMORY;
+        if (!(index->ragged ? dci_mend_begin(index) : dci_batch_begin(index, target))) {
+            return no_memory(index);
         }
+        index->stage = STAGE_RUNNING;
     }
-    if (build->stage != STAGE_RUNNING) {
-        build->stage = STAGE_PLANNED;
+    if (index->stage == STAGE_ROWS) {
+        return INDEX_BUILD_ROWS;
+    }
+    if (index->stage != STAGE_RUNNING) {
+        index->stage = STAGE_PLANNED;
         return INDEX_BUILD_PLAN;
     }
     const uint64_t units = work_units < 1 ? 1 : work_units > UINT32_MAX ? UINT32_MAX : work_units;
     struct dci_work work = {(int64_t)(units * DCI_UNIT_ELEMENTS)};
-    const enum dci_progress progress =
-        build->kind == BUILD_BULK ? dci_bulk_step(index, &work) : dci_insert_step(index, &work);
-    if (progress == PROGRESS_NO_MEMORY) {
-        dci_build_fini(index);
-        return INDEX_BUILD_NO_MEMORY;
-    }
-    if (progress == PROGRESS_MORE) {
+    switch (dci_batch_step(index, &work)) {
+    case PROGRESS_MORE:
         return INDEX_BUILD_MORE;
+    case PROGRESS_ROWS:
+        index->stage = STAGE_ROWS;
+        return INDEX_BUILD_ROWS;
+    case PROGRESS_PLAN:
+        index->stage = STAGE_PLANNED;
+        return INDEX_BUILD_PLAN;
+    case PROGRESS_IDLE:
+        dci_build_fini(index);
+        return dci_build_target(index) != 0 ? INDEX_BUILD_MORE : INDEX_BUILD_IDLE;
+    default:
+        return no_memory(index);
     }
-    build->stage = STAGE_PLANNED;
-    return INDEX_BUILD_PLAN;
+}
+
+void index_rows_get(const struct index *index, const uint32_t **pages, uint32_t *page_count)
+{
+    const struct batch *batch = index->batch;
+    assert(index->stage == STAGE_ROWS);
+    *pages = batch->need.items + batch->rows_given;
+    *page_count = batch->need.count - batch->rows_given;
+}
+
+void index_rows_give(struct index *index, const void *const *keys, size_t stride_bytes)
+{
+    struct batch *batch = index->batch;
+    assert(index->stage == STAGE_ROWS);
+    for (uint32_t i = batch->rows_given; i < batch->need.count; i++) {
+        batch->rows[i] = keys[i - batch->rows_given];
+    }
+    batch->rows_given = batch->need.count;
+    batch->rows_stride = stride_bytes;
+    index->stage = STAGE_RUNNING;
 }
 
 void index_plan_get(const struct index *index, struct index_plan *plan)
 {
-    const struct build *build = &index->build;
-    assert(build->kind != BUILD_NONE && build->stage == STAGE_PLANNED);
+    const struct batch *batch = index->batch;
+    assert(index->stage == STAGE_PLANNED);
     *plan = (struct index_plan){
-        .moves = build->moves,
-        .move_count = build->move_count,
-        .new_pages = build->new_pages.items,
-        .new_page_count = build->new_pages.count,
-        .released_pages = build->released_pages.items,
-        .released_page_count = build->released_pages.count,
+        .moves = batch->moves,
+        .move_count = batch->move_count,
+        .new_pages = batch->new_pages.items,
+        .new_page_count = batch->new_pages.count,
+        .released_pages = batch->released_pages.items,
+        .released_page_count = batch->released_pages.count,
     };
 }
 
 void index_plan_commit(struct index *index)
 {
-    struct build *build = &index->build;
-    assert(build->kind != BUILD_NONE && build->stage == STAGE_PLANNED);
-    for (uint32_t i = 0; i < build->new_pages.count; i++) {
-        dci_page(index, build->new_pages.items[i])->state = PAGE_LEAF;
-    }
-    if (build->kind == BUILD_BULK) {
-        dci_bulk_commit(index);
-    } else {
-        dci_insert_commit(index);
-    }
-    for (uint32_t i = 0; i < build->released_pages.count; i++) {
-        dci_page_release(index, build->released_pages.items[i]);
-    }
-    build_end(index);
+    assert(index->stage == STAGE_PLANNED);
+    dci_batch_commit(index);
+    dci_build_fini(index);
 }
 
 void index_plan_drop(struct index *index)
 {
-    assert(index->build.kind != BUILD_NONE && index->build.stage == STAGE_PLANNED);
+    assert(index->stage == STAGE_PLANNED);
     // The decisions are a function of the tree and the keys and stay true: the plan is kept to be handed out again.
-    index->build.stage = STAGE_DROPPED;
+    index->stage = STAGE_DROPPED;
 }

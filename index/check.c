@@ -3,9 +3,13 @@
 // Slow and for tests; reads only. The first violation is written out and ends the walk. Thread ownership: the index's.
 #include "index/tree.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+
+// Sums that are kept while tokens come in another order than they are summed here.
+#define SUM_TOLERANCE 1.0e-3f
 
 struct report {
     char *text;
@@ -23,225 +27,205 @@ __attribute__((format(printf, 2, 3))) static bool wrong(const struct report *rep
     return false;
 }
 
-static bool check_tokens(const struct index *index, const struct report *report)
+static bool check_token(const struct index *index, uint32_t p, const struct report *report)
 {
-    const uint32_t indexed = (uint32_t)index_indexed(index);
-    float key[INDEX_HEAD_DIM_MAX];
-    if (indexed > index->length || indexed % index->page_tokens != 0) {
-        return wrong(report, "indexed %u of %u tokens", indexed, index->length);
-    }
-    for (uint32_t p = 0; p < index->length; p++) {
-        const struct token *token = dci_token(index, p);
-        const uint32_t id = token->page[index->column], row = token->row[index->column];
-        if (id >= index->page_bound || row >= index->page_tokens) {
-            return wrong(report, "token %u lies in page %u row %u: out of range", p, id, row);
-        }
-        const struct page *page = dci_page(index, id);
-        if (p < indexed ? page->state != PAGE_LEAF || page->tokens[row] != p
-                        : page->state != PAGE_OPEN || page->owner + row != p) {
-            return wrong(report, "token %u is not in row %u of page %u (state %d)", p, row, id, (int)page->state);
-        }
-        dci_key_widen(index, p, key);
-        if (index->kernel->dot(key, key, index->head_dim) != token->norm2 || token->norm2 > index->norm2_max) {
-            return wrong(report, "token %u has the wrong norm", p);
-        }
-        if (p < indexed && token->norm2 > index->tree->norm2_max) {
-            return wrong(report, "token %u is longer than c", p);
-        }
-    }
-    return true;
-}
-
-static bool check_leaf(const struct index *index, uint32_t id, const struct report *report)
-{
-    struct page *page = dci_page(index, id);
-    float mean[INDEX_HEAD_DIM_MAX], radius, farthest;
-    const uint32_t rows = dci_keys_summary(index, page->tokens, index->page_tokens, mean, &radius, &farthest);
-    if (rows == 0 || rows != page->rows) {
-        return wrong(report, "page %u holds %u tokens, says %u", id, rows, page->rows);
-    }
-    if (radius != page->radius || farthest != page->farthest ||
-        memcmp(mean, dci_page_mean(index, page), index->head_dim * sizeof mean[0]) != 0) {
-        return wrong(report, "page %u has a stale mean", id);
-    }
-    if (!dci_sketch_agrees(index, index->tree, id)) {
-        return wrong(report, "page %u has a stale sketch in slot %u", id, page->slot);
-    }
-    for (uint32_t r = 0; r < index->page_tokens; r++) {
-        const uint32_t token = page->tokens[r];
-        if (token != TREE_NONE && (token >= index->tree->tokens || dci_token(index, token)->page[index->column] != id ||
-                                   dci_token(index, token)->row[index->column] != r)) {
-            return wrong(report, "page %u row %u holds token %u, which lies elsewhere", id, r, token);
-        }
-    }
-    return true;
-}
-
-// Every leaf has a slot of its own (its sketch names it); what is behind the last one counts for nothing.
-static bool check_sketches(const struct index *index, const struct report *report)
-{
-    const uint32_t pages = index->tree->pages, blocks = dci_sketch_blocks(pages);
-    for (uint32_t s = 0; s < blocks * SKETCH_LANES; s++) {
-        const struct sketch *sketch = dci_sketch_at(index->tree, s / SKETCH_LANES);
-        const uint32_t id = sketch->page[s % SKETCH_LANES];
-        if (s >= pages) {
-            if (id != TREE_NONE || sketch->rows[s % SKETCH_LANES] != 0 ||
-                sketch->log_rows[s % SKETCH_LANES] != DCI_HIDDEN) {
-                return wrong(report, "slot %u of %u pages is not cleared", s, pages);
-            }
-        } else if (id >= index->page_bound || dci_page(index, id)->state != PAGE_LEAF ||
-                   dci_page(index, id)->slot != s) {
-            return wrong(report, "slot %u holds page %u, which is not its", s, id);
-        }
-    }
-    return true;
-}
-
-static bool check_pages(const struct index *index, const struct report *report)
-{
-    uint32_t states[PAGE_LEAF + 1] = {0}, free_pages = 0;
-    for (uint32_t id = 0; id < index->page_bound; id++) {
-        const struct page *page = dci_page(index, id);
-        states[page->state]++;
-        if (page->draft != 0 && index->build.kind != BUILD_INSERT) {
-            return wrong(report, "page %u has a draft of no insertion", id);
-        }
-        if (page->state == PAGE_LEAF && !check_leaf(index, id, report)) {
-            return false;
-        }
-    }
-    for (uint32_t id = index->free_page; id != TREE_NONE; id = dci_page(index, id)->next) {
-        if (dci_page(index, id)->state != PAGE_FREE || ++free_pages > states[PAGE_FREE]) {
-            return wrong(report, "page %u is on the free list but not free", id);
-        }
-    }
-    const uint32_t tail = index->length + index->prepared - (uint32_t)index_indexed(index);
-    const uint32_t open = (tail + index->page_tokens - 1) / index->page_tokens;
-    const uint32_t leaves = index->tree == NULL ? 0 : index->tree->pages;
-    if (free_pages != states[PAGE_FREE] || states[PAGE_OPEN] != open || states[PAGE_LEAF] != leaves ||
-        (index->build.kind == BUILD_NONE && states[PAGE_PLANNED] != 0)) {
-        return wrong(report, "pages: %u free (%u listed), %u open (expected %u), %u leaves (expected %u), %u planned",
-                     states[PAGE_FREE], free_pages, states[PAGE_OPEN], open, states[PAGE_LEAF], leaves,
-                     states[PAGE_PLANNED]);
-    }
-    return true;
-}
-
-// Children of one node: they name it as their parent, and their weights add up.
-static bool check_children(const struct index *index, uint32_t level, uint32_t number, uint64_t *children,
-                           const struct report *report)
-{
-    const struct tree *tree = index->tree;
-    const struct node *node = dci_node(tree, level, number);
-    uint64_t weight = 0;
-    for (uint32_t c = node->first; c != TREE_NONE; (*children)++) {
-        const uint32_t bound = level == 1 ? index->page_bound : tree->levels[level - 1].count;
-        if (c >= bound || *children > bound) {
-            return wrong(report, "level %u node %u has child %u: out of range, or a loop", level, number, c);
-        }
-        const struct page *page = level == 1 ? dci_page(index, c) : NULL;
-        const struct node *child = level == 1 ? NULL : dci_node(tree, level - 1, c);
-        if (page != NULL ? page->state != PAGE_LEAF || page->owner != number : child->parent != number) {
-            return wrong(report, "level %u node %u is not the parent its child %u names", level, number, c);
-        }
-        weight += page != NULL ? page->rows : child->weight;
-        c = page != NULL ? page->next : child->next;
-    }
-    if (weight != node->weight || node->marked) {
-        return wrong(report, "level %u node %u weighs %u, its children %llu", level, number, node->weight,
-                     (unsigned long long)weight);
-    }
-    return true;
-}
-
-static bool check_level(const struct index *index, uint32_t level, const struct report *report)
-{
-    const struct tree *tree = index->tree;
-    const uint32_t count = tree->levels[level].count;
-    uint64_t children = 0, weight = 0;
-    if (count != dci_level_count(index, level, tree->tokens)) {
-        return wrong(report, "level %u has %u nodes", level, count);
-    }
-    for (uint32_t number = 0; number < count; number++) {
-        const struct node *node = dci_node(tree, level, number);
-        const uint32_t promoted = level < tree->top ? dci_level_promoted(index, level, number) : TREE_NONE;
-        if (node->token != dci_level_token(index, level, number) || node->token >= tree->tokens) {
-            return wrong(report, "level %u node %u is token %u", level, number, node->token);
-        }
-        if ((level == tree->top) != (node->parent == TREE_NONE) ||
-            (promoted != TREE_NONE && node->parent != promoted)) {
-            return wrong(report, "level %u node %u has parent %u", level, number, node->parent);
-        }
-        if (level == 1 && dci_page(index, dci_token(index, node->token)->page[index->column])->owner != number) {
-            return wrong(report, "level 1 node %u is not in its own cell", number);
-        }
-        if (!check_children(index, level, number, &children, report)) {
-            return false;
-        }
-        weight += node->weight;
-    }
-    const uint32_t below = level == 1 ? tree->pages : tree->levels[level - 1].count;
-    if (children != below || weight != tree->tokens) {
-        return wrong(report, "below level %u hang %llu of %u children with %llu of %u tokens", level,
-                     (unsigned long long)children, below, (unsigned long long)weight, tree->tokens);
-    }
-    return true;
-}
-
-static bool check_nearest(const struct index *index, uint32_t level, uint32_t token, uint32_t parent,
-                          const struct report *report)
-{
-    const struct tree *tree = index->tree;
-    float key[INDEX_HEAD_DIM_MAX];
-    dci_key_widen(index, token, key);
-    const float slack = dci_slack(dci_token(index, token)->norm2, tree->norm2_max);
-    const struct dci_probe probe = {key, slack, tree->norm2_max, token};
-    struct dci_near best;
-    uint32_t count = 0;
-    for (uint32_t i = 0; i < tree->levels[level].count; i++) {
-        dci_near_add(&best, &count, 1, index, tree, level, i, &probe);
-    }
-    if (best.node != parent) {
-        return wrong(report, "token %u hangs under level %u node %u, nearest is %u", token, level, parent, best.node);
-    }
-    return true;
-}
-
-// Where the construction compares exhaustively and nothing was inserted since, every parent is the nearest node.
-static bool check_parents(const struct index *index, uint32_t level, const struct report *report)
-{
-    const struct tree *tree = index->tree;
-    if (tree->tokens != tree->bulk_tokens || (level < tree->top && tree->levels[level].count > TREE_EXACT_MAX)) {
+    const struct index_place place = dci_place_of(index, p);
+    if (place.page == TREE_NONE) {
         return true;
     }
-    const uint32_t below = level == 1 ? tree->tokens : tree->levels[level - 1].count;
-    for (uint32_t i = 0; i < below; i++) {
-        if (dci_level_promoted(index, level - 1, i) != TREE_NONE) {
+    if (place.page >= index->page_bound || place.row >= index->page_tokens) {
+        return wrong(report, "token %u lies in page %u row %u: out of range", p, place.page, place.row);
+    }
+    const struct page *page = dci_page(index, place.page);
+    if (p < index->head || p >= index->indexed) {
+        if (page->state != PAGE_OPEN || page->owner > p || p % index->page_tokens != place.row ||
+            page->owner / index->page_tokens != p / index->page_tokens) {
+            return wrong(report, "token %u is not in row %u of open page %u (state %d)", p, place.row, place.page,
+                         (int)page->state);
+        }
+        return true;
+    }
+    if (page->state != PAGE_LEAF) {
+        return wrong(report, "token %u lies in page %u, which is no leaf (state %d)", p, place.page, (int)page->state);
+    }
+    const struct node *cell = dci_node(index, page->owner);
+    if (page->part >= cell->part_count || cell->parts[page->part] != place.page) {
+        return wrong(report, "page %u is not page %u of cell %u", place.page, page->part, page->owner);
+    }
+    const struct dci_rows *rows = dci_rows_of(index, cell, page->part, place.row);
+    if (rows->positions[place.row % DCI_LANES] != p) {
+        return wrong(report, "row %u of page %u does not hold token %u", place.row, place.page, p);
+    }
+    return true;
+}
+
+static bool is_near(float a, float b)
+{
+    return fabsf(a - b) <= SUM_TOLERANCE * (fabsf(a) + fabsf(b)) + 1.0e-30f;
+}
+
+static bool check_cell(const struct index *index, uint32_t id, const struct entry *entry, uint32_t *pages,
+                       const struct report *report)
+{
+    const struct node *cell = dci_node(index, id);
+    uint32_t tokens = 0;
+    float spread2 = 0.0f, far = 0.0f;
+    if (cell->count == 0 || cell->count > index->cell_max || cell->part_count > cell->run_parts ||
+        cell->run_parts > index->cell_parts) {
+        return wrong(report, "cell %u holds %u tokens in %u pages", id, cell->count, cell->part_count);
+    }
+    for (uint32_t part = 0; part < cell->part_count; part++) {
+        const struct page *page = dci_page(index, cell->parts[part]);
+        uint32_t in_page = 0;
+        if (page->state != PAGE_LEAF || page->owner != id || page->part != part) {
+            return wrong(report, "page %u is not that of cell %u", cell->parts[part], id);
+        }
+        for (uint32_t row = 0; row < index->page_blocks * DCI_LANES; row++) {
+            const struct dci_rows *rows = dci_rows_of(index, cell, part, row);
+            const uint32_t position = rows->positions[row % DCI_LANES];
+            if (position == TREE_NONE) {
+                continue;
+            }
+            const struct index_place place =
+                position < index->length ? dci_place_of(index, position) : (struct index_place){TREE_NONE, 0};
+            if (place.page != cell->parts[part] || place.row != row) {
+                return wrong(report, "token %u is in row %u of page %u and elsewhere", position, row,
+                             cell->parts[part]);
+            }
+            const float own = dci_code_spread2(index, rows, row % DCI_LANES);
+            spread2 += own;
+            far = own > far ? own : far;
+            in_page++;
+        }
+        if (in_page == 0 || in_page != page->rows) {
+            return wrong(report, "page %u has %u rows of %u", cell->parts[part], in_page, page->rows);
+        }
+        tokens += in_page;
+        (*pages)++;
+    }
+    far = sqrtf(far) * index->inverse_root_dim;
+    if (tokens != cell->count || (float)tokens != entry->rows) {
+        return wrong(report, "cell %u holds %u tokens and counts %u", id, tokens, cell->count);
+    }
+    const float unit = sqrtf(spread2 / (float)tokens) * index->inverse_root_dim;
+    if (!is_near(spread2, cell->spread2) || !is_near(unit, entry->unit) || !is_near(far, entry->far)) {
+        return wrong(report, "cell %u has the wrong radius: %g for %g, farthest %g for %g", id, (double)entry->unit,
+                     (double)unit, (double)entry->far, (double)far);
+    }
+    return true;
+}
+
+static bool check_entry(const struct index *index, const struct node *parent, uint32_t id, uint32_t lane,
+                        struct entry *entry, const struct report *report)
+{
+    float anchor[INDEX_HEAD_DIM_MAX];
+    dci_entry_read(index, parent, lane, entry);
+    if (entry->child >= index->nodes.bound || dci_node(index, entry->child)->parent != id ||
+        dci_node(index, entry->child)->lane != lane || dci_node(index, entry->child)->level + 1 != parent->level) {
+        return wrong(report, "entry %u of node %u leads nowhere", lane, id);
+    }
+    for (uint32_t i = 0; i < index->head_dim; i++) {
+        anchor[i] = entry->step * (float)entry->codes[i];
+    }
+    if (entry->norm2 != index->kernel->dot(anchor, anchor, index->head_dim) || !(entry->rows > 0.0f)) {
+        return wrong(report, "entry %u of node %u has the wrong norm", lane, id);
+    }
+    return true;
+}
+
+static bool check_node(const struct index *index, uint32_t id, uint32_t *pages, uint32_t *nodes, uint32_t *tokens,
+                       const struct report *report)
+{
+    const struct node *node = dci_node(index, id);
+    struct entry entry;
+    (*nodes)++;
+    if (node->count == 0 || node->count > index->node_max ||
+        node->part_count != (node->count + DCI_LANES - 1) / DCI_LANES) {
+        return wrong(report, "node %u has %u entries in %u blocks", id, node->count, node->part_count);
+    }
+    for (uint32_t lane = 0; lane < node->part_count * DCI_LANES; lane++) {
+        if (lane >= node->count) {
+            if (dci_node_block(index, node, lane)->rows[lane % DCI_LANES] != 0.0f) {
+                return wrong(report, "entry %u of node %u is behind the last one", lane, id);
+            }
             continue;
         }
-        const uint32_t token = level == 1 ? i : dci_node(tree, level - 1, i)->token;
-        const uint32_t parent = level == 1 ? dci_page(index, dci_token(index, i)->page[index->column])->owner
-                                           : dci_node(tree, level - 1, i)->parent;
-        if (!check_nearest(index, level, token, parent, report)) {
+        if (!check_entry(index, node, id, lane, &entry, report)) {
+            return false;
+        }
+        if (node->level > 2) {
+            if (!check_node(index, entry.child, pages, nodes, tokens, report)) { // as deep as the tree is high
+                return false;
+            }
+            continue;
+        }
+        (*nodes)++;
+        *tokens += dci_node(index, entry.child)->count;
+        if (!check_cell(index, entry.child, &entry, pages, report)) {
             return false;
         }
     }
     return true;
+}
+
+static bool check_tree(const struct index *index, const struct report *report)
+{
+    uint32_t pages = 0, nodes = 0, tokens = 0;
+    if (index->root != TREE_NONE) {
+        if (dci_node(index, index->root)->parent != TREE_NONE || dci_node(index, index->root)->level < 2) {
+            return wrong(report, "the root is not at the top");
+        }
+        if (!check_node(index, index->root, &pages, &nodes, &tokens, report)) {
+            return false;
+        }
+    }
+    uint32_t live = 0;
+    for (uint32_t p = index->head; p < index->indexed; p++) {
+        live += *dci_place(index, p) != TREE_NONE ? 1 : 0;
+    }
+    if (tokens != index->tokens || live != tokens || pages != index->leaf_pages) {
+        return wrong(report, "%u tokens in %u pages are in the tree, counted %u in %u, %u have a place", tokens, pages,
+                     index->tokens, index->leaf_pages, live);
+    }
+    // What a running build has made is not in the tree yet.
+    uint32_t runs = 0, cells = 0;
+    for (uint32_t parts = 1; parts <= index->cell_parts; parts++) {
+        runs += index->runs[parts - 1].used;
+    }
+    for (uint32_t id = 0; id < index->nodes.bound; id++) {
+        cells += dci_node(index, id)->level == 1 ? 1 : 0;
+    }
+    if (index->batch == NULL && (nodes != index->nodes.used || runs != cells)) {
+        return wrong(report, "%u nodes in use, %u in the tree; %u runs for %u cells", index->nodes.used, nodes, runs,
+                     cells);
+    }
+    return true;
+}
+
+static bool check_free_pages(const struct index *index, const struct report *report)
+{
+    uint32_t listed = 0, free = 0;
+    for (uint32_t id = index->free_page; id != TREE_NONE; id = dci_page(index, id)->owner) {
+        if (id >= index->page_bound || dci_page(index, id)->state != PAGE_FREE || ++listed > index->page_bound) {
+            return wrong(report, "the list of free pages is broken at page %u", id);
+        }
+    }
+    for (uint32_t id = 0; id < index->page_bound; id++) {
+        free += dci_page(index, id)->state == PAGE_FREE ? 1 : 0;
+    }
+    return listed == free || wrong(report, "%u pages are free, %u are listed", free, listed);
 }
 
 bool index_check(const struct index *index, char *text, size_t capacity)
 {
     const struct report report = {text, capacity};
-    if (!check_tokens(index, &report) || !check_pages(index, &report)) {
-        return false;
+    if (index->indexed > index->length) {
+        return wrong(&report, "indexed %u of %u tokens", index->indexed, index->length);
     }
-    if (index->tree != NULL && !check_sketches(index, &report)) {
-        return false;
-    }
-    for (uint32_t level = 1; index->tree != NULL && level <= index->tree->top; level++) {
-        if (!check_level(index, level, &report) || !check_parents(index, level, &report)) {
+    for (uint32_t p = 0; p < index->length; p++) {
+        if (!check_token(index, p, &report)) {
             return false;
         }
     }
-    return true;
+    return check_tree(index, &report) && check_free_pages(index, &report);
 }

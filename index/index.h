@@ -1,12 +1,14 @@
 // The DCI-tree of one lane: which tokens do these queries attend to?
 //
-// Method: IceCache (arXiv 2604.10539) over Prioritized DCI (arXiv 1703.00440). Keys are compared in the space of
-// T_K(k) = [k/c, sqrt(1 - |k|^2/c^2)], T_Q(q) = [q/|q|, 0], where the nearest neighbour is the largest inner product.
+// Method: IceCache (arXiv 2604.10539) over Prioritized DCI (arXiv 1703.00440): a tree whose leaves are pages of similar
+// tokens, grown by insertion, searched by the queries of a decode step. Two policies build it, see index_policy.
 //
 // The index is pure: no I/O, no clock, no threads, no logging; memory only through the allocator it is given, none in
-// search. It moves no K or V bytes: it says where a row belongs (page and row), and a change of place is a plan that
-// the owner carries out and commits, or drops. Pages are numbered by the index (dense u32, reused after release); the
-// owner maps them to memory. Tokens are named by position towards the outside.
+// search. It keeps short codes of the keys (4 bits a coordinate), not the keys: K and V rows are the owner's. It moves
+// no bytes: it says where a row belongs (page and row), and a change of place is a plan that the owner carries out and
+// commits, or drops. Where it needs the K rows of clustered tokens again it names their pages, see index_rows_get.
+// Pages are numbered by the index (dense u32, reused after release); the owner maps them to memory. Tokens are named by
+// position towards the outside.
 //
 // Determinism: the tree is a function of the seed and of the appended keys in order, not of how the appends were cut
 // or when the work was done. Equal tree and query give the same selection, ties broken by the lower position.
@@ -31,7 +33,7 @@
 enum index_status {
     INDEX_OK = 0,
     INDEX_NO_MEMORY,  // the allocator refused; nothing changed
-    INDEX_NOT_FINITE, // a key or query is NaN, infinite or too large (squared norm above 2^125, or scores above 1e30)
+    INDEX_NOT_FINITE, // a key or query is NaN, infinite or too large (squared norm above 2^120, or scores above 1e30)
     INDEX_INVALID,    // a parameter is out of range; nothing changed
     INDEX_FULL,       // INDEX_TOKENS_MAX reached; nothing changed
 };
@@ -45,11 +47,22 @@ struct index_allocator {
     void *owner;
 };
 
+// How a node that has grown too large is divided; a new token goes to the nearest cell in either case.
+enum index_policy {
+    INDEX_MEANS = 0, // by 2-means on the keys; the default, the best that was measured
+    // As in the papers: a seeded choice of its entries is promoted, the others hang under the nearest promoted one in
+    // the space of T_K(k) = [k/c, sqrt(1 - |k|^2/c^2)], T_Q(q) = [q/|q|, 0] (section 3.1), c the largest key norm,
+    // where the nearest neighbour is the largest inner product. Each level holds about r times the nodes of the one
+    // below.
+    INDEX_PROMOTION = 1,
+};
+
 struct index_params {
     uint32_t head_dim;      // multiple of 16, at most 256
     enum index_dtype dtype; // of the keys handed to index_append
-    uint32_t page_tokens;   // rows of a page; 0: 16
-    float promotion_ratio;  // r: n_l = r * n_(l-1), 1/1024 to 1/2; 0: the default, 1/32
+    uint32_t page_tokens;   // rows of a page, at most 256; 0: 16
+    enum index_policy policy;
+    float promotion_ratio; // r: n_l = r * n_(l-1), 1/64 to 1/8, with INDEX_PROMOTION; 0: the default, 1/32
     uint64_t seed;
 };
 
@@ -59,8 +72,10 @@ INDEX_MUST_CHECK enum index_status index_create(const struct index_params *param
                                                 const struct index_allocator *allocator, struct index **out);
 void index_destroy(struct index *index); // accepts NULL
 
-uint64_t index_length(const struct index *index);  // tokens appended
-uint64_t index_indexed(const struct index *index); // tokens in the tree: positions 0 .. indexed-1; the rest is scanned
+uint64_t index_length(const struct index *index); // tokens appended
+// Positions 0 .. indexed-1 need no clustering any more. The first page of tokens is never clustered: the first tokens
+// are unlike all others. It and the tokens from `indexed` on, the tail, are scanned by every search.
+uint64_t index_indexed(const struct index *index);
 // A digest of the tree. Same seed, keys and indexed count: same version, same tree. 0 while nothing is indexed. Page
 // ids are not part of it: they depend on when appends and commits happened.
 uint64_t index_version(const struct index *index);
@@ -68,7 +83,7 @@ uint64_t index_bytes(const struct index *index);                    // memory he
 uint32_t index_page_bound(const struct index *index);               // every page id in use is below it
 uint32_t index_page_rows(const struct index *index, uint32_t page); // rows in use; 0: the page is not in use
 
-// Where a token's K and V row lies.
+// Where a token's K and V row lies. A token that was erased has page UINT32_MAX.
 struct index_place {
     uint32_t page;
     uint32_t row;
@@ -91,15 +106,36 @@ void index_locate(const struct index *index, uint64_t first, uint32_t n, struct 
 // Positions of the rows of a page, in row order, UINT32_MAX for a row that is not in use. Returns rows in use.
 uint32_t index_page_positions(const struct index *index, uint32_t page, uint32_t *positions /* page_tokens */);
 
+// ---- forget ----
+// Both take effect at once and void a running build; a plan that is pending counts as dropped, and so do rows given.
+// released: room for index_page_bound entries; gets the ids of pages whose memory may go, *released_count how many.
+// No append may be prepared.
+//
+// Forgets positions length .. index_length-1. The next append continues at `length`.
+void index_truncate(struct index *index, uint64_t length, uint32_t *released, uint32_t *released_count);
+// Forgets one token; its position stays empty. No effect when it is empty already.
+void index_erase(struct index *index, uint64_t position, uint32_t *released, uint32_t *released_count);
+
 // ---- build: clustering of the tail ----
 // Work is done in slices, with no clock: each call does about work_units units (one unit: one key scored against one
-// query or node at head_dim 128, roughly 20-50 ns) and returns. The cuts are at fixed token counts.
+// query or node at head_dim 128, roughly 5-20 ns) and returns. The cuts are at fixed token counts. The newest tokens
+// stay in the tail: a batch is clustered when INDEX_RECENT more tokens have come after it.
+#define INDEX_RECENT 64u
+
 enum index_build_state {
     INDEX_BUILD_IDLE,     // nothing to do until more tokens are appended
     INDEX_BUILD_MORE,     // call again
+    INDEX_BUILD_ROWS,     // K rows are needed: index_rows_get, index_rows_give, call again
     INDEX_BUILD_PLAN,     // a plan is pending: carry it out and commit it, or drop it
     INDEX_BUILD_NO_MEMORY // the allocator refused; the build's memory was given back; a later call begins it anew
 };
+
+// State INDEX_BUILD_ROWS only: the pages whose K rows are needed. *pages is borrowed until rows_give.
+void index_rows_get(const struct index *index, const uint32_t **pages, uint32_t *page_count);
+// keys[i]: the K row of row 0 of pages[i]; the page's rows lie stride_bytes apart. The array is borrowed during the
+// call, the rows until the plan that follows is committed, or the index is truncated, erased from or destroyed. (A plan
+// that is dropped keeps what it has worked out and does not look at the rows again.)
+void index_rows_give(struct index *index, const void *const *keys, size_t stride_bytes);
 
 // Copies of K and V rows that the owner makes. Sources stay valid and searchable until commit; targets are rows that
 // are not in use, so the copies may be made in any order and in slices, with searches in between.
@@ -115,7 +151,7 @@ struct index_plan {
     uint32_t released_page_count;
 };
 
-// index_build_step would do something (false while a plan is pending: it waits for commit or drop).
+// index_build_step would do something (false while a plan or rows are pending: it waits for the owner).
 bool index_build_is_due(const struct index *index);
 enum index_build_state index_build_step(struct index *index, uint64_t work_units);
 void index_plan_get(const struct index *index, struct index_plan *plan); // state INDEX_BUILD_PLAN only
@@ -137,9 +173,9 @@ struct index_query {
                     // page_tokens tokens may come back for a smaller budget); open pages of the tail count as pages
     float coverage; // in (0, 1]: stop as soon as the estimated mass of sinks, window and selection reaches it, and
                     // select no more than reaches it; 0: spend the budget
-    float effort;   // share of the leaf pages to open, (0, 1]; 1 is exact. 0: the default, as many as may still hold a
-                  // token better than the worst selected one. Enough are always opened to fill the budget; a budget of
-                  // all tokens outside sinks and window selects them all, page-wise too
+    float effort;   // share of the clustered tokens to score, (0, 1]. 0: the default, as many as still promise mass
+                  // that counts. Enough are always scored to fill the budget; a budget of all tokens outside sinks and
+                  // window selects them all, page-wise too
 };
 
 struct index_selected {
@@ -168,7 +204,7 @@ INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *sea
 // The index must not be appended to or committed on until finish; build steps may go on.
 INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index *index,
                                                       const struct index_query *query);
-// Does about work_units units, at least one item: 16 keys, a page, or the sketches of 16 pages, against all queries.
+// Does about work_units units, at least one item: 16 keys, a cell, or the anchors of 16 cells, against all queries.
 // True when complete.
 bool index_search_step(struct index_search *search, uint64_t work_units);
 // Selects from what has been scored so far. *tokens is borrowed from the context until its next begin or reserve.
@@ -176,13 +212,13 @@ void index_search_finish(struct index_search *search, struct index_selection *se
                          const struct index_selected **tokens);
 
 // ---- check ----
-// Full walk over the invariants: every token in exactly one page row, positions and places agree, page counts, children
-// nearest to their parents within the level's construction, levels nested. Writes the first violation to `text`.
+// Full walk over the invariants: every token in exactly one page row, positions and places agree, counts, anchors and
+// radii agree with what lies below them, no node is larger than allowed. Writes the first violation to `text`.
 bool index_check(const struct index *index, char *text, size_t capacity);
 
 // Shape of the tree, for tests and statistics.
 struct index_shape {
-    uint32_t levels; // including level 0
+    uint32_t levels; // including level 0, the tokens; level 1 are cells
     uint32_t level_counts[16];
     uint32_t pages; // in use, open ones included
     uint32_t leaf_pages;

@@ -5,22 +5,41 @@
 // compiled for each instruction set in vectors as wide as it has. Pure functions; any thread.
 #include "index/kernel.h"
 
-#include "index/sketch.h"
-
+#include <float.h>
 #include <math.h>
 #include <string.h>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
-// No page's exponent is above this one over the reference.
+// Estimates: no exponent above this one over the reference, no deviation of scores outside these bounds.
 #define EXPONENT_MAX  80.0f
+#define DEVIATION_MAX 12.0f
+#define UNIT_LEAST    1.0e-20f
 
-#define DOTS_PORTABLE 0
-#define DOTS_AVX2     1
-#define DOTS_VNNI     2
+// How many deviations above the anchor's score the best of a cell's tokens is hoped to be, and the farthest one.
+#define HOPE_DEVIATIONS 2.0f
+#define FAR_DEVIATIONS  1.5f
 
-#define KERNEL_SET    portable
+// Phi(x) is nearly 1 / (1 + exp(-1.702 x)).
+#define PHI_SLOPE 1.702f
+
+// Scores have heavier tails than a normal distribution: what a cell may add to the selection is estimated with a
+// deviation this much larger.
+#define TAIL_MARGIN 1.15f
+
+// Step of a 4-bit code in root mean squares of the coordinates (Max, 1960: 16 levels for a normal distribution), and
+// the squared norm that counts as nothing.
+#define CODE_STEP        0.3352f
+#define CODE_NORM2_LEAST 0x1p-60f
+#define CODE_LEAST       0x1p-100f // the largest element of what an 8-bit code takes as nothing
+
+#define DOTS_PORTABLE    0
+#define DOTS_AVX2        1
+#define DOTS_VNNI        2
+
+#define KERNEL_SET       portable
 #define KERNEL_TARGET
 #define KERNEL_WIDTH 4
 #define KERNEL_DOTS  DOTS_PORTABLE
@@ -28,7 +47,7 @@
 
 #if defined(__x86_64__)
 #define KERNEL_SET    avx2
-#define KERNEL_TARGET __attribute__((target("avx2")))
+#define KERNEL_TARGET __attribute__((target("avx2,f16c")))
 #define KERNEL_WIDTH  8
 #define KERNEL_DOTS   DOTS_AVX2
 #include "index/kernel_lanes.h"
@@ -46,13 +65,22 @@
 #include "index/kernel_lanes.h"
 #endif
 
+#if defined(__x86_64__)
+// Conversion of halves; not every compiler can be asked for it.
+static bool has_f16c(void)
+{
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 const struct dci_kernel *dci_kernel_at(uint32_t number)
 {
     const struct dci_kernel *found[4] = {&kernel_portable, NULL, NULL, NULL};
 #if defined(__x86_64__)
     uint32_t count = 1;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2")) {
+    if (__builtin_cpu_supports("avx2") && has_f16c()) {
         found[count++] = &kernel_avx2;
     }
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -75,26 +103,6 @@ const struct dci_kernel *dci_kernel_best(void)
     return best;
 }
 
-float dci_encode(const float *x, uint32_t n, int8_t *codes)
-{
-    const float nothing = 0x1p-100f;
-    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    float largest = 0.0f;
-    for (uint32_t i = 0; i < n; i++) {
-        const float size = fabsf(x[i]);
-        largest = size > largest ? size : largest;
-    }
-    if (largest < nothing) {
-        memset(codes, 0, n);
-        return 0.0f;
-    }
-    const float step = largest / 127.0f, inverse = 127.0f / largest;
-    for (uint32_t i = 0; i < n; i++) {
-        codes[i] = (int8_t)((x[i] * inverse + round) - round);
-    }
-    return step;
-}
-
 float dci_exp(float x)
 {
     return kernel_portable.exp_one(x);
@@ -113,4 +121,16 @@ float dci_log(float x)
     const float y = (m - 1.0f) / (m + 1.0f), y2 = y * y;
     const float series = y * (2.0f + y2 * (0.66666667f + y2 * (0.4f + y2 * (0.28571429f + y2 * 0.22222222f))));
     return (float)exponent * 0.69314718f + series;
+}
+
+float dci_sum_lanes(const float *lanes)
+{
+    floats_portable parts[4];
+    memcpy(parts, lanes, sizeof parts);
+    return sum_lanes_portable(parts);
+}
+
+float dci_max_lanes(const float *lanes)
+{
+    return max_lanes_portable(lanes);
 }

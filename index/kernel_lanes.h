@@ -12,6 +12,7 @@
 typedef float NAME(floats) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint32_t NAME(words) __attribute__((vector_size(4 * KERNEL_WIDTH)));
+typedef uint8_t NAME(bytes) __attribute__((vector_size(KERNEL_WIDTH)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * KERNEL_WIDTH)));
 typedef float NAME(eight) __attribute__((vector_size(32)));
 typedef float NAME(four) __attribute__((vector_size(16)));
@@ -52,6 +53,37 @@ LOCAL float NAME(max_lanes)(const float *x)
     return lane[0];
 }
 
+// mask ? a : b, lane by lane.
+LOCAL void NAME(choose)(const NAME(ints) * mask, const NAME(floats) * a, const NAME(floats) * b, NAME(floats) * out)
+{
+    *out = (NAME(floats))((*mask & (NAME(ints)) * a) | (~*mask & (NAME(ints)) * b));
+}
+
+// a < b ? a : b and a > b ? a : b, which is what the instructions of these names do, to the last case.
+LOCAL void NAME(least)(const NAME(floats) * a, const NAME(floats) * b, NAME(floats) * out)
+{
+#if KERNEL_WIDTH == 16
+    *out = (NAME(floats))_mm512_min_ps((__m512)*a, (__m512)*b);
+#elif KERNEL_WIDTH == 8
+    *out = (NAME(floats))_mm256_min_ps((__m256)*a, (__m256)*b);
+#else
+    const NAME(ints) is_less = *a < *b;
+    NAME(choose)(&is_less, a, b, out);
+#endif
+}
+
+LOCAL void NAME(most)(const NAME(floats) * a, const NAME(floats) * b, NAME(floats) * out)
+{
+#if KERNEL_WIDTH == 16
+    *out = (NAME(floats))_mm512_max_ps((__m512)*a, (__m512)*b);
+#elif KERNEL_WIDTH == 8
+    *out = (NAME(floats))_mm256_max_ps((__m256)*a, (__m256)*b);
+#else
+    const NAME(ints) is_more = *a > *b;
+    NAME(choose)(&is_more, a, b, out);
+#endif
+}
+
 // exp by 2^k * e^f, |f| <= ln(2)/2, e^f by its series to f^6 (relative error below 2e-7). 0 below -87, also for what
 // does not count; limited to exp(88).
 LOCAL void NAME(exp_lanes)(const NAME(floats) * in, NAME(floats) * out)
@@ -59,9 +91,10 @@ LOCAL void NAME(exp_lanes)(const NAME(floats) * in, NAME(floats) * out)
     const NAME(floats) zero = {0};
     const NAME(floats) low = zero - 87.0f, high = zero + 88.0f;
     const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    const NAME(ints) alive = *in >= low, fits = *in <= high;
-    NAME(floats) x = (NAME(floats))((fits & (NAME(ints)) * in) | (~fits & (NAME(ints))high));
-    x = (NAME(floats))((alive & (NAME(ints))x) | (~alive & (NAME(ints))low));
+    const NAME(ints) alive = *in >= low;
+    NAME(floats) x;
+    NAME(most)(in, &low, &x);
+    NAME(least)(&x, &high, &x);
     const NAME(floats) k = (x * 1.44269504f + round) - round;
     const NAME(floats) f = (x - k * 0.693359375f) - k * -2.12194440e-4f;
     NAME(floats) series = f * 1.38888889e-3f + 8.33333333e-3f;
@@ -74,6 +107,19 @@ LOCAL void NAME(exp_lanes)(const NAME(floats) * in, NAME(floats) * out)
     *out = (NAME(floats))(alive & (NAME(ints))(series * (NAME(floats))power));
 }
 
+#if KERNEL_WIDTH == 16
+LOCAL void NAME(widen_half)(const uint16_t *in, NAME(floats) * out)
+{
+    const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)in));
+    memcpy(out, &wide, sizeof wide);
+}
+#elif KERNEL_WIDTH == 8
+LOCAL void NAME(widen_half)(const uint16_t *in, NAME(floats) * out)
+{
+    const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)in));
+    memcpy(out, &wide, sizeof wide);
+}
+#else
 LOCAL void NAME(widen_half)(const uint16_t *in, NAME(floats) * out)
 {
     const float least = 6.103515625e-05f; // 2^-14, the smallest normal fp16
@@ -92,6 +138,7 @@ LOCAL void NAME(widen_half)(const uint16_t *in, NAME(floats) * out)
     const NAME(words) magnitude = (is_subnormal & subnormal) | (is_special & special) | (is_normal & normal);
     *out = (NAME(floats))(magnitude | ((half & 0x8000u) << 16));
 }
+#endif
 
 ENTRY void NAME(widen)(enum index_dtype dtype, const void *elements, uint32_t n, float *out)
 {
@@ -182,23 +229,6 @@ ENTRY float NAME(distance2)(const float *a, const float *b, uint32_t n)
     return NAME(sum_lanes)(sum);
 }
 
-ENTRY void NAME(score16)(const float *queries, uint32_t views, const float *rows, uint32_t n, float scale,
-                         float *scores)
-{
-    for (uint32_t v = 0; v < views; v++) {
-        NAME(floats) sums[DCI_LANES][KERNEL_PARTS];
-        float dots[DCI_LANES];
-        for (uint32_t i = 0; i < DCI_LANES; i++) {
-            NAME(dot_parts)(queries + (size_t)v * n, rows + (size_t)i * n, n, sums[i]);
-        }
-        NAME(sum_rows)((const NAME(floats)(*)[KERNEL_PARTS])sums, dots);
-        for (uint32_t i = 0; i < DCI_LANES; i++) {
-            scores[v * DCI_LANES + i] = scale * dots[i];
-        }
-    }
-}
-
-// weights[16] = exp(scores - base), 0 where the score does not count.
 LOCAL void NAME(weights)(const float *scores, float base, NAME(floats) * weights)
 {
     const NAME(floats) zero = {0};
@@ -220,160 +250,22 @@ ENTRY float NAME(exp_one)(float x)
     return out[0];
 }
 
-ENTRY void NAME(fold16)(const float *scores, uint32_t views, const float *reference, float *top, float *total,
-                        float *preview)
+#include "index/kernel_dots.h"
+
+LOCAL void NAME(dots_of)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
 {
-    NAME(floats) sum[KERNEL_PARTS] = {{0}}, weights[KERNEL_PARTS];
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES) {
-        const float highest = NAME(max_lanes)(scores);
-        if (highest > top[v]) {
-            total[v] *= NAME(exp_one)(top[v] - highest);
-            top[v] = highest;
-        }
-        NAME(weights)(scores, top[v], weights);
-        total[v] += NAME(sum_lanes)(weights);
-        NAME(weights)(scores, reference[v], weights);
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            sum[part] += weights[part];
-        }
+    if (count == DOTS_VIEWS) { // a constant, so that the sums stay in registers
+        NAME(dots)(codes, query, n, DOTS_VIEWS, dots);
+    } else if (count == 2) {
+        NAME(dots)(codes, query, n, 2, dots);
+    } else {
+        NAME(dots)(codes, query, n, 1, dots);
     }
-    memcpy(preview, sum, sizeof sum);
 }
 
-ENTRY void NAME(weigh16)(const float *scores, uint32_t views, const float *top, const float *inverse, float *masses)
+LOCAL uint32_t NAME(group_of)(uint32_t left)
 {
-    NAME(floats) sum[KERNEL_PARTS] = {{0}}, weights[KERNEL_PARTS];
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES) {
-        NAME(weights)(scores, top[v], weights);
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            sum[part] += weights[part] * inverse[v];
-        }
-    }
-    memcpy(masses, sum, sizeof sum);
-}
-
-ENTRY float NAME(exp_sum)(const float *x, uint32_t n)
-{
-    NAME(floats) sum[KERNEL_PARTS] = {{0}}, weights[KERNEL_PARTS];
-    for (uint32_t i = 0; i < n; i += DCI_LANES) {
-        float lanes[DCI_LANES];
-        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-            lanes[lane] = i + lane < n ? x[i + lane] : DCI_HIDDEN;
-        }
-        NAME(weights)(lanes, 0.0f, weights);
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            sum[part] += weights[part];
-        }
-    }
-    return NAME(sum_lanes)(sum);
-}
-
-// Inner products of the codes of 16 pages with those of up to four views, exact in integers.
-#define DOTS_VIEWS 4u
-
-#if KERNEL_DOTS == DOTS_VNNI
-LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
-{
-    __m512i sum[2][DOTS_VIEWS];
-    for (uint32_t v = 0; v < DOTS_VIEWS; v++) {
-        sum[0][v] = sum[1][v] = _mm512_setzero_si512();
-    }
-    for (uint32_t i = 0; i < n; i += 8) {
-        const __m512i a = _mm512_loadu_si512(codes + (size_t)i * DCI_LANES);
-        const __m512i b = _mm512_loadu_si512(codes + (size_t)(i + 4) * DCI_LANES);
-        for (uint32_t v = 0; v < count; v++) {
-            int32_t words[2];
-            memcpy(words, query + (size_t)v * n + i, sizeof words);
-            sum[0][v] = _mm512_dpbusd_epi32(sum[0][v], a, _mm512_set1_epi32(words[0]));
-            sum[1][v] = _mm512_dpbusd_epi32(sum[1][v], b, _mm512_set1_epi32(words[1]));
-        }
-    }
-    for (uint32_t v = 0; v < count; v++) {
-        _mm512_storeu_si512(dots + v * DCI_LANES, _mm512_add_epi32(sum[0][v], sum[1][v]));
-    }
-}
-#elif KERNEL_DOTS == DOTS_AVX2
-// Sums of two products must fit in 16 bits: the codes lose their offset and go in as size and sign, the query's bytes
-// take the sign (127 * 127 * 2 fits), and the offset's part is added back at the end.
-LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
-{
-    const __m256i zero_code = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
-    __m256i sum[2][DOTS_VIEWS], query_sum[DOTS_VIEWS];
-    for (uint32_t v = 0; v < DOTS_VIEWS; v++) {
-        sum[0][v] = sum[1][v] = query_sum[v] = _mm256_setzero_si256();
-    }
-    for (uint32_t i = 0; i < n; i += 4) {
-        for (uint32_t half = 0; half < 2; half++) {
-            const uint8_t *at = codes + (size_t)i * DCI_LANES + (size_t)half * 32;
-            const __m256i code = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)at), zero_code);
-            const __m256i size = _mm256_abs_epi8(code);
-            for (uint32_t v = 0; v < count; v++) {
-                int32_t word;
-                memcpy(&word, query + (size_t)v * n + i, sizeof word);
-                const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(word), code));
-                sum[half][v] = _mm256_add_epi32(sum[half][v], _mm256_madd_epi16(pairs, ones));
-            }
-        }
-        for (uint32_t v = 0; v < count; v++) {
-            int32_t word;
-            memcpy(&word, query + (size_t)v * n + i, sizeof word);
-            const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(64), _mm256_set1_epi32(word));
-            query_sum[v] = _mm256_add_epi32(query_sum[v], _mm256_madd_epi16(pairs, ones));
-        }
-    }
-    for (uint32_t v = 0; v < count; v++) {
-        const __m256i offset = _mm256_slli_epi32(query_sum[v], 1);
-        for (uint32_t half = 0; half < 2; half++) {
-            _mm256_storeu_si256((__m256i *)(void *)(dots + v * DCI_LANES + half * 8),
-                                _mm256_add_epi32(sum[half][v], offset));
-        }
-    }
-}
-#else
-LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
-{
-    for (uint32_t v = 0; v < count; v++) {
-        int32_t sum[DCI_LANES] = {0};
-        for (uint32_t i = 0; i < n; i += 4) {
-            const uint8_t *code = codes + (size_t)i * DCI_LANES;
-            const int8_t *q = query + (size_t)v * n + i;
-            for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-                sum[lane] += code[4 * lane] * q[0] + code[4 * lane + 1] * q[1] + code[4 * lane + 2] * q[2] +
-                             code[4 * lane + 3] * q[3];
-            }
-        }
-        memcpy(dots + v * DCI_LANES, sum, sizeof sum);
-    }
-}
-#endif
-
-ENTRY void NAME(centers16)(const struct dci_views *views, const struct sketch *sketch, float *centers)
-{
-    uint32_t count;
-    for (uint32_t first = 0; first < views->count; first += count) {
-        int32_t dots[DOTS_VIEWS * DCI_LANES];
-        const int8_t *query = views->codes + (size_t)first * views->head_dim;
-        const uint32_t left = views->count - first;
-        count = left >= DOTS_VIEWS ? DOTS_VIEWS : left >= 2 ? 2 : 1;
-        if (count == DOTS_VIEWS) { // a constant, so that the sums stay in registers
-            NAME(dots)(sketch->codes, query, views->head_dim, DOTS_VIEWS, dots);
-        } else if (count == 2) {
-            NAME(dots)(sketch->codes, query, views->head_dim, 2, dots);
-        } else {
-            NAME(dots)(sketch->codes, query, views->head_dim, 1, dots);
-        }
-        for (uint32_t v = 0; v < count; v++) {
-            for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-                NAME(ints) dot;
-                NAME(floats) scale;
-                memcpy(&dot, dots + v * DCI_LANES + part * KERNEL_WIDTH, sizeof dot);
-                memcpy(&scale, sketch->scale + part * KERNEL_WIDTH, sizeof scale);
-                const NAME(floats) wide = __builtin_convertvector(dot - views->zeros[first + v], NAME(floats));
-                const NAME(floats) center = wide * (scale * views->steps[first + v]) + views->bases[first + v];
-                memcpy(centers + (size_t)(first + v) * DCI_LANES + part * KERNEL_WIDTH, &center, sizeof center);
-            }
-        }
-    }
+    return left >= DOTS_VIEWS ? DOTS_VIEWS : left >= 2 ? 2 : 1;
 }
 
 LOCAL void NAME(load_lanes)(const float *from, uint32_t part, NAME(floats) * out)
@@ -381,99 +273,257 @@ LOCAL void NAME(load_lanes)(const float *from, uint32_t part, NAME(floats) * out
     memcpy(out, from + part * KERNEL_WIDTH, sizeof *out);
 }
 
-LOCAL void NAME(least)(const NAME(floats) * a, const NAME(floats) * b, NAME(floats) * out)
+LOCAL void NAME(store_lanes)(float *to, uint32_t part, const NAME(floats) * in)
 {
-    const NAME(ints) is_less = *a < *b;
-    *out = (NAME(floats))((is_less & (NAME(ints)) * a) | (~is_less & (NAME(ints)) * b));
+    memcpy(to + part * KERNEL_WIDTH, in, sizeof *in);
 }
 
-// Log of the sum of exp of as many scores as the page has rows, spread around their center: while the deviation is
-// small all of them carry it, else the largest few.
-LOCAL void NAME(exponents)(const struct sketch *sketch, const float *centers, float norm, uint32_t part,
-                           NAME(floats) * out)
+ENTRY void NAME(near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances)
 {
-    NAME(floats) center, unit, log_rows, reach;
-    NAME(load_lanes)(centers, part, &center);
-    NAME(load_lanes)(sketch->unit, part, &unit);
-    NAME(load_lanes)(sketch->log_rows, part, &log_rows);
-    NAME(load_lanes)(sketch->reach, part, &reach);
-    const NAME(floats) deviation = unit * norm;
-    const NAME(ints) by_all = deviation < reach;
-    const NAME(floats) all = log_rows + 0.5f * deviation * deviation, few = reach * deviation;
-    *out = center + (NAME(floats))((by_all & (NAME(ints))all) | (~by_all & (NAME(ints))few));
-}
-
-ENTRY void NAME(survey16)(const struct dci_views *views, const struct sketch *sketch, const float *centers, float *top,
-                          float *total)
-{
-    for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES) {
-        NAME(floats) exponent[KERNEL_PARTS], weights[KERNEL_PARTS];
-        float lanes[DCI_LANES];
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(exponents)(sketch, centers, views->norms[v], part, &exponent[part]);
+    const NAME(floats) zero = {0};
+    const NAME(floats) unused = zero + FLT_MAX;
+    int32_t dots[DCI_LANES];
+    NAME(dots)(block->codes, probe->codes, n, 1, dots);
+    for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+        NAME(ints) dot;
+        NAME(floats) step, norm2, rows, out;
+        memcpy(&dot, dots + part * KERNEL_WIDTH, sizeof dot);
+        NAME(load_lanes)(block->step, part, &step);
+        NAME(load_lanes)(block->norm2, part, &norm2);
+        NAME(load_lanes)(block->rows, part, &rows);
+        const NAME(floats) product =
+            __builtin_convertvector(dot - DCI_CODE_ZERO * probe->sum, NAME(floats)) * (step * probe->step);
+        if (probe->norm2_max > 0.0f) {
+            float slack[KERNEL_WIDTH];
+            const float own = probe->norm2 < probe->norm2_max ? sqrtf(probe->norm2_max - probe->norm2) : 0.0f;
+            for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
+                slack[i] = norm2[i] < probe->norm2_max ? sqrtf(probe->norm2_max - norm2[i]) * own : 0.0f;
+            }
+            NAME(floats) slacks;
+            memcpy(&slacks, slack, sizeof slacks);
+            out = probe->norm2_max - (product + slacks);
+        } else {
+            out = (norm2 + probe->norm2) - 2.0f * product;
         }
-        memcpy(lanes, exponent, sizeof lanes);
-        const float highest = NAME(max_lanes)(lanes);
-        if (highest > top[v]) {
-            total[v] *= NAME(exp_one)(top[v] - highest);
-            top[v] = highest;
-        }
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            const NAME(floats) below = exponent[part] - top[v];
-            NAME(exp_lanes)(&below, &weights[part]);
-        }
-        total[v] += NAME(sum_lanes)(weights);
+        const NAME(ints) used = rows > zero;
+        NAME(choose)(&used, &out, &unused, &out);
+        NAME(store_lanes)(distances, part, &out);
     }
 }
 
-ENTRY void NAME(merits16)(const struct dci_views *views, const struct sketch *sketch, const float *centers,
-                          const float *reference, float *merits, float *masses)
+ENTRY void NAME(centers16)(const struct dci_views *views, const struct dci_block *block, float *centers)
 {
     const NAME(floats) zero = {0};
-    const NAME(floats) limit = zero + EXPONENT_MAX;
-    const float share = 1.0f / (float)views->count;
-    NAME(floats) merit[KERNEL_PARTS] = {{0}}, mass[KERNEL_PARTS] = {{0}};
-    for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES) {
+    const NAME(floats) hidden = zero + DCI_HIDDEN;
+    uint32_t count;
+    for (uint32_t first = 0; first < views->count; first += count) {
+        int32_t dots[DOTS_VIEWS * DCI_LANES];
+        count = NAME(group_of)(views->count - first);
+        NAME(dots_of)(block->codes, views->codes + (size_t)first * views->head_dim, views->head_dim, count, dots);
         for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) center, hope, x, weight;
-            NAME(load_lanes)(centers, part, &center);
-            NAME(load_lanes)(sketch->hope, part, &hope);
-            x = (center + hope * views->norms[v]) - reference[v];
-            NAME(least)(&x, &limit, &x);
-            NAME(exp_lanes)(&x, &weight);
-            merit[part] += weight * share;
-            if (masses != NULL) {
-                NAME(exponents)(sketch, centers, views->norms[v], part, &x);
-                x = x - reference[v];
-                NAME(least)(&x, &limit, &x);
-                NAME(exp_lanes)(&x, &weight);
-                mass[part] += weight * share;
+            NAME(floats) step, rows;
+            NAME(load_lanes)(block->step, part, &step);
+            NAME(load_lanes)(block->rows, part, &rows);
+            const NAME(ints) used = rows > zero;
+            for (uint32_t v = 0; v < count; v++) {
+                NAME(ints) dot;
+                memcpy(&dot, dots + v * DCI_LANES + part * KERNEL_WIDTH, sizeof dot);
+                const NAME(floats) wide =
+                    __builtin_convertvector(dot - DCI_CODE_ZERO * views->sums[first + v], NAME(floats));
+                NAME(floats) center = wide * (step * views->steps[first + v]) + views->bases[first + v];
+                NAME(choose)(&used, &center, &hidden, &center);
+                NAME(store_lanes)(centers + (size_t)(first + v) * DCI_LANES, part, &center);
             }
         }
     }
-    memcpy(merits, merit, sizeof merit);
-    if (masses != NULL) {
-        memcpy(masses, mass, sizeof mass);
+}
+
+ENTRY void NAME(tokens16)(const struct dci_views *views, const struct dci_rows *rows, const float *anchors,
+                          uint32_t low, uint32_t span, float *scores, float *tops)
+{
+    const NAME(floats) zero = {0};
+    const NAME(floats) hidden = zero + DCI_HIDDEN;
+    uint32_t count;
+    for (uint32_t first = 0; first < views->count; first += count) {
+        int32_t dots[DOTS_VIEWS * DCI_LANES];
+        const int8_t *query = views->codes + (size_t)first * views->head_dim;
+        count = NAME(group_of)(views->count - first);
+        if (count == DOTS_VIEWS) {
+            NAME(dots4)(rows->codes, query, views->head_dim, DOTS_VIEWS, dots);
+        } else if (count == 2) {
+            NAME(dots4)(rows->codes, query, views->head_dim, 2, dots);
+        } else {
+            NAME(dots4)(rows->codes, query, views->head_dim, 1, dots);
+        }
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) scale;
+            NAME(words) position;
+            memcpy(&position, rows->positions + part * KERNEL_WIDTH, sizeof position);
+            NAME(load_lanes)(rows->scales, part, &scale);
+            const NAME(ints) counts = (NAME(ints))(position - low < span);
+            for (uint32_t v = 0; v < count; v++) {
+                NAME(ints) dot;
+                NAME(floats) top;
+                memcpy(&dot, dots + v * DCI_LANES + part * KERNEL_WIDTH, sizeof dot);
+                const NAME(floats) halves =
+                    __builtin_convertvector(2 * dot - 15 * views->sums[first + v], NAME(floats));
+                NAME(floats)
+                score = halves * (scale * (0.5f * views->steps[first + v])) + anchors[(size_t)(first + v) * DCI_LANES];
+                NAME(choose)(&counts, &score, &hidden, &score);
+                NAME(store_lanes)(scores + (size_t)(first + v) * DCI_LANES, part, &score);
+                NAME(load_lanes)(tops + (size_t)(first + v) * DCI_LANES, part, &top);
+                NAME(most)(&top, &score, &top);
+                NAME(store_lanes)(tops + (size_t)(first + v) * DCI_LANES, part, &top);
+            }
+        }
     }
 }
 
-ENTRY void NAME(rest16)(const struct dci_views *views, const struct sketch *sketch, const float *centers,
-                        const float *top, const float *weights, float *rest)
+#include "index/kernel_estimates.h"
+
+ENTRY void NAME(add)(float *sum, const float *x, uint32_t n)
 {
-    for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES) {
-        NAME(floats) sum[KERNEL_PARTS];
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) x, log_rows, weight;
-            NAME(exponents)(sketch, centers, views->norms[v], part, &x);
-            NAME(load_lanes)(sketch->log_rows, part, &log_rows);
-            NAME(load_lanes)(weights, part, &weight);
-            x = x - top[v];
-            NAME(least)(&x, &log_rows, &x);
-            NAME(exp_lanes)(&x, &sum[part]);
-            sum[part] *= weight;
-        }
-        rest[v] += NAME(sum_lanes)(sum);
+    for (uint32_t i = 0; i < n / KERNEL_WIDTH; i++) {
+        NAME(floats) a, b;
+        NAME(load_lanes)(sum, i, &a);
+        NAME(load_lanes)(x, i, &b);
+        a += b;
+        NAME(store_lanes)(sum, i, &a);
     }
+}
+
+// The butterfly of stride h inside a vector: x[i] + x[i ^ h] where i has no bit h, else x[i ^ h] - x[i].
+#define BUTTERFLY(x, h, ...)                                                                                           \
+    do {                                                                                                               \
+        const NAME(floats) turned = __builtin_shufflevector(x, x, __VA_ARGS__);                                        \
+        NAME(floats) signs;                                                                                            \
+        for (int lane = 0; lane < KERNEL_WIDTH; lane++) {                                                              \
+            signs[lane] = (lane & (h)) != 0 ? -1.0f : 1.0f;                                                            \
+        }                                                                                                              \
+        x = turned + signs * x;                                                                                        \
+    } while (0)
+
+LOCAL void NAME(butterflies)(NAME(floats) * in)
+{
+    NAME(floats) x = *in;
+#if KERNEL_WIDTH == 16
+    BUTTERFLY(x, 8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    BUTTERFLY(x, 4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    BUTTERFLY(x, 2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    BUTTERFLY(x, 1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif KERNEL_WIDTH == 8
+    BUTTERFLY(x, 4, 4, 5, 6, 7, 0, 1, 2, 3);
+    BUTTERFLY(x, 2, 2, 3, 0, 1, 6, 7, 4, 5);
+    BUTTERFLY(x, 1, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    BUTTERFLY(x, 2, 2, 3, 0, 1);
+    BUTTERFLY(x, 1, 1, 0, 3, 2);
+#endif
+    *in = x;
+}
+
+ENTRY void NAME(hadamard)(float *x, uint32_t n, const float *signs)
+{
+    NAME(floats) v[INDEX_HEAD_DIM_MAX / KERNEL_WIDTH];
+    const uint32_t count = n / KERNEL_WIDTH;
+    // 1 / sqrt(n) for a power of two, to the last bit on every machine: the root is correctly rounded.
+    const float norm = 1.0f / sqrtf((float)n);
+    for (uint32_t i = 0; i < count; i++) {
+        NAME(floats) sign;
+        NAME(load_lanes)(x, i, &v[i]);
+        NAME(load_lanes)(signs, i, &sign);
+        v[i] *= sign;
+    }
+    for (uint32_t h = count / 2; h > 0; h /= 2) {
+        for (uint32_t i = 0; i < count; i += 2 * h) {
+            for (uint32_t j = i; j < i + h; j++) {
+                const NAME(floats) a = v[j], b = v[j + h];
+                v[j] = a + b;
+                v[j + h] = a - b;
+            }
+        }
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        NAME(butterflies)(&v[i]);
+        v[i] *= norm;
+    }
+    memcpy(x, v, n * sizeof x[0]);
+}
+
+ENTRY float NAME(encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
+{
+    const NAME(floats) zero = {0};
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    NAME(floats) largest[KERNEL_PARTS] = {{0}};
+    for (uint32_t i = 0; i < n; i += KERNEL_WIDTH) {
+        NAME(floats) size, negative;
+        memcpy(&size, x + i, sizeof size);
+        negative = zero - size;
+        NAME(most)(&size, &negative, &size);
+        NAME(most)(&largest[i / KERNEL_WIDTH % KERNEL_PARTS], &size, &largest[i / KERNEL_WIDTH % KERNEL_PARTS]);
+    }
+    float lanes[DCI_LANES];
+    memcpy(lanes, largest, sizeof lanes);
+    const float most = NAME(max_lanes)(lanes);
+    *sum = 0;
+    if (most < CODE_LEAST) {
+        memset(codes, 0, n);
+        return 0.0f;
+    }
+    const float step = most / 127.0f, inverse = 127.0f / most;
+    NAME(ints) sums = {0};
+    for (uint32_t i = 0; i < n; i += KERNEL_WIDTH) {
+        NAME(floats) code;
+        memcpy(&code, x + i, sizeof code);
+        code = (code * inverse + round) - round;
+        const NAME(ints) wide = __builtin_convertvector(code, NAME(ints));
+        const NAME(bytes) narrow = __builtin_convertvector(wide, NAME(bytes));
+        memcpy(codes + i, &narrow, sizeof narrow);
+        sums += wide;
+    }
+    for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
+        *sum += sums[i];
+    }
+    return step;
+}
+
+// Sixteen equal steps of the width that is best for normal coordinates; the scale is chosen so that inner products are
+// right on average (RaBitQ, arXiv 2405.12497, section 3.2).
+ENTRY float NAME(encode4)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
+{
+    const NAME(floats) zero = {0};
+    const NAME(floats) least = zero, most = zero + 15.0f;
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    const float norm2 = NAME(dot_lanes)(residual, residual, n);
+    uint8_t codes[INDEX_HEAD_DIM_MAX];
+    float values[INDEX_HEAD_DIM_MAX];
+    *spread2 = 0.0f;
+    if (!(norm2 > CODE_NORM2_LEAST)) {
+        memset(code, 0x77, n / 2);
+        return 0.0f;
+    }
+    const float inverse = 1.0f / (CODE_STEP * sqrtf(norm2 / (float)n));
+    for (uint32_t i = 0; i < n; i += KERNEL_WIDTH) {
+        NAME(floats) x;
+        memcpy(&x, residual + i, sizeof x);
+        x = x * inverse + 7.5f;
+        NAME(most)(&x, &least, &x);
+        NAME(least)(&x, &most, &x);
+        x = (x + round) - round;
+        const NAME(bytes) narrow = __builtin_convertvector(__builtin_convertvector(x, NAME(ints)), NAME(bytes));
+        memcpy(codes + i, &narrow, sizeof narrow);
+        x = x - 7.5f;
+        memcpy(values + i, &x, sizeof x);
+    }
+    for (uint32_t i = 0; i < n; i += 8) {
+        uint32_t words[2];
+        memcpy(words, codes + i, sizeof words);
+        words[0] |= words[1] << 4;
+        memcpy(code + i / 2, words, sizeof words[0]);
+    }
+    const float scale = norm2 / NAME(dot_lanes)(values, residual, n);
+    *spread2 = scale * scale * NAME(dot_lanes)(values, values, n);
+    return scale;
 }
 
 #define KERNEL_TEXT2(x) #x
@@ -484,15 +534,25 @@ static const struct dci_kernel NAME(kernel) = {
     .widen = NAME(widen),
     .dot = NAME(dot),
     .distance2 = NAME(distance2),
-    .score16 = NAME(score16),
-    .fold16 = NAME(fold16),
-    .weigh16 = NAME(weigh16),
-    .exp_sum = NAME(exp_sum),
-    .exp_one = NAME(exp_one),
-    .centers16 = NAME(centers16),
-    .survey16 = NAME(survey16),
-    .merits16 = NAME(merits16),
     .rest16 = NAME(rest16),
+    .add = NAME(add),
+    .hadamard = NAME(hadamard),
+    .encode4 = NAME(encode4),
+    .exp_one = NAME(exp_one),
+    .near16 = NAME(near16),
+    .centers16 = NAME(centers16),
+    .tokens16 = NAME(tokens16),
+    .survey16 = NAME(survey16),
+    .hopes16 = NAME(hopes16),
+    .merits16 = NAME(merits16),
+    .above16 = NAME(above16),
+    .below16 = NAME(below16),
+    .encode8 = NAME(encode8),
+    .promise16 = NAME(promise16),
+    .spread16 = NAME(spread16),
+    .exp16 = NAME(exp16),
+    .mix16 = NAME(mix16),
+    .weigh16 = NAME(weigh16),
 };
 
 #undef KERNEL_PARTS
@@ -508,3 +568,4 @@ static const struct dci_kernel NAME(kernel) = {
 #undef KERNEL_WIDTH
 #undef KERNEL_DOTS
 #undef DOTS_VIEWS
+#undef BUTTERFLY

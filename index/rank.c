@@ -1,397 +1,474 @@
-// What is worth opening: estimates of the leaf pages from their sketches, the queue, and when to stop.
+// Which cells are worth opening.
 //
-// A page's scores for one view are taken as spread around q . mean with a deviation proportional to
-// |q| * radius / sqrt(head_dim). The factor is measured anew by every search, per view, on a sample of tokens: keys
-// vary most in few directions and queries favour some of them, so it lies anywhere between 1 and 3, differs between the
-// heads of a group and from step to step, and no constant serves two models. From the deviation follow a page's
-// estimated mass (the sum of exp of n such scores, which for a large deviation is carried by the largest few, as in the
-// random energy model) and the hoped-for mass of its best token. Pages are opened in the order of the latter, and the
-// search ends when none of the waiting ones may hold a token better than the worst of the best found so far.
-//
-// Means are compared in int8, where every instruction set gets the same integers. The queue is a heap over blocks of
-// 16 pages, each with the best page that still waits in it. The order is fixed before the first page is opened, so the
-// next few are taken out early and their memory is asked for. Thread ownership: that of the search context. No
-// allocation.
+// First those whose best token is hoped to have the most mass, enough to fill the budget a few times. Their scores show
+// how far tokens lie from their anchors (queries favour the directions in which keys vary, differently for each head
+// and step) and how much mass a token must have to be selected. Then every other cell's merit is the mass that its
+// tokens above this bound are expected to have, and all are opened but those that together promise next to nothing.
+// Cells are chosen by bounds on buckets, never by order, so a choice does not depend on where a cell lies in memory.
+// Thread ownership: that of the search context. No allocation.
 #include "index/search.h"
 
 #include <math.h>
+#include <string.h>
 
-#define SPREAD_MIN 0.5f
-#define SPREAD_MAX 8.0f
+// Tokens that are scored before merits are known: this many for each to select, and some.
+#define SCOUT_PER_BUDGET 4u
+#define SCOUT_TOKENS     256u
 
-// Memory is asked for some steps before its use: of the sample, its tokens, then their pages and keys; of a page about
-// to be opened, the beginnings of its key rows.
-#define SAMPLE_TOKENS_AHEAD 12u
-#define SAMPLE_PAGES_AHEAD  4u
-#define PREFETCH_ROW_BYTES  256u
-#define CENTERS_AHEAD       2u // blocks of sketches
+// With effort 0, cells are left unopened that together promise less than this share of all mass. (A share of what is
+// selected was no better: it opens most where there is least to find.)
+#define LOSS_SHARE 0.002f
+// Page-wise: those whose pages promise less than this share of the worst selected page.
+#define PAGE_SHARE 0.3f
 
-static float at_most(float x, float limit)
+// Hopes are logs of masses. Cells within the depth of the best are looked at; a deeper look if that is not enough.
+#define HOPE_DEPTH        4.0f
+#define HOPE_DEPTH_GROWTH 8.0f
+#define HOPE_DEPTH_MAX    1.0e4f
+
+// Blocks of anchors that are asked for ahead.
+#define BLOCKS_AHEAD 3u
+#define LINE         64u
+
+// A block of cells with no hope within this of the worst selected token's log mass is not looked at more closely.
+#define HOPELESS 3.0f
+
+// The least merit that is looked at, in shares of what counts; a lower one if that is not enough.
+#define MERIT_STEP 0x1p-8f
+
+uint32_t dci_bucket(float positive)
 {
-    return x < limit ? x : limit;
+    uint32_t bits;
+    memcpy(&bits, &positive, sizeof bits);
+    return bits >> SEARCH_BUCKET_SHIFT;
 }
 
-static void prefetch(const void *memory, size_t bytes)
+static const struct dci_block *cell_block(const struct index_search *search, uint32_t block)
 {
-    for (size_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch((const unsigned char *)memory + at);
-    }
+    return dci_slab_at(&search->index->cell_blocks, block);
 }
 
-static struct dci_views views_of(const struct index_search *search)
+static float *promises_of(struct index_search *search, uint32_t block)
 {
-    return (struct dci_views){
-        .count = search->views,
-        .head_dim = search->index->head_dim,
-        .codes = SEARCH_ROOM(search, int8_t, ROOM_CODES),
-        .zeros = SEARCH_ROOM(search, int32_t, ROOM_ZEROS),
-        .steps = SEARCH_ROOM(search, float, ROOM_STEPS),
-        .bases = SEARCH_ROOM(search, float, ROOM_BASES),
-        .norms = SEARCH_ROOM(search, float, ROOM_NORMS),
-    };
-}
-
-// What sketches are compared with, per view.
-void dci_rank_encode(struct index_search *search, uint32_t view)
-{
-    const struct index *index = search->index;
-    const uint32_t dim = index->head_dim;
-    const float *query = search->query.queries + (size_t)view * dim;
-    int8_t *codes = SEARCH_ROOM(search, int8_t, ROOM_CODES) + (size_t)view * dim;
-    const float step = dci_encode(query, dim, codes);
-    int32_t sum = 0;
-    for (uint32_t i = 0; i < dim; i++) {
-        sum += codes[i];
-    }
-    SEARCH_ROOM(search, int32_t, ROOM_ZEROS)[view] = SKETCH_CODE_ZERO * sum;
-    SEARCH_ROOM(search, float, ROOM_STEPS)[view] = search->query.scale * step;
-    SEARCH_ROOM(search, float, ROOM_BASES)
-    [view] = search->query.scale * index->kernel->dot(query, index->tree->base, dim);
-}
-
-// Estimated scores of the means of a block of pages: kept ones, else computed again.
-static const float *block_centers(struct index_search *search, const struct dci_views *views, uint32_t block,
-                                  bool are_kept)
-{
-    const bool has_room = block < search->center_blocks;
-    float *centers = has_room ? SEARCH_ROOM(search, float, ROOM_CENTERS) + (size_t)block * search->views * SKETCH_LANES
-                              : SEARCH_ROOM(search, float, ROOM_BLOCK);
-    if (!has_room || !are_kept) {
-        search->index->kernel->centers16(views, dci_sketch_at(search->index->tree, block), centers);
-    }
-    return centers;
-}
-
-void dci_rank_center(struct index_search *search, uint32_t block)
-{
-    const struct tree *tree = search->index->tree;
-    const struct dci_views views = views_of(search);
     if (block >= search->center_blocks) {
-        return; // computed where it is needed
+        return SEARCH_ROOM(search, float, ROOM_BLOCK);
     }
-    if (block + CENTERS_AHEAD < dci_sketch_blocks(tree->pages)) {
-        prefetch(dci_sketch_at(tree, block + CENTERS_AHEAD), tree->sketches.stride);
-    }
-    block_centers(search, &views, block, false);
+    return SEARCH_ROOM(search, float, ROOM_PROMISES) + (size_t)block * search->views * DCI_LANES;
 }
 
-static uint32_t sample_position(uint64_t n, uint32_t sample)
+void dci_rank_centers(struct index_search *search, uint32_t block)
 {
-    return (uint32_t)((sample * n + n / 2) / SEARCH_SAMPLE);
-}
-
-static void prefetch_sample(const struct index_search *search, uint64_t n, uint32_t sample)
-{
-    const struct index *index = search->index;
-    for (uint32_t i = sample == 0 ? 0 : SAMPLE_TOKENS_AHEAD; i <= SAMPLE_TOKENS_AHEAD; i++) {
-        if (sample + i < SEARCH_SAMPLE) {
-            prefetch(dci_token(index, sample_position(n, sample + i)), 1);
+    if (block + BLOCKS_AHEAD < search->cell_blocks) {
+        const unsigned char *ahead = (const unsigned char *)cell_block(search, block + BLOCKS_AHEAD);
+        const size_t bytes = sizeof(struct dci_block) + (size_t)search->index->head_dim * DCI_LANES;
+        for (size_t i = 0; i < bytes; i += LINE) {
+            __builtin_prefetch(ahead + i, 0, 2);
         }
     }
-    for (uint32_t i = sample == 0 ? 0 : SAMPLE_PAGES_AHEAD; i <= SAMPLE_PAGES_AHEAD; i++) {
-        if (sample + i < SEARCH_SAMPLE) {
-            const struct token *token = dci_token(index, sample_position(n, sample + i));
-            const struct page *page = dci_page(index, token->page[index->column]);
-            prefetch(page, 1);
-            prefetch(dci_store_at(&index->keys, sample_position(n, sample + i)), index->row_bytes);
-        }
-    }
+    const bool is_kept = block < search->center_blocks;
+    float *centers = is_kept ? SEARCH_ROOM(search, float, ROOM_CENTERS) + (size_t)block * search->views * DCI_LANES
+                             : SEARCH_ROOM(search, float, ROOM_ANCHORS);
+    search->index->kernel->promise16(&search->seen, cell_block(search, block), centers,
+                                     SEARCH_ROOM(search, float, ROOM_SPREADS));
 }
 
-// One token of the sample, the sample being spread evenly over the indexed positions: adds the square of how far its
-// score lies from its page's mean, in units of the isotropic deviation.
-void dci_rank_measure(struct index_search *search, uint32_t sample)
+static void clear_lanes(struct index_search *search, enum room_name room)
 {
-    const struct index *index = search->index;
-    const float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
-    float *sums = SEARCH_ROOM(search, float, ROOM_SCRATCH), *key = SEARCH_ROOM(search, float, ROOM_ROWS);
-    const uint64_t n = index_indexed(index);
-    const uint32_t position = sample_position(n, sample);
-    prefetch_sample(search, n, sample);
-    const uint32_t slot = dci_page(index, dci_token(index, position)->page[index->column])->slot;
-    const uint32_t block = slot / SKETCH_LANES, lane = slot % SKETCH_LANES;
-    const float unit = dci_sketch_at(index->tree, block)->unit[lane];
-    if (!(unit > 0.0f)) {
-        return;
-    }
-    search->measured++;
-    dci_key_widen(index, position, key);
-    const struct dci_views views = views_of(search);
-    const float *centers = block_centers(search, &views, block, true);
+    memset(SEARCH_ROOM(search, float, room), 0, search->views * DCI_LANES * sizeof(float));
+}
+
+void dci_rank_begin_survey(struct index_search *search)
+{
+    const float *promised = SEARCH_ROOM(search, float, ROOM_SPREADS), *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
     for (uint32_t v = 0; v < search->views; v++) {
-        const float *query = search->query.queries + (size_t)v * index->head_dim;
-        const float score = search->query.scale * index->kernel->dot(query, key, index->head_dim);
-        const float off = norms[v] > 0.0f ? (score - centers[v * SKETCH_LANES + lane]) / (norms[v] * unit) : 0.0f;
-        sums[v] += at_most(off * off, SPREAD_MAX * SPREAD_MAX * SEARCH_SAMPLE);
+        const float tree = dci_max_lanes(promised + (size_t)v * DCI_LANES);
+        const float scored = dci_max_lanes(tops + (size_t)v * DCI_LANES);
+        SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] = scored > tree ? scored : tree;
     }
+    clear_lanes(search, ROOM_LANES);
 }
 
-void dci_rank_fix_spread(struct index_search *search)
-{
-    float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
-    const float *sums = SEARCH_ROOM(search, float, ROOM_SCRATCH);
-    for (uint32_t v = 0; search->measured > 0 && v < search->views; v++) {
-        const float spread = at_most(sqrtf(sums[v] / (float)search->measured), SPREAD_MAX);
-        norms[v] *= spread > SPREAD_MIN ? spread : SPREAD_MIN;
-    }
-}
-
-// The estimates of a block of pages join what was scored exactly: a running log-sum-exp per view, its largest exponent
-// in ROOM_REFERENCE, the sum relative to it in ROOM_REST.
 void dci_rank_survey(struct index_search *search, uint32_t block)
 {
-    const struct dci_views views = views_of(search);
-    const float *centers = block_centers(search, &views, block, true);
-    search->index->kernel->survey16(&views, dci_sketch_at(search->index->tree, block), centers,
-                                    SEARCH_ROOM(search, float, ROOM_REFERENCE), SEARCH_ROOM(search, float, ROOM_REST));
+    search->index->kernel->survey16(&search->seen, cell_block(search, block), dci_block_centers(search, block),
+                                    SEARCH_ROOM(search, float, ROOM_REFERENCE), SEARCH_ROOM(search, float, ROOM_LANES),
+                                    promises_of(search, block));
 }
 
+// The log-sum-exp of sinks, window, head and tail as scored, and of the tree as estimated.
 void dci_rank_fix_reference(struct index_search *search)
 {
-    float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE), *rest = SEARCH_ROOM(search, float, ROOM_REST);
-    const float *top = SEARCH_ROOM(search, float, ROOM_TOP), *total = SEARCH_ROOM(search, float, ROOM_TOTAL);
+    float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE), *lanes = SEARCH_ROOM(search, float, ROOM_LANES);
+    float masses[DCI_LANES];
+    for (uint32_t block = 0; block < search->block_count; block++) {
+        search->index->kernel->weigh16(dci_block_scores(search, block), search->views, reference, lanes, masses);
+    }
     for (uint32_t v = 0; v < search->views; v++) {
-        const float highest = top[v] > reference[v] ? top[v] : reference[v];
-        const float sum = total[v] * dci_exp(top[v] - highest) + rest[v] * dci_exp(reference[v] - highest);
-        reference[v] = highest + (sum > 0.0f ? dci_log(sum) : 0.0f);
-        rest[v] = 0.0f;
+        const float sum = dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
+        SEARCH_ROOM(search, float, ROOM_SHIFTS)[v] = reference[v];
+        reference[v] += sum > 0.0f ? dci_log(sum) : 0.0f;
     }
+    search->highest_hope = DCI_HIDDEN;
 }
 
-static bool is_before(const struct front *a, const struct front *b)
+void dci_rank_hopes(struct index_search *search, uint32_t block)
 {
-    return a->merit != b->merit ? a->merit > b->merit : a->tie < b->tie;
+    float *hopes = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES;
+    search->index->kernel->hopes16(&search->seen, cell_block(search, block), dci_block_centers(search, block),
+                                   SEARCH_ROOM(search, float, ROOM_REFERENCE), hopes);
+    const float highest = dci_max_lanes(hopes);
+    search->highest_hope = highest > search->highest_hope ? highest : search->highest_hope;
 }
 
-// The best page of a block that still waits; merit SEARCH_TAKEN if none does.
-static struct front block_front(const struct index_search *search, uint32_t block)
+static uint64_t effort_tokens(const struct index_search *search)
 {
-    const struct sketch *sketch = dci_sketch_at(search->index->tree, block);
-    const float *merits = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * SKETCH_LANES;
-    struct front best = {SEARCH_TAKEN, TREE_NONE, block * SKETCH_LANES};
-    for (uint32_t lane = 0; lane < SKETCH_LANES; lane++) {
-        const struct front front = {merits[lane], sketch->tie[lane], block * SKETCH_LANES + lane};
-        best = is_before(&front, &best) ? front : best;
-    }
-    return best;
+    const double share = search->query.effort == 0.0f ? 1.0 : (double)search->query.effort;
+    return (uint64_t)ceil(share * search->index->tokens);
 }
 
-// Moves the front on top of the queue down to where it belongs.
-static void sift(struct index_search *search, struct front front)
+// Tokens that must be scored in the tree to fill the budget.
+static uint64_t tokens_missing(const struct index_search *search)
 {
-    struct front *queue = SEARCH_ROOM(search, struct front, ROOM_QUEUE);
-    uint32_t at = 0;
-    for (uint32_t child = 1; child < search->queue_count; child = 2 * at + 1) {
-        if (child + 1 < search->queue_count && is_before(&queue[child + 1], &queue[child])) {
-            child++;
-        }
-        if (!is_before(&queue[child], &front)) {
-            break;
-        }
-        queue[at] = queue[child];
-        at = child;
-    }
-    queue[at] = front;
+    const uint32_t budget = search->query.budget;
+    return budget > search->eligible_scored ? budget - search->eligible_scored : 0;
 }
 
-void dci_rank_push(struct index_search *search, uint32_t block)
+// Lines up all cells whose value is at least `bound` and that are not taken.
+static void line_up_from(struct index_search *search, float bound)
 {
-    const struct dci_views views = views_of(search);
-    const struct sketch *sketch = dci_sketch_at(search->index->tree, block);
-    const float *centers = block_centers(search, &views, block, true);
-    float *merits = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * SKETCH_LANES, masses[SKETCH_LANES];
-    const bool needs_masses = search->query.coverage > 0.0f;
-    search->index->kernel->merits16(&views, sketch, centers, SEARCH_ROOM(search, float, ROOM_REFERENCE), merits,
-                                    needs_masses ? masses : NULL);
-    for (uint32_t lane = 0; lane < SKETCH_LANES; lane++) {
-        if (search->query.page_wise) {
-            merits[lane] *= (float)sketch->rows[lane];
-        }
-        if (sketch->rows[lane] == 0) {
-            merits[lane] = SEARCH_TAKEN;
-        } else if (needs_masses) {
-            SEARCH_ROOM(search, float, ROOM_PAGE_MASSES)[block * SKETCH_LANES + lane] = masses[lane];
-            search->waiting_mass += (double)masses[lane];
+    float *values = SEARCH_ROOM(search, float, ROOM_MERITS);
+    uint32_t *slots = SEARCH_ROOM(search, uint32_t, ROOM_TO_OPEN);
+    search->to_open = 0;
+    for (uint32_t block = 0; block < search->cell_blocks; block++) {
+        float *lanes = values + (size_t)block * DCI_LANES;
+        uint32_t found = search->index->kernel->above16(lanes, bound);
+        for (; found != 0; found &= found - 1) {
+            const uint32_t lane = (uint32_t)__builtin_ctz(found);
+            slots[search->to_open++] = block * DCI_LANES + lane;
+            lanes[lane] = SEARCH_TAKEN;
         }
     }
-    const struct front front = block_front(search, block);
-    struct front *queue = SEARCH_ROOM(search, struct front, ROOM_QUEUE);
-    uint32_t at = search->queue_count++;
-    for (; at > 0 && is_before(&front, &queue[(at - 1) / 2]); at = (at - 1) / 2) {
-        queue[at] = queue[(at - 1) / 2];
-    }
-    queue[at] = front;
 }
 
-// Takes the best page out of the queue of blocks.
-static struct front pop(struct index_search *search)
+// Buckets by the distance from the highest hope, those of cells within `depth` of it. Returns their tokens.
+static uint64_t count_hopes(struct index_search *search, float depth)
 {
-    struct front *queue = SEARCH_ROOM(search, struct front, ROOM_QUEUE);
-    const struct front first = queue[0];
-    const uint32_t block = first.slot / SKETCH_LANES;
-    SEARCH_ROOM(search, float, ROOM_MERITS)[first.slot] = SEARCH_TAKEN;
-    const struct front next = block_front(search, block);
-    if (next.merit == SEARCH_TAKEN) {
-        search->queue_count--;
-        if (search->queue_count > 0) {
-            sift(search, queue[search->queue_count]);
+    const float *hopes = SEARCH_ROOM(search, float, ROOM_MERITS), highest = search->highest_hope;
+    uint64_t tokens = 0;
+    memset(search->counts, 0, sizeof search->counts);
+    for (uint32_t block = 0; block < search->cell_blocks; block++) {
+        const float *lanes = hopes + (size_t)block * DCI_LANES, *rows = cell_block(search, block)->rows;
+        uint32_t found = search->index->kernel->above16(lanes, highest - depth);
+        for (; found != 0; found &= found - 1) {
+            const uint32_t lane = (uint32_t)__builtin_ctz(found);
+            const float steps = (highest - lanes[lane]) * ((float)SEARCH_BUCKETS / depth);
+            const uint32_t bucket = steps < (float)(SEARCH_BUCKETS - 1) ? (uint32_t)steps : SEARCH_BUCKETS - 1;
+            search->counts[bucket] += (uint32_t)rows[lane];
+            tokens += (uint32_t)rows[lane];
         }
-    } else {
-        sift(search, next);
     }
-    return first;
+    return tokens;
 }
 
-static const struct page *front_page(const struct index_search *search, const struct front *front)
+void dci_rank_open_best(struct index_search *search)
 {
-    const struct sketch *sketch = dci_sketch_at(search->index->tree, front->slot / SKETCH_LANES);
-    return dci_page(search->index, sketch->page[front->slot % SKETCH_LANES]);
+    uint64_t wanted = (uint64_t)SCOUT_PER_BUDGET * search->query.budget + SCOUT_TOKENS;
+    const uint64_t most = effort_tokens(search), least = tokens_missing(search);
+    wanted = wanted > most ? most : wanted;
+    wanted = wanted < least ? least : wanted;
+    float depth = HOPE_DEPTH;
+    if (!search->everything) {
+        while (count_hopes(search, depth) < wanted && depth < HOPE_DEPTH_MAX) {
+            depth *= HOPE_DEPTH_GROWTH;
+        }
+    }
+    if (search->everything || depth >= HOPE_DEPTH_MAX) {
+        line_up_from(search, 0.5f * DCI_HIDDEN);
+        return;
+    }
+    uint32_t bucket = 0;
+    for (uint64_t tokens = search->counts[0]; tokens < wanted;) {
+        tokens += search->counts[++bucket];
+    }
+    line_up_from(search, search->highest_hope - (float)(bucket + 1) * (depth / (float)SEARCH_BUCKETS));
 }
 
-static struct front *ahead_at(struct index_search *search, uint32_t number)
+void dci_rank_begin_weighing(struct index_search *search)
 {
-    return &search->ahead[(search->ahead_first + number) % SEARCH_AHEAD];
+    const float *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
+    float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
+    for (uint32_t v = 0; v < search->views; v++) {
+        const float top = dci_max_lanes(tops + (size_t)v * DCI_LANES);
+        float *shift = &SEARCH_ROOM(search, float, ROOM_SHIFTS)[v];
+        if (search->rounds == 1) { // fixed from now on
+            reference[v] = top > reference[v] ? top : reference[v];
+            *shift = dci_exp(*shift - reference[v]);
+        }
+    }
+    clear_lanes(search, ROOM_LANES);
+    clear_lanes(search, ROOM_SPREADS);
+    memset(search->counts, 0, sizeof search->counts);
+    search->spread_tokens = search->ends_sum = 0.0;
 }
 
-static void prefetch_rows(const struct index_search *search, const struct front *front)
+static void measure_spread(struct index_search *search, const struct scored *scored, const float *scores)
 {
+    const uint32_t block = scored->place / DCI_LANES, lane = scored->place % DCI_LANES;
+    const float unit = cell_block(search, block)->unit[lane];
+    if (!(unit > 0x1p-40f)) {
+        return;
+    }
+    const float weight = 1.0f / unit * (1.0f / unit);
+    search->index->kernel->spread16(search->views, scores, dci_block_centers(search, block) + lane, weight,
+                                    SEARCH_ROOM(search, float, ROOM_SPREADS));
+    const uint32_t lanes = search->index->kernel->above16(scores, 0.5f * DCI_HIDDEN);
+    search->spread_tokens += (double)__builtin_popcount(lanes);
+}
+
+void dci_rank_weigh(struct index_search *search, uint32_t block)
+{
+    const struct scored *scored = dci_scored(search, block);
+    const float *scores = dci_block_scores(search, block);
+    float *masses = SEARCH_ROOM(search, float, ROOM_MASSES) + (size_t)block * DCI_LANES;
+    search->index->kernel->weigh16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE),
+                                   SEARCH_ROOM(search, float, ROOM_LANES), masses);
+    if (block < search->ends_blocks) {
+        search->ends_sum += (double)dci_sum_lanes(masses);
+        return;
+    }
+    if (scored->cell != TREE_NONE) {
+        measure_spread(search, scored, scores);
+    }
+    if (!search->query.page_wise) {
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            search->counts[dci_bucket(masses[lane])]++;
+        }
+    }
+}
+
+// Masses of whole pages into the histogram, and onto the first lane of their first block.
+static void count_pages(struct index_search *search)
+{
+    const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
+    for (uint32_t block = search->ends_blocks; block < search->block_count;) {
+        const uint32_t page = dci_scored(search, block)->page;
+        float sum = 0.0f;
+        for (; block < search->block_count && dci_scored(search, block)->page == page; block++) {
+            sum += dci_sum_lanes(masses + (size_t)block * DCI_LANES);
+        }
+        search->counts[dci_bucket(sum)]++;
+    }
+}
+
+static void fix_spread(struct index_search *search)
+{
+    const struct index_query *query = &search->query;
     const struct index *index = search->index;
-    const struct page *page = front_page(search, front);
-    const size_t bytes = index->row_bytes < PREFETCH_ROW_BYTES ? index->row_bytes : PREFETCH_ROW_BYTES;
-    for (uint32_t r = 0; r < index->page_tokens; r++) {
-        if (page->tokens[r] != TREE_NONE) {
-            prefetch(dci_store_at(&index->keys, page->tokens[r]), bytes);
+    float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
+    const float *spreads = SEARCH_ROOM(search, float, ROOM_SPREADS);
+    for (uint32_t v = 0; v < search->views && search->spread_tokens > 0.0; v++) {
+        const float *vector = query->queries + (size_t)v * index->head_dim;
+        const float norm = query->scale * sqrtf(index->kernel->dot(vector, vector, index->head_dim));
+        const float mean = dci_sum_lanes(spreads + (size_t)v * DCI_LANES) / (float)search->spread_tokens;
+        float factor = norm > 0.0f ? sqrtf(mean) / norm : SEARCH_SPREAD_PRIOR;
+        factor = factor < SEARCH_SPREAD_LEAST ? SEARCH_SPREAD_LEAST : factor;
+        factor = factor > SEARCH_SPREAD_MOST ? SEARCH_SPREAD_MOST : factor;
+        norms[v] = norm * factor;
+    }
+}
+
+// The smallest float of a bucket; the mean of its floats is about 1.1 times as much.
+#define BUCKET_MEAN     1.1f
+#define BUCKET_INFINITE (0x7f800000u >> SEARCH_BUCKET_SHIFT)
+static float bucket_least(uint32_t bucket)
+{
+    const uint32_t bits = bucket << SEARCH_BUCKET_SHIFT;
+    float least;
+    memcpy(&least, &bits, sizeof least);
+    return least;
+}
+
+// The mass of the worst of the best so far, to a bucket, and the sum of the best.
+void dci_rank_fix_weights(struct index_search *search)
+{
+    fix_spread(search);
+    if (search->query.page_wise) {
+        count_pages(search);
+    }
+    uint32_t bucket = SEARCH_BUCKETS - 1;
+    for (uint32_t count = search->counts[bucket]; bucket > 0 && count < search->select_max;) {
+        count += search->counts[--bucket];
+    }
+    search->least = bucket_least(bucket);
+    search->log_least = dci_log(search->least > 0x1p-100f ? search->least : 0x1p-100f);
+    search->selected_sum = 0.0;
+    for (uint32_t b = bucket; b < BUCKET_INFINITE; b++) {
+        search->selected_sum += (double)search->counts[b] * (double)(BUCKET_MEAN * bucket_least(b));
+    }
+    search->scored_sum = search->waiting_sum = 0.0;
+    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES);
+    for (uint32_t v = 0; v < search->views; v++) {
+        search->scored_sum += (double)dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
+    }
+}
+
+static void work_out(struct index_search *search, uint32_t block, float *merits)
+{
+    search->index->kernel->merits16(&search->seen, cell_block(search, block), dci_block_centers(search, block),
+                                    SEARCH_ROOM(search, float, ROOM_REFERENCE), search->log_least, merits,
+                                    promises_of(search, block));
+}
+
+// A block without hope: its cells' merits are nothing, and what the survey promised of them is good enough.
+static bool skips(struct index_search *search, uint32_t block)
+{
+    float *kept = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES;
+    if (search->rounds > 1 || search->query.page_wise || block >= search->center_blocks ||
+        search->index->kernel->above16(kept, search->log_least - HOPELESS) != 0) {
+        return false;
+    }
+    const float *shifts = SEARCH_ROOM(search, float, ROOM_SHIFTS);
+    float *promises = promises_of(search, block);
+    for (uint32_t v = 0; v < search->views; v++, promises += DCI_LANES) {
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            promises[lane] *= shifts[v];
         }
     }
+    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+        kept[lane] =
+            kept[lane] == SEARCH_TAKEN || !(cell_block(search, block)->rows[lane] > 0.0f) ? SEARCH_TAKEN : 0.0f;
+    }
+    return true;
 }
 
-void dci_rank_look_ahead(struct index_search *search)
+static void note_waiting(struct index_search *search, const float *masses, const float *merits)
 {
-    while (search->ahead_count < SEARCH_AHEAD && search->queue_count > 0) {
-        struct front *front = ahead_at(search, search->ahead_count++);
-        *front = pop(search);
-        const struct page *page = front_page(search, front);
-        prefetch(page, sizeof *page + search->index->page_tokens * sizeof page->tokens[0]);
-    }
-    for (uint32_t i = 0; search->pages_opened == 0 && i < SEARCH_ROWS_AHEAD && i < search->ahead_count; i++) {
-        prefetch_rows(search, ahead_at(search, i)); // the first ones
+    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+        search->waiting_sum += merits[lane] != SEARCH_TAKEN ? (double)masses[lane] : 0.0;
     }
 }
 
-const struct page *dci_rank_take(struct index_search *search)
+void dci_rank_merits(struct index_search *search, uint32_t block)
 {
-    assert(search->ahead_count > 0);
-    const struct front front = *ahead_at(search, 0);
-    if (search->ahead_count > SEARCH_ROWS_AHEAD) {
-        prefetch_rows(search, ahead_at(search, SEARCH_ROWS_AHEAD));
+    const float *rows = cell_block(search, block)->rows;
+    float *kept = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES;
+    float merits[DCI_LANES], masses[DCI_LANES] = {0};
+    const bool skipped = skips(search, block);
+    if (!skipped) {
+        work_out(search, block, merits);
     }
-    search->ahead_first = (search->ahead_first + 1) % SEARCH_AHEAD;
-    search->ahead_count--;
-    const struct page *page = front_page(search, &front);
+    if (search->query.coverage > 0.0f || search->query.page_wise) {
+        const float *promises = promises_of(search, block);
+        for (uint32_t v = 0; v < search->views; v++, promises += DCI_LANES) {
+            search->index->kernel->add(masses, promises, DCI_LANES);
+        }
+    }
+    for (uint32_t lane = 0; !skipped && lane < DCI_LANES; lane++) {
+        const bool waits = kept[lane] != SEARCH_TAKEN && rows[lane] > 0.0f;
+        if (search->query.page_wise) {
+            merits[lane] = masses[lane] / ceilf(rows[lane] / (float)search->index->page_tokens);
+        }
+        kept[lane] = waits ? merits[lane] : SEARCH_TAKEN;
+    }
     if (search->query.coverage > 0.0f) {
-        search->waiting_mass -= (double)SEARCH_ROOM(search, float, ROOM_PAGE_MASSES)[front.slot];
+        note_waiting(search, masses, kept);
     }
-    search->waiting_tokens -= page->rows;
-    return page;
 }
 
-void dci_rank_give_back(struct index_search *search)
+// Merits of at least `floor` by bucket: their sums and their cells' tokens. Returns the tokens.
+static uint64_t count_merits(struct index_search *search, float floor)
 {
-    for (; search->ahead_count > 0; search->ahead_count--) {
-        const struct front *front = ahead_at(search, search->ahead_count - 1);
-        SEARCH_ROOM(search, float, ROOM_MERITS)[front->slot] = front->merit;
+    const float *merits = SEARCH_ROOM(search, float, ROOM_MERITS);
+    uint64_t tokens = 0;
+    memset(search->counts, 0, sizeof search->counts);
+    memset(search->weights, 0, sizeof search->weights);
+    for (uint32_t block = 0; block < search->cell_blocks; block++) {
+        const float *lanes = merits + (size_t)block * DCI_LANES, *rows = cell_block(search, block)->rows;
+        uint32_t found = search->index->kernel->above16(lanes, floor);
+        for (; found != 0; found &= found - 1) {
+            const uint32_t lane = (uint32_t)__builtin_ctz(found);
+            search->weights[dci_bucket(lanes[lane])] += lanes[lane];
+            search->counts[dci_bucket(lanes[lane])] += (uint32_t)rows[lane];
+            tokens += (uint32_t)rows[lane];
+        }
     }
+    return tokens;
+}
+
+// The lowest bucket whose cells are opened when nothing but their promise counts.
+static uint32_t bound_by_promise(const struct index_search *search)
+{
+    if (search->query.page_wise) {
+        const uint32_t bound = dci_bucket(PAGE_SHARE * search->least);
+        return bound < SEARCH_BUCKETS ? bound : SEARCH_BUCKETS - 1;
+    }
+    const double loss = (double)LOSS_SHARE * search->views;
+    double sum = 0.0;
+    uint32_t bound = 0;
+    while (bound < SEARCH_BUCKETS && (sum += (double)search->weights[bound]) <= loss) {
+        bound++;
+    }
+    return bound;
+}
+
+// The highest bucket from which on at least this many tokens are opened.
+static uint32_t bound_by_tokens(const struct index_search *search, uint64_t tokens)
+{
+    uint32_t bound = SEARCH_BUCKETS;
+    for (uint64_t sum = 0; bound > 0 && sum < tokens;) {
+        sum += search->counts[--bound];
+    }
+    return bound;
+}
+
+static bool covers_enough(const struct index_search *search)
+{
+    const double coverage = (double)search->query.coverage;
+    return coverage > 0.0 && tokens_missing(search) == 0 &&
+           search->ends_sum + search->selected_sum >= coverage * (search->scored_sum + search->waiting_sum);
+}
+
+bool dci_rank_pick(struct index_search *search)
+{
+    search->to_open = 0;
+    search->weighed = true;
+    if (covers_enough(search) ||
+        (search->rounds > 1 && search->query.coverage == 0.0f && tokens_missing(search) == 0)) {
+        return false;
+    }
+    // What is missing, and as much again where tokens that do not count lie among them.
+    uint64_t wanted = tokens_missing(search);
+    wanted += wanted == 0 ? 0 : search->opened_tokens;
+    const uint64_t most = effort_tokens(search);
+    if (search->query.effort > 0.0f && most > search->opened_tokens && most - search->opened_tokens > wanted) {
+        wanted = most - search->opened_tokens;
+    }
+    // Merits below the floor are not looked at: together they are next to nothing.
+    const float cells = (float)(search->cell_blocks * DCI_LANES);
+    float floor = MERIT_STEP * LOSS_SHARE / cells;
+    while (count_merits(search, floor) < wanted && floor > 0.0f) {
+        floor = floor > 0x1p-100f ? floor * MERIT_STEP : 0.0f;
+    }
+    uint32_t bound = search->query.effort > 0.0f ? SEARCH_BUCKETS : bound_by_promise(search);
+    if (search->query.coverage > 0.0f) { // not more than as much again, then look whether it is enough
+        const uint32_t gently = bound_by_tokens(search, search->opened_tokens + SCOUT_TOKENS);
+        bound = gently > bound ? gently : bound;
+    }
+    const uint32_t needed = bound_by_tokens(search, wanted);
+    bound = needed < bound ? needed : bound;
+    if (bound < BUCKET_INFINITE) {
+        line_up_from(search, bound == 0 ? 0.0f : bucket_least(bound));
+    }
+    return search->to_open > 0;
 }
 
 void dci_rank_rest(struct index_search *search, uint32_t block)
 {
-    const struct dci_views views = views_of(search);
-    const float *merits = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * SKETCH_LANES;
-    const float *centers = block_centers(search, &views, block, true);
-    float weights[SKETCH_LANES];
-    for (uint32_t lane = 0; lane < SKETCH_LANES; lane++) {
-        weights[lane] = merits[lane] == SEARCH_TAKEN ? 0.0f : 1.0f;
+    float merits[DCI_LANES];
+    if (block >= search->center_blocks) {
+        work_out(search, block, merits);
     }
-    // What was left unopened holds no token above the best that was found.
-    search->index->kernel->rest16(&views, dci_sketch_at(search->index->tree, block), centers,
-                                  SEARCH_ROOM(search, float, ROOM_TOP), weights, SEARCH_ROOM(search, float, ROOM_REST));
-}
-
-void dci_rank_offer(struct index_search *search, float preview)
-{
-    float *best = SEARCH_ROOM(search, float, ROOM_BEST);
-    uint32_t at;
-    if (search->best_count < search->best_room) {
-        at = search->best_count++;
-        for (; at > 0 && best[(at - 1) / 2] > preview; at = (at - 1) / 2) {
-            best[at] = best[(at - 1) / 2];
-        }
-    } else if (search->best_room > 0 && preview > best[0]) {
-        search->best_sum -= (double)best[0];
-        at = 0;
-        for (uint32_t child = 1; child < search->best_room; child = 2 * at + 1) {
-            child += child + 1 < search->best_room && best[child + 1] < best[child] ? 1 : 0;
-            if (best[child] >= preview) {
-                break;
-            }
-            best[at] = best[child];
-            at = child;
-        }
-    } else {
-        return;
-    }
-    best[at] = preview;
-    search->best_sum += (double)preview;
-}
-
-// What waits holds tokens of sinks and window too, and tokens behind the query: the share that counts.
-float dci_rank_waiting_share(const struct index_search *search)
-{
-    const uint32_t left = search->visible - search->tokens_scored;
-    return left < search->waiting_tokens ? (float)left / (float)search->waiting_tokens : 1.0f;
-}
-
-bool dci_rank_is_enough(const struct index_search *search)
-{
-    const struct index_query *query = &search->query;
-    if (search->ahead_count == 0 || search->eligible_scored == search->high - search->low) {
-        return true;
-    }
-    if (query->coverage > 0.0f) {
-        const double waiting = search->waiting_mass > 0.0 ? search->waiting_mass : 0.0;
-        const double all = search->scored_preview + waiting * (double)dci_rank_waiting_share(search);
-        if (search->ends_preview + search->best_sum >= (double)query->coverage * all) {
-            return true;
-        }
-    }
-    if (search->eligible_scored < query->budget) {
-        return false;
-    }
-    if (search->pages_opened >= search->pages_max) {
-        return true;
-    }
-    const float *best = SEARCH_ROOM(search, float, ROOM_BEST);
-    const bool is_full = search->best_count == search->best_room;
-    return query->effort == 0.0f && is_full &&
-           (search->best_room == 0 || search->ahead[search->ahead_first].merit < best[0]);
+    search->index->kernel->rest16(search->views, promises_of(search, block),
+                                  SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES,
+                                  SEARCH_ROOM(search, float, ROOM_SPREADS));
 }

@@ -1,15 +1,16 @@
-// A search: sinks, window and tail exactly, then the tree best first, then the mass of everything that was scored.
+// A search: sinks, window, head and tail, then the cells that are worth it, then the mass of all that was scored.
 //
-// Each phase works in items (16 tokens, a page, the sketches of 16 pages against all queries), and an item is never
-// cut, so a search gives the same result however it is sliced. Log-sum-exps are kept per view over everything scored;
-// an estimate for what was not opened joins at the end. All leaf pages are ranked by their sketches, in one pass over
-// dense blocks. Thread ownership: that of the search context. Only create and reserve allocate.
+// Each phase works in items (a block of 16 lanes, a cell, the anchors of 16 cells, against all queries), and an item is
+// never cut, so a search gives the same result however it is sliced. Thread ownership: that of the search context. Only
+// create and reserve allocate.
 #include "index/search.h"
 
 #include <math.h>
 #include <string.h>
 
-#define ROOM_BYTES_MIN 64u
+#define ROOM_BYTES_MIN  64u
+#define LINE            64u
+#define PREFETCH_TOKENS 128u // of the tail
 
 enum index_status index_search_create(const struct index_allocator *allocator, struct index_search **out)
 {
@@ -45,11 +46,6 @@ static bool query_is_valid(const struct index *index, const struct index_query *
            index != NULL;
 }
 
-static size_t round_up16(size_t n)
-{
-    return (n + DCI_LANES - 1) / DCI_LANES * DCI_LANES;
-}
-
 static size_t blocks_max(size_t elements_max, size_t views)
 {
     const size_t blocks = elements_max / (views * DCI_LANES);
@@ -66,34 +62,31 @@ static uint32_t budget_pages(const struct index *index, uint32_t budget)
 static void room_sizes(const struct index *index, const struct index_query *query, size_t sizes[ROOM_COUNT])
 {
     const size_t views = (size_t)query->query_count * query->head_count, n = index->length;
-    const uint32_t leaf_pages = index->tree == NULL ? 0 : index->tree->pages;
-    const size_t pages = leaf_pages + (n - index_indexed(index) + index->page_tokens - 1) / index->page_tokens;
-    const size_t page_blocks = dci_sketch_blocks(leaf_pages);
-    size_t entries = n + 4 * DCI_LANES;
-    if (query->page_wise) {
-        entries += pages * round_up16(index->page_tokens);
-    }
-    const size_t blocks = entries / DCI_LANES + 1;
+    const size_t tail = (n - index->indexed + index->head) / DCI_LANES + 4;
+    const size_t ends = (size_t)(query->sinks < n ? query->sinks : n) + (query->window < n ? query->window : n);
+    const size_t blocks = (size_t)index->leaf_pages * index->page_blocks + tail + ends + 4;
+    const size_t cell_blocks = index->cell_blocks.bound;
     const size_t scores_max = blocks_max(SEARCH_SCORES_MAX, views), centers_max = blocks_max(SEARCH_CENTERS_MAX, views);
     const size_t kept = blocks < scores_max ? blocks : scores_max;
-    const size_t kept_centers = page_blocks < centers_max ? page_blocks : centers_max;
+    const size_t kept_centers = cell_blocks < centers_max ? cell_blocks : centers_max;
     size_t selected = query->budget > index->page_tokens ? query->budget : index->page_tokens;
     selected = selected < n ? selected : n;
-    for (enum room_name i = ROOM_NORMS; i <= ROOM_BASES; i++) {
+    for (enum room_name i = ROOM_NORMS; i <= ROOM_INVERSE; i++) {
         sizes[i] = views * sizeof(float);
     }
-    sizes[ROOM_BLOCK] = views * DCI_LANES * sizeof(float);
-    sizes[ROOM_ROWS] = DCI_LANES * index->head_dim * sizeof(float);
-    sizes[ROOM_SCORES] = kept * views * DCI_LANES * sizeof(float);
-    sizes[ROOM_POSITIONS] = round_up16(entries) * sizeof(uint32_t);
-    sizes[ROOM_MASSES] = round_up16(entries) * sizeof(float);
+    for (enum room_name i = ROOM_TOPS; i <= ROOM_BLOCK; i++) {
+        sizes[i] = views * DCI_LANES * sizeof(float);
+    }
     sizes[ROOM_CODES] = views * index->head_dim;
-    sizes[ROOM_CENTERS] = kept_centers * views * SKETCH_LANES * sizeof(float);
-    sizes[ROOM_MERITS] = page_blocks * SKETCH_LANES * sizeof(float);
-    sizes[ROOM_PAGE_MASSES] = query->coverage > 0.0f ? sizes[ROOM_MERITS] : 0;
-    sizes[ROOM_QUEUE] = page_blocks * sizeof(struct front);
-    sizes[ROOM_BEST] = selected * sizeof(float);
-    sizes[ROOM_CANDIDATES] = entries * sizeof(struct candidate);
+    sizes[ROOM_ROTATED] = views * index->head_dim * sizeof(float);
+    sizes[ROOM_SCORED] = blocks * sizeof(struct scored);
+    sizes[ROOM_SCORES] = kept * views * DCI_LANES * sizeof(float);
+    sizes[ROOM_MASSES] = blocks * DCI_LANES * sizeof(float);
+    sizes[ROOM_CENTERS] = kept_centers * views * DCI_LANES * sizeof(float);
+    sizes[ROOM_PROMISES] = sizes[ROOM_CENTERS];
+    sizes[ROOM_MERITS] = cell_blocks * DCI_LANES * sizeof(float);
+    sizes[ROOM_TO_OPEN] = cell_blocks * DCI_LANES * sizeof(uint32_t);
+    sizes[ROOM_CANDIDATES] = blocks * DCI_LANES * sizeof(struct candidate);
     sizes[ROOM_SELECTED] = sizes[ROOM_SORTED] = selected * sizeof(struct index_selected);
 }
 
@@ -122,29 +115,65 @@ enum index_status index_search_reserve(struct index_search *search, const struct
     return INDEX_OK;
 }
 
-// Norms of the queries; false when one is not finite, or so large that scores would not be.
+static uint32_t blocks_kept(const struct index_search *search, enum room_name room, size_t elements_max)
+{
+    const size_t held = search->rooms[room].bytes / (search->views * DCI_LANES * sizeof(float));
+    const size_t limit = blocks_max(elements_max, search->views);
+    return (uint32_t)(held < limit ? held : limit);
+}
+
+static void seen_init(struct index_search *search)
+{
+    search->seen = (struct dci_views){
+        .count = search->views,
+        .head_dim = search->index->head_dim,
+        .codes = SEARCH_ROOM(search, int8_t, ROOM_CODES),
+        .sums = SEARCH_ROOM(search, int32_t, ROOM_SUMS),
+        .steps = SEARCH_ROOM(search, float, ROOM_STEPS),
+        .bases = SEARCH_ROOM(search, float, ROOM_BASES),
+        .norms = SEARCH_ROOM(search, float, ROOM_NORMS),
+    };
+    search->plain = search->seen;
+    search->plain.bases = SEARCH_ROOM(search, float, ROOM_ZEROS);
+}
+
+// The query as codes see it.
+static void view_encode(struct index_search *search, uint32_t v, const float *vector)
+{
+    const struct index *index = search->index;
+    const uint32_t dim = index->head_dim;
+    float *rotated = SEARCH_ROOM(search, float, ROOM_ROTATED) + (size_t)v * dim;
+    int8_t *codes = SEARCH_ROOM(search, int8_t, ROOM_CODES) + (size_t)v * dim;
+    memcpy(rotated, vector, dim * sizeof rotated[0]);
+    dci_rotate(index, rotated);
+    const float step = index->kernel->encode8(rotated, dim, codes, &SEARCH_ROOM(search, int32_t, ROOM_SUMS)[v]);
+    SEARCH_ROOM(search, float, ROOM_STEPS)[v] = search->query.scale * step;
+    SEARCH_ROOM(search, float, ROOM_BASES)[v] = search->query.scale * index->kernel->dot(rotated, index->base, dim);
+}
+
+// False when a query is not finite, or so large that scores would not be.
 static bool views_init(struct index_search *search)
 {
     const struct index *index = search->index;
     const struct index_query *query = &search->query;
-    float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
     const float key_norm_max = sqrtf(index->norm2_max);
     for (uint32_t v = 0; v < search->views; v++) {
         const float *vector = query->queries + (size_t)v * index->head_dim;
         const float norm2 = index->kernel->dot(vector, vector, index->head_dim);
-        norms[v] = query->scale * sqrtf(norm2);
-        if (!(norm2 <= TREE_NORM2_MAX) || !(norms[v] <= DCI_SCORE_MAX) || !(norms[v] * key_norm_max <= DCI_SCORE_MAX)) {
+        const float norm = query->scale * sqrtf(norm2);
+        if (!(norm2 <= TREE_NORM2_MAX) || !(norm <= DCI_SCORE_MAX) || !(norm * key_norm_max <= DCI_SCORE_MAX)) {
             return false;
         }
+        SEARCH_ROOM(search, float, ROOM_NORMS)[v] = norm * SEARCH_SPREAD_PRIOR;
         SEARCH_ROOM(search, float, ROOM_TOP)[v] = DCI_HIDDEN;
-        SEARCH_ROOM(search, float, ROOM_TOTAL)[v] = 0.0f;
-        SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] = DCI_HIDDEN;
-        SEARCH_ROOM(search, float, ROOM_REST)[v] = 0.0f;
-        SEARCH_ROOM(search, float, ROOM_SCRATCH)[v] = 0.0f;
-        SEARCH_ROOM(search, float, ROOM_INVERSE)[v] = 1.0f / (float)search->views;
-        if (index->tree != NULL) {
-            dci_rank_encode(search, v);
-        }
+        SEARCH_ROOM(search, float, ROOM_ZEROS)[v] = 0.0f;
+        SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] = 0.0f;
+        view_encode(search, v, vector);
+    }
+    float *tops = SEARCH_ROOM(search, float, ROOM_TOPS), *spreads = SEARCH_ROOM(search, float, ROOM_SPREADS);
+    float *unseen = SEARCH_ROOM(search, float, ROOM_UNSEEN);
+    for (size_t i = 0; i < (size_t)search->views * DCI_LANES; i++) {
+        tops[i] = spreads[i] = unseen[i] = DCI_HIDDEN;
     }
     return true;
 }
@@ -163,29 +192,28 @@ static void bounds_init(struct index_search *search)
         search->high = search->low;
     }
     const uint32_t eligible = search->high - search->low;
-    if (eligible <= query->budget) {
-        query->budget = eligible; // everything
-        search->best_room = eligible;
+    search->everything = eligible <= query->budget;
+    if (search->everything) {
+        query->budget = eligible;
+        search->select_max = eligible; // pages are not more
         query->coverage = query->coverage == 1.0f ? 0.0f : query->coverage;
     } else {
-        search->best_room = query->page_wise ? budget_pages(index, query->budget) : query->budget;
+        search->select_max = query->page_wise ? budget_pages(index, query->budget) : query->budget;
     }
-    const uint32_t indexed = (uint32_t)index_indexed(index);
-    search->tail_begin = indexed > search->low ? indexed : search->low;
-    search->pages_max = 0;
-    if (index->tree != NULL) {
-        const struct tree *tree = index->tree;
-        const double share = query->effort == 0.0f ? 1.0 : (double)query->effort;
-        search->pages_max = (uint32_t)ceil(share * tree->pages);
-        search->waiting_tokens = tree->tokens;
-    }
+    search->cell_blocks = index->root == TREE_NONE ? 0 : index->cell_blocks.bound;
 }
 
-static uint32_t blocks_kept(const struct index_search *search, enum room_name room, size_t elements_max)
+// Head and tail are scored first: asked for early, they are there when the queries are ready.
+static void look_ahead(const struct index *index)
 {
-    const size_t held = search->rooms[room].bytes / (search->views * DCI_LANES * sizeof(float));
-    const size_t limit = blocks_max(elements_max, search->views);
-    return (uint32_t)(held < limit ? held : limit);
+    const size_t bytes = sizeof(struct dci_block) + (size_t)index->head_dim * DCI_LANES;
+    const uint32_t newest = index->length > PREFETCH_TOKENS ? index->length - PREFETCH_TOKENS : 0;
+    for (uint32_t p = index->indexed > newest ? index->indexed : newest; p < index->length; p += DCI_LANES) {
+        const unsigned char *block = (const unsigned char *)dci_tail_block(index, p);
+        for (size_t i = 0; i < bytes; i += LINE) {
+            __builtin_prefetch(block + i, 0, 2);
+        }
+    }
 }
 
 enum index_status index_search_begin(struct index_search *search, const struct index *index,
@@ -204,7 +232,7 @@ enum index_status index_search_begin(struct index_search *search, const struct i
     const struct dci_memory memory = search->memory;
     struct room rooms[ROOM_COUNT];
     memcpy(rooms, search->rooms, sizeof rooms);
-    memset(search, 0, sizeof *search);
+    memset(search, 0, offsetof(struct index_search, weights));
     search->memory = memory;
     memcpy(search->rooms, rooms, sizeof rooms);
     search->index = index;
@@ -212,6 +240,8 @@ enum index_status index_search_begin(struct index_search *search, const struct i
     search->views = query->query_count * query->head_count;
     search->score_blocks = blocks_kept(search, ROOM_SCORES, SEARCH_SCORES_MAX);
     search->center_blocks = blocks_kept(search, ROOM_CENTERS, SEARCH_CENTERS_MAX);
+    look_ahead(index);
+    seen_init(search);
     if (!views_init(search)) {
         return INDEX_NOT_FINITE;
     }
@@ -220,92 +250,9 @@ enum index_status index_search_begin(struct index_search *search, const struct i
     return INDEX_OK;
 }
 
-void dci_search_line_up(struct index_search *search, uint32_t position)
+static void spend(const struct index_search *search, struct dci_work *work, uint64_t blocks)
 {
-    SEARCH_ROOM(search, uint32_t, ROOM_POSITIONS)[search->entry_count++] = position;
-}
-
-// Scores a block into `scores`: hidden where an entry is padding or lies behind the query.
-static void score_block(struct index_search *search, uint32_t block, float *scores)
-{
-    const struct index *index = search->index;
-    const struct index_query *query = &search->query;
-    const uint32_t dim = index->head_dim;
-    const uint32_t *positions = SEARCH_ROOM(search, uint32_t, ROOM_POSITIONS) + (size_t)block * DCI_LANES;
-    float *rows = SEARCH_ROOM(search, float, ROOM_ROWS);
-    uint32_t last = 0;
-    bool has_padding = false;
-    for (uint32_t i = 0; i < DCI_LANES; i++) {
-        if (positions[i] == TREE_NONE) {
-            memset(rows + (size_t)i * dim, 0, dim * sizeof rows[0]);
-            has_padding = true;
-            continue;
-        }
-        dci_key_widen(index, positions[i], rows + (size_t)i * dim);
-        last = positions[i] > last ? positions[i] : last;
-    }
-    index->kernel->score16(query->queries, search->views, rows, dim, query->scale, scores);
-    for (uint32_t v = 0; (has_padding || last > query->first_position) && v < search->views; v++) {
-        const uint64_t limit = query->first_position + v / query->head_count;
-        for (uint32_t i = 0; i < DCI_LANES; i++) {
-            if (positions[i] > limit) { // padding is above every limit
-                scores[v * DCI_LANES + i] = DCI_HIDDEN;
-            }
-        }
-    }
-}
-
-static float *kept_scores(struct index_search *search, uint32_t block)
-{
-    return SEARCH_ROOM(search, float, ROOM_SCORES) + (size_t)block * search->views * DCI_LANES;
-}
-
-const float *dci_search_block_scores(struct index_search *search, uint32_t block)
-{
-    if (block < search->score_blocks) {
-        return kept_scores(search, block);
-    }
-    float *scores = SEARCH_ROOM(search, float, ROOM_BLOCK);
-    score_block(search, block, scores);
-    return scores;
-}
-
-static void spend_block(const struct index_search *search, struct dci_work *work)
-{
-    dci_work_spend(work, search->index, (uint64_t)DCI_LANES * (search->views + 1));
-}
-
-// Scores the entries lined up in whole blocks (`flush`: pads and scores all). Sums the previews into *preview.
-static void score_lined_up(struct index_search *search, bool flush, double *preview, struct dci_work *work)
-{
-    const struct dci_kernel *kernel = search->index->kernel;
-    while (flush && search->entry_count % DCI_LANES != 0) {
-        dci_search_line_up(search, TREE_NONE);
-    }
-    for (; search->entry_count - search->scored >= DCI_LANES; search->scored += DCI_LANES) {
-        const uint32_t block = search->scored / DCI_LANES;
-        const uint32_t *positions = SEARCH_ROOM(search, uint32_t, ROOM_POSITIONS) + (size_t)block * DCI_LANES;
-        float *scores =
-            block < search->score_blocks ? kept_scores(search, block) : SEARCH_ROOM(search, float, ROOM_BLOCK);
-        float previews[DCI_LANES];
-        score_block(search, block, scores);
-        kernel->fold16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE),
-                       SEARCH_ROOM(search, float, ROOM_TOP), SEARCH_ROOM(search, float, ROOM_TOTAL), previews);
-        for (uint32_t i = 0; i < DCI_LANES; i++) {
-            if (positions[i] == TREE_NONE) {
-                continue;
-            }
-            search->tokens_scored++;
-            if (search->phase == SEARCH_OPEN) {
-                const float share = previews[i] / (float)search->views;
-                *preview += (double)share;
-                if (!search->query.page_wise) {
-                    dci_rank_offer(search, share);
-                }
-            }
-        }
-        spend_block(search, work);
-    }
+    dci_work_spend(work, search->index, blocks * DCI_LANES * (search->views + 1));
 }
 
 static void enter(struct index_search *search, enum search_phase phase)
@@ -314,198 +261,186 @@ static void enter(struct index_search *search, enum search_phase phase)
     search->cursor = 0;
 }
 
-static void ends_item(struct index_search *search, struct dci_work *work)
+static uint32_t window_begin(const struct index_search *search)
 {
-    const uint32_t window_begin = search->high > search->sinks_end ? search->high : search->sinks_end;
-    const uint32_t count = search->sinks_end + (search->visible - window_begin);
-    double ignored = 0.0;
-    for (uint32_t i = 0; i < DCI_LANES && search->cursor < count; i++, search->cursor++) {
-        const uint32_t c = search->cursor;
-        dci_search_line_up(search, c < search->sinks_end ? c : window_begin + (c - search->sinks_end));
-    }
-    score_lined_up(search, search->cursor == count, &ignored, work);
-    if (search->cursor == count) {
-        search->ends_count = search->entry_count;
-        enter(search, SEARCH_TAIL);
-        search->cursor = search->tail_begin;
-    }
+    return search->high > search->sinks_end ? search->high : search->sinks_end;
 }
 
-static void tail_item(struct index_search *search, struct dci_work *work)
+// Sinks and window, token by token where they lie in the tree.
+static void ends_item(struct index_search *search)
 {
-    const uint32_t step = search->query.page_wise ? search->index->page_tokens : DCI_LANES;
-    double ignored = 0.0;
-    if (search->cursor >= search->high) {
-        score_lined_up(search, true, &ignored, work);
+    const uint32_t first = window_begin(search);
+    const uint32_t count = search->sinks_end + (search->visible - first);
+    if (search->cursor == count) {
+        search->ends_blocks = search->block_count;
+        enter(search, SEARCH_TAIL);
+        search->cursor = search->low;
+        return;
+    }
+    const bool is_sink = search->cursor < search->sinks_end;
+    const uint32_t position = is_sink ? search->cursor : first + (search->cursor - search->sinks_end);
+    const struct index *index = search->index;
+    if (position >= index->head && position < index->indexed) {
+        dci_open_one(search, position);
+        search->cursor++;
+        return;
+    }
+    // Neighbours outside the tree.
+    uint32_t end = is_sink ? search->sinks_end : search->visible;
+    end = position < index->head && index->indexed > 0 && end > index->head ? index->head : end;
+    const uint32_t block_end = position - position % DCI_LANES + DCI_LANES;
+    end = end < block_end ? end : block_end;
+    dci_open_neighbours(search, position, end);
+    search->cursor += end - position;
+}
+
+// Head and tail between low and high.
+static void tail_item(struct index_search *search)
+{
+    const struct index *index = search->index;
+    uint32_t at = search->cursor;
+    if (at >= index->head && at < index->indexed) {
+        at = index->indexed;
+    }
+    if (at >= search->high) {
         enter(search, SEARCH_CENTERS);
         return;
     }
-    uint32_t end = (search->cursor / step + 1) * step;
+    uint32_t end = at - at % DCI_LANES + DCI_LANES;
+    end = at < index->head && end > index->head && index->indexed > 0 ? index->head : end;
     end = end < search->high ? end : search->high;
-    for (; search->cursor < end; search->cursor++) {
-        dci_search_line_up(search, search->cursor);
-        search->eligible_scored++;
+    dci_open_neighbours(search, at, end);
+    search->cursor = end;
+}
+
+void dci_search_begin_totals(struct index_search *search)
+{
+    float *top = SEARCH_ROOM(search, float, ROOM_TOP);
+    const float *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
+    for (uint32_t v = 0; v < search->views; v++) {
+        const float highest = dci_max_lanes(tops + (size_t)v * DCI_LANES);
+        top[v] = highest > DCI_HIDDEN ? highest : 0.0f; // a view that sees nothing: what is hidden has no mass either
     }
-    score_lined_up(search, search->query.page_wise, &ignored, work);
+    memset(SEARCH_ROOM(search, float, ROOM_LANES), 0, search->views * DCI_LANES * sizeof(float));
+    memset(SEARCH_ROOM(search, float, ROOM_SPREADS), 0, search->views * DCI_LANES * sizeof(float));
 }
 
-static uint32_t page_blocks(const struct index_search *search)
+static void enter_totals(struct index_search *search)
 {
-    return search->index->tree == NULL ? 0 : dci_sketch_blocks(search->index->tree->pages);
+    dci_search_begin_totals(search);
+    enter(search, SEARCH_TOTALS);
 }
 
-// A block of pages costs a quarter of as many keys: bytes instead of fp32.
-static void spend_sketch(const struct index_search *search, struct dci_work *work)
+static bool every_cell(struct index_search *search, uint32_t *cursor)
 {
-    dci_work_spend(work, search->index, (uint64_t)SKETCH_LANES * (search->views + 3) / 4);
+    *cursor = search->cursor++;
+    return *cursor < search->cell_blocks;
 }
 
-static void measure_item(struct index_search *search, struct dci_work *work)
+static void opened(struct index_search *search)
 {
-    if (search->cursor == SEARCH_SAMPLE || index_indexed(search->index) < SEARCH_SAMPLE) {
-        dci_rank_fix_spread(search);
-        enter(search, SEARCH_SURVEY);
-        return;
+    search->rounds++;
+    const bool again =
+        search->rounds == 1 || search->query.coverage > 0.0f || search->eligible_scored < search->query.budget;
+    if (search->everything || !again || search->opened_tokens == search->index->tokens) {
+        enter_totals(search);
+    } else {
+        dci_rank_begin_weighing(search);
+        enter(search, SEARCH_WEIGH);
     }
-    dci_rank_measure(search, search->cursor++);
-    dci_work_spend(work, search->index, search->views);
 }
 
-static void survey_item(struct index_search *search, struct dci_work *work)
+// Phases that walk over the blocks of anchors. False: the phase is another one.
+static bool anchors_item(struct index_search *search)
 {
-    if (search->cursor == page_blocks(search)) {
-        dci_rank_fix_reference(search);
-        enter(search, SEARCH_PREVIEW);
-        return;
-    }
-    dci_rank_survey(search, search->cursor++);
-    spend_sketch(search, work);
-}
-
-// One scored page or, token-wise, one block: its tokens enter the running best, now that there is a reference.
-static void preview_item(struct index_search *search, struct dci_work *work)
-{
-    const struct index *index = search->index;
-    const uint32_t *positions = SEARCH_ROOM(search, uint32_t, ROOM_POSITIONS);
-    const bool is_page = search->query.page_wise && search->cursor * DCI_LANES >= search->ends_count;
-    const uint32_t page = positions[search->cursor * DCI_LANES] / index->page_tokens;
-    double sum = 0.0;
-    do {
-        const uint32_t block = search->cursor++;
-        const float *scores = dci_search_block_scores(search, block);
-        float previews[DCI_LANES];
-        index->kernel->weigh16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE),
-                               SEARCH_ROOM(search, float, ROOM_INVERSE), previews);
-        for (uint32_t i = 0; i < DCI_LANES; i++) {
-            sum += (double)previews[i];
-            if (!search->query.page_wise && block * DCI_LANES >= search->ends_count &&
-                positions[block * DCI_LANES + i] != TREE_NONE) {
-                dci_rank_offer(search, previews[i]);
-            }
+    uint32_t block;
+    switch (search->phase) {
+    case SEARCH_CENTERS:
+        if (every_cell(search, &block)) {
+            dci_rank_centers(search, block);
+        } else if (search->cell_blocks == 0) {
+            enter_totals(search);
+        } else {
+            dci_rank_begin_survey(search);
+            enter(search, SEARCH_SURVEY);
         }
-        spend_block(search, work);
-    } while (is_page && search->cursor * DCI_LANES < search->scored &&
-             positions[search->cursor * DCI_LANES] / index->page_tokens == page);
-    search->scored_preview += sum;
-    if (is_page) {
-        dci_rank_offer(search, (float)sum);
-    } else if (search->cursor * DCI_LANES <= search->ends_count) {
-        search->ends_preview += sum;
-    }
-}
-
-static void open_page(struct index_search *search, const struct page *page, struct dci_work *work)
-{
-    double preview = 0.0;
-    search->pages_opened++;
-    for (uint32_t r = 0; r < search->index->page_tokens; r++) {
-        const uint32_t position = page->tokens[r];
-        if (position != TREE_NONE && position >= search->low && position < search->high) {
-            dci_search_line_up(search, position);
-            search->eligible_scored++;
+        return true;
+    case SEARCH_SURVEY:
+        if (every_cell(search, &block)) {
+            dci_rank_survey(search, block);
+        } else {
+            dci_rank_fix_reference(search);
+            enter(search, SEARCH_HOPES);
         }
-    }
-    score_lined_up(search, search->query.page_wise, &preview, work);
-    search->scored_preview += preview;
-    if (search->query.page_wise) {
-        dci_rank_offer(search, (float)preview);
+        return true;
+    case SEARCH_HOPES:
+        if (every_cell(search, &block)) {
+            dci_rank_hopes(search, block);
+        } else {
+            dci_rank_open_best(search);
+            enter(search, SEARCH_OPEN);
+        }
+        return true;
+    case SEARCH_MERITS:
+        if (every_cell(search, &block)) {
+            dci_rank_merits(search, block);
+        } else if (dci_rank_pick(search)) {
+            enter(search, SEARCH_OPEN);
+        } else {
+            enter_totals(search);
+        }
+        return true;
+    case SEARCH_REST:
+        if (search->weighed && every_cell(search, &block)) {
+            dci_rank_rest(search, block);
+        } else {
+            dci_search_fix_inverse(search);
+            enter(search, SEARCH_MASSES);
+        }
+        return true;
+    default:
+        return false;
     }
 }
 
-static void open_item(struct index_search *search, struct dci_work *work)
-{
-    dci_rank_look_ahead(search);
-    if (dci_rank_is_enough(search)) {
-        double preview = 0.0;
-        score_lined_up(search, true, &preview, work);
-        dci_rank_give_back(search);
-        enter(search, SEARCH_REST);
-        return;
-    }
-    open_page(search, dci_rank_take(search), work);
-}
-
-// One item of the current phase.
-static void item(struct index_search *search, struct dci_work *work)
+// Phases that walk over sinks, window, head and tail, cells to open or scored blocks. Returns blocks of 16 lanes.
+static uint64_t tokens_item(struct index_search *search)
 {
     switch (search->phase) {
     case SEARCH_ENDS:
-        ends_item(search, work);
-        break;
+        ends_item(search);
+        return 1;
     case SEARCH_TAIL:
-        tail_item(search, work);
-        break;
-    case SEARCH_CENTERS:
-        if (search->cursor == page_blocks(search)) {
-            enter(search, SEARCH_MEASURE);
-            break;
-        }
-        dci_rank_center(search, search->cursor++);
-        spend_sketch(search, work);
-        break;
-    case SEARCH_MEASURE:
-        measure_item(search, work);
-        break;
-    case SEARCH_SURVEY:
-        survey_item(search, work);
-        break;
-    case SEARCH_PREVIEW:
-        if (search->cursor * DCI_LANES == search->scored) {
-            enter(search, SEARCH_SEED);
-        } else {
-            preview_item(search, work);
-        }
-        break;
-    case SEARCH_SEED:
-        if (search->cursor == page_blocks(search)) {
-            enter(search, SEARCH_OPEN);
-            break;
-        }
-        dci_rank_push(search, search->cursor++);
-        spend_sketch(search, work);
-        break;
+        tail_item(search);
+        return 1;
     case SEARCH_OPEN:
-        open_item(search, work);
-        break;
-    case SEARCH_REST:
-        if (search->cursor == page_blocks(search)) {
-            dci_search_fix_inverse(search);
-            enter(search, SEARCH_SETTLE);
-            break;
+        if (search->cursor < search->to_open) {
+            return dci_open_cell(search, search->cursor++);
         }
-        dci_rank_rest(search, search->cursor++);
-        spend_sketch(search, work);
-        break;
-    case SEARCH_SETTLE:
-        if (search->settled * DCI_LANES == search->scored) {
+        opened(search);
+        return 1;
+    case SEARCH_WEIGH:
+        if (search->cursor < search->block_count) {
+            dci_rank_weigh(search, search->cursor++);
+        } else {
+            dci_rank_fix_weights(search);
+            enter(search, SEARCH_MERITS);
+        }
+        return 1;
+    case SEARCH_TOTALS:
+        if (search->cursor < search->block_count) {
+            dci_search_totals(search, search->cursor++);
+        } else {
+            enter(search, SEARCH_REST);
+        }
+        return 1;
+    default:
+        if (search->cursor < search->block_count) {
+            dci_search_masses(search, search->cursor++);
+        } else {
             enter(search, SEARCH_DONE);
-            break;
         }
-        dci_search_settle(search, search->settled);
-        spend_block(search, work);
-        break;
-    case SEARCH_DONE:
-        break;
+        return 1;
     }
 }
 
@@ -514,9 +449,8 @@ bool index_search_step(struct index_search *search, uint64_t work_units)
     assert(search->begun);
     const uint64_t units = work_units < 1 ? 1 : work_units > UINT32_MAX ? UINT32_MAX : work_units;
     struct dci_work work = {(int64_t)(units * DCI_UNIT_ELEMENTS)};
-    while (search->phase != SEARCH_DONE && work.left > 0) {
-        item(search, &work);
-        work.left--;
+    while (work.left > 0 && search->phase != SEARCH_DONE) {
+        spend(search, &work, anchors_item(search) ? 1 : tokens_item(search));
     }
     return search->phase == SEARCH_DONE;
 }

@@ -1,53 +1,60 @@
-// The state of a search. Private to search.c, rank.c and select.c.
+// The state of a search. Private to search.c, open.c, rank.c and select.c.
 //
-// A view is one query vector: query position x query head. Tokens to score are lined up as entries and scored in blocks
-// of 16. Eligible are the positions low .. high-1, outside sinks and window: only they can be selected.
+// A view is one query vector: query position x query head. Tokens are scored in blocks of 16 lanes: rows of a page of
+// the tree, or neighbours of head and tail. A cell is named by its slot, the number of its entry over all blocks of
+// cells. Eligible are the positions low .. high-1, outside sinks and window: only they can be selected.
 #ifndef ICECACHE_INDEX_SEARCH_H
 #define ICECACHE_INDEX_SEARCH_H
 
 #include "index/tree.h"
 
-// Tokens whose scores are compared with their pages' means before anything is ranked.
-#define SEARCH_SAMPLE 64u
-
-// Scores kept between scoring and settling, in elements; what does not fit is scored again.
-#define SEARCH_SCORES_MAX (1u << 20)
-// The same for the estimated scores of pages' means.
+// Scores kept between scoring and settling, in elements; what does not fit is scored again. The same for the scores of
+// anchors.
+#define SEARCH_SCORES_MAX  (1u << 20)
 #define SEARCH_CENTERS_MAX (1u << 20)
 
-// Pages taken from the queue before they are opened, so that their memory can be asked for early; of so many of them
-// the key rows too.
-#define SEARCH_AHEAD      16u
-#define SEARCH_ROWS_AHEAD 4u
+// Deviation of scores around their anchor before it has been measured, in units of the isotropic one.
+#define SEARCH_SPREAD_PRIOR 1.5f
+#define SEARCH_SPREAD_LEAST 0.5f
+#define SEARCH_SPREAD_MOST  4.0f
 
-// The merit of a page that does not wait any more.
-#define SEARCH_TAKEN (-1.0f)
+// Buckets of a histogram of positive floats: four to an octave.
+#define SEARCH_BUCKETS      1024u
+#define SEARCH_BUCKET_SHIFT 21u
+
+// The merit of a cell that has been opened: below every hope, also that of a lane not in use.
+#define SEARCH_TAKEN (-3.2e38f)
 
 enum search_phase {
     SEARCH_ENDS,    // sinks and window
-    SEARCH_TAIL,    // tokens that are not indexed
-    SEARCH_CENTERS, // estimated scores of the means of all leaf pages
-    SEARCH_MEASURE, // how far scores spread around their pages' means, per view
-    SEARCH_SURVEY,  // estimated mass of every leaf page, per view
-    SEARCH_PREVIEW, // the tail's tokens enter the running best
-    SEARCH_SEED,    // blocks of pages enter the queue
-    SEARCH_OPEN,    // best first: a page's tokens are scored
+    SEARCH_TAIL,    // head and tail
+    SEARCH_CENTERS, // scores of all anchors, and the largest that they promise
+    SEARCH_SURVEY,  // estimated mass of the tree, per view
+    SEARCH_HOPES,   // the most that a cell's best token may have; the best cells are opened to begin with
+    SEARCH_OPEN,    // cells' tokens are scored
+    SEARCH_WEIGH,   // masses so far, and how far scores spread around anchors
+    SEARCH_MERITS,  // mass that unopened cells may add to the selection; the best are opened
+    SEARCH_TOTALS,  // exponentials of all scores
     SEARCH_REST,    // estimated mass of what was not opened, per view
-    SEARCH_SETTLE,  // mass of every scored token
+    SEARCH_MASSES,  // mass of every scored token
     SEARCH_DONE,
 };
 
-// The best page of a block that still waits to be opened.
-struct front {
-    float merit;  // hoped-for mass of its best token (page-wise: of the page)
-    uint32_t tie; // lowest position
-    uint32_t slot;
+// A block of scored lanes.
+struct scored {
+    uint32_t page;       // of the tree
+    uint32_t cell;       // TREE_NONE: of head or tail
+    uint32_t place;      // head and tail: position of lane 0; else the cell's slot
+    uint16_t begin, end; // head and tail: the lanes that count
+    uint32_t number;     // which block of the cell's run
+    uint32_t only;       // the one position that counts (sinks and window in the tree); TREE_NONE: all eligible ones
 };
 
 struct candidate {
     float mass;
     uint32_t position; // page-wise: the lowest one
-    uint32_t entry;    // page-wise: the first one of the page
+    uint32_t block;    // page-wise: the page's first block
+    uint32_t lane;
 };
 
 // Blocks of memory and their sizes, grown by reserve only.
@@ -56,27 +63,30 @@ struct room {
     size_t bytes;
 };
 enum room_name {
-    ROOM_NORMS,     // per view: scale * |q|, from the measuring on times the measured spread
+    ROOM_NORMS,     // per view: scale * |q|, times the spread
+    ROOM_STEPS,     // per view: dci_views
+    ROOM_SUMS,      // per view: dci_views
+    ROOM_BASES,     // per view: dci_views
     ROOM_TOP,       // per view: largest score so far
-    ROOM_TOTAL,     // per view: sum of exp(score - top)
-    ROOM_REFERENCE, // per view: estimated log-sum-exp, fixed after the survey
-    ROOM_INVERSE,   // per view: final 1 / (total + rest)
-    ROOM_REST,      // per view: estimated sum of exp(score - top) of what was not opened
-    ROOM_SCRATCH,   // per view: sums of the measurement
-    ROOM_ZEROS,     // per view: dci_views
-    ROOM_STEPS,
-    ROOM_BASES,
-    ROOM_CODES,
-    ROOM_BLOCK,       // one block's scores
-    ROOM_ROWS,        // one block's keys
-    ROOM_SCORES,      // scores of the first blocks
-    ROOM_POSITIONS,   // per entry
-    ROOM_MASSES,      // per entry
-    ROOM_CENTERS,     // estimated scores of the means of the first blocks of pages
-    ROOM_MERITS,      // per slot; SEARCH_TAKEN once it is taken from the queue
-    ROOM_PAGE_MASSES, // per slot, with a coverage target only
-    ROOM_QUEUE,       // one front per block of pages
-    ROOM_BEST,        // the best previews so far, worst on top
+    ROOM_ZEROS,     // per view: 0, the base of the tail
+    ROOM_REFERENCE, // per view: estimated log-sum-exp
+    ROOM_SHIFTS,    // per view: reference of the survey, then exp of it less the final one
+    ROOM_INVERSE,   // per view: 1 / sum of all exp(score - top), over the number of views
+    ROOM_TOPS,      // per view and lane: largest score so far
+    ROOM_LANES,     // per view and lane: sums of exponentials
+    ROOM_SPREADS,   // per view and lane: promised tops, then sums of squared deviations, at last of what was not opened
+    ROOM_UNSEEN,    // per view and lane: largest scores with those that the view does not see; nobody asks for them
+    ROOM_ANCHORS,   // per view and lane: scores of one block's anchors
+    ROOM_BLOCK,     // per view and lane: scores of one block
+    ROOM_CODES,     // per view: codes of the rotated query
+    ROOM_ROTATED,   // per view: the rotated query
+    ROOM_SCORED,    // struct scored, per block
+    ROOM_SCORES,    // scores of the first blocks
+    ROOM_MASSES,    // per block and lane
+    ROOM_CENTERS,   // scores of the first blocks of anchors
+    ROOM_PROMISES,  // expected masses of the first blocks of anchors
+    ROOM_MERITS,    // per slot: hope, then merit
+    ROOM_TO_OPEN,   // slots
     ROOM_CANDIDATES,
     ROOM_SELECTED,
     ROOM_SORTED,
@@ -90,51 +100,74 @@ struct index_search {
     // One search.
     const struct index *index;
     struct index_query query;
+    struct dci_views seen, plain; // the queries as codes see them; without base, as the tail does
     enum search_phase phase;
     uint32_t views, visible, low, high, sinks_end;
-    uint32_t tail_begin, cursor;
-    uint32_t entry_count, scored; // entries lined up, and how many of them are scored
-    uint32_t ends_count;          // entries of sinks and window, padding included
-    uint32_t settled;
+    uint32_t select_max; // tokens or pages
+    uint32_t cursor;
+    uint32_t block_count, ends_blocks;    // scored; those of sinks and window come first
+    uint32_t settled;                     // blocks whose masses are known
+    uint32_t score_blocks, center_blocks; // how many fit
+    uint32_t to_open, rounds;
+    uint64_t opened_tokens; // of the tree
     uint32_t eligible_scored, tokens_scored;
-    uint32_t measured; // tokens of the sample that counted
-    uint32_t pages_opened, pages_max;
-    uint32_t queue_count, best_count, best_room;
-    uint64_t waiting_tokens;          // in what waits
-    uint32_t score_blocks;            // blocks that fit in ROOM_SCORES
-    uint32_t center_blocks;           // and in ROOM_CENTERS
-    struct front ahead[SEARCH_AHEAD]; // a ring: taken from the queue, to be opened next
-    uint32_t ahead_first, ahead_count;
-    double best_sum, ends_preview, scored_preview, waiting_mass;
-    bool begun;
+    uint32_t cell_blocks;
+    double spread_tokens;                     // that have been measured
+    float least, log_least;                   // mass of the worst selected token (page-wise: page) so far, and its log
+    double selected_sum;                      // masses of the best so far, in units of the reference
+    double ends_sum, scored_sum, waiting_sum; // likewise: of sinks and window, of all that is scored, of the rest
+    float highest_hope;
+    const struct index_selected *sorted;
+    bool begun, everything, weighed; // merits and promises are known
+    float weights[SEARCH_BUCKETS];   // a histogram: sum of merits
+    uint32_t counts[SEARCH_BUCKETS];
 };
 
 #define SEARCH_ROOM(search, type, name) ((type *)(search)->rooms[name].block)
 
-// ---- search.c ----
-void dci_search_line_up(struct index_search *search, uint32_t position);
-// Scores of a block of entries: kept ones, else computed into ROOM_BLOCK.
-const float *dci_search_block_scores(struct index_search *search, uint32_t block);
+static inline struct scored *dci_scored(const struct index_search *search, uint32_t block)
+{
+    return SEARCH_ROOM(search, struct scored, ROOM_SCORED) + block;
+}
+static inline bool dci_search_is_kept(const struct index_search *search, uint32_t block)
+{
+    return block < search->score_blocks;
+}
 
-// ---- rank.c ----
-// Estimates are made from the sketches of pages and the measured spread.
-void dci_rank_encode(struct index_search *search, uint32_t view); // with a tree only
-void dci_rank_center(struct index_search *search, uint32_t block);
-void dci_rank_measure(struct index_search *search, uint32_t sample); // one token of the sample
-void dci_rank_fix_spread(struct index_search *search);
+// ---- search.c ----
+void dci_search_begin_totals(struct index_search *search);
+
+// ---- open.c: scoring ----
+// Adds blocks of neighbours first .. end-1 of head or tail, and scores them.
+void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t end);
+void dci_open_one(struct index_search *search, uint32_t position); // a token of sinks or window
+// Opens number `at` of the cells that are lined up. Returns blocks scored.
+uint32_t dci_open_cell(struct index_search *search, uint32_t at);
+// Scores of a block: kept ones, else computed into ROOM_BLOCK.
+float *dci_block_scores(struct index_search *search, uint32_t block);
+uint32_t dci_scored_position(const struct index_search *search, const struct scored *scored, uint32_t lane);
+struct index_place dci_scored_place(const struct index_search *search, const struct scored *scored, uint32_t lane);
+// Scores of the anchors of a block of cells.
+const float *dci_block_centers(struct index_search *search, uint32_t block);
+
+// ---- rank.c: which cells ----
+void dci_rank_centers(struct index_search *search, uint32_t block);
+void dci_rank_begin_survey(struct index_search *search);
 void dci_rank_survey(struct index_search *search, uint32_t block);
 void dci_rank_fix_reference(struct index_search *search);
-void dci_rank_push(struct index_search *search, uint32_t block);
-void dci_rank_look_ahead(struct index_search *search);         // fills the ring from the queue
-const struct page *dci_rank_take(struct index_search *search); // the next page of the ring
-void dci_rank_give_back(struct index_search *search);          // what the ring holds waits again
+void dci_rank_hopes(struct index_search *search, uint32_t block);
+void dci_rank_open_best(struct index_search *search); // by hope
+void dci_rank_begin_weighing(struct index_search *search);
+void dci_rank_weigh(struct index_search *search, uint32_t block);
+void dci_rank_fix_weights(struct index_search *search);
+void dci_rank_merits(struct index_search *search, uint32_t block);
+bool dci_rank_pick(struct index_search *search); // lines up the cells worth opening; false: none
 void dci_rank_rest(struct index_search *search, uint32_t block);
-void dci_rank_offer(struct index_search *search, float preview); // to the running best
-float dci_rank_waiting_share(const struct index_search *search);
-bool dci_rank_is_enough(const struct index_search *search); // nothing that waits is worth opening
+uint32_t dci_bucket(float positive);
 
 // ---- select.c ----
-void dci_search_settle(struct index_search *search, uint32_t block);
+void dci_search_totals(struct index_search *search, uint32_t block);
 void dci_search_fix_inverse(struct index_search *search);
+void dci_search_masses(struct index_search *search, uint32_t block);
 
 #endif

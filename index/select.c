@@ -1,44 +1,78 @@
 // The end of a search: masses from scores, and the best tokens or pages.
 //
-// The mass of a token is the mean over the views of exp(score - log-sum-exp). The best are found by a selection, ties
-// by the lower position; only what is handed out is sorted. Thread ownership: that of the search context. No
-// allocation.
+// The mass of a token is the mean over the views of exp(score - log-sum-exp). The best are found by a histogram and a
+// selection among those at its edge, ties by the lower position; only what is handed out is sorted. Thread ownership:
+// that of the search context. No allocation.
 #include "index/search.h"
 
 #include <string.h>
 
+#define RUN 8u // sorted by insertion
+
+static void take_exponentials(struct index_search *search, float *scores, float *totals)
+{
+    search->index->kernel->exp16(scores, search->views, SEARCH_ROOM(search, float, ROOM_TOP), totals);
+}
+
+// Kept scores become exponentials; others are left to be computed again.
+void dci_search_totals(struct index_search *search, uint32_t block)
+{
+    take_exponentials(search, dci_block_scores(search, block), SEARCH_ROOM(search, float, ROOM_LANES));
+}
+
+void dci_search_masses(struct index_search *search, uint32_t block)
+{
+    float *scores = dci_block_scores(search, block);
+    if (!dci_search_is_kept(search, block)) {
+        take_exponentials(search, scores, SEARCH_ROOM(search, float, ROOM_LANES)); // whose sums nobody needs any more
+    }
+    search->index->kernel->mix16(scores, search->views, SEARCH_ROOM(search, float, ROOM_INVERSE),
+                                 SEARCH_ROOM(search, float, ROOM_MASSES) + (size_t)block * DCI_LANES);
+    search->settled = block + 1;
+}
+
+// What was not opened holds tokens of sinks and window too, and tokens behind the query: the share that counts.
+static float waiting_share(const struct index_search *search)
+{
+    const uint64_t waiting = search->index->tokens - search->opened_tokens;
+    const uint64_t left = search->visible > search->tokens_scored ? search->visible - search->tokens_scored : 0;
+    return left < waiting ? (float)left / (float)waiting : 1.0f;
+}
+
 void dci_search_fix_inverse(struct index_search *search)
 {
-    const float *total = SEARCH_ROOM(search, float, ROOM_TOTAL), *rest = SEARCH_ROOM(search, float, ROOM_REST);
+    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rest = SEARCH_ROOM(search, float, ROOM_SPREADS);
+    const float *top = SEARCH_ROOM(search, float, ROOM_TOP), *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
     float *inverse = SEARCH_ROOM(search, float, ROOM_INVERSE);
-    const float share = dci_rank_waiting_share(search);
+    const float share = waiting_share(search);
     for (uint32_t v = 0; v < search->views; v++) {
-        const float sum = total[v] + share * rest[v];
+        // What was not opened was estimated against the reference, which is not below the top by more than exp can say.
+        const float scale = search->weighed ? share * dci_exp(reference[v] - top[v]) : 0.0f;
+        const float sum =
+            dci_sum_lanes(lanes + (size_t)v * DCI_LANES) + scale * dci_sum_lanes(rest + (size_t)v * DCI_LANES);
         inverse[v] = sum > 0.0f ? 1.0f / (sum * (float)search->views) : 0.0f;
     }
 }
 
-void dci_search_settle(struct index_search *search, uint32_t block)
-{
-    const float *scores = dci_search_block_scores(search, block);
-    search->index->kernel->weigh16(scores, search->views, SEARCH_ROOM(search, float, ROOM_TOP),
-                                   SEARCH_ROOM(search, float, ROOM_INVERSE),
-                                   SEARCH_ROOM(search, float, ROOM_MASSES) + (size_t)block * DCI_LANES);
-    search->settled = block + 1;
-}
-
-// A search that was cut short: masses over what was scored, of the blocks whose scores are at hand.
+// A search that was cut short: masses over what was scored, of the blocks whose scores are at hand. Before the totals
+// were complete, some scores may be exponentials already: these are left as they are.
 static void settle_partial(struct index_search *search)
 {
-    if (search->phase < SEARCH_SETTLE) {
-        float *rest = SEARCH_ROOM(search, float, ROOM_REST);
-        memset(rest, 0, search->views * sizeof rest[0]);
+    const uint32_t done = search->phase == SEARCH_TOTALS ? search->cursor : 0;
+    uint32_t blocks = search->block_count;
+    blocks = blocks < search->score_blocks ? blocks : search->score_blocks;
+    if (search->phase < SEARCH_TOTALS) {
+        dci_search_begin_totals(search);
+    }
+    for (uint32_t block = done; search->phase <= SEARCH_TOTALS && block < blocks; block++) {
+        dci_search_totals(search, block);
+    }
+    if (search->phase < SEARCH_MASSES) {
+        search->weighed = false; // what was not opened is left out
         dci_search_fix_inverse(search);
     }
-    uint32_t blocks = search->scored / DCI_LANES;
-    blocks = blocks < search->score_blocks ? blocks : search->score_blocks;
     while (search->settled < blocks) {
-        dci_search_settle(search, search->settled);
+        dci_search_masses(search, search->settled);
     }
 }
 
@@ -103,38 +137,98 @@ static void sort_best_first(struct candidate *items, uint32_t n)
     }
 }
 
-static uint32_t page_of(const struct index *index, uint32_t position)
+static bool is_eligible(const struct index_search *search, const struct scored *scored, uint32_t position)
 {
-    return dci_token(index, position)->page[index->column];
+    return position >= search->low && position < search->high &&
+           (scored->cell != TREE_NONE || *dci_place(search->index, position) != TREE_NONE);
 }
 
-// Candidates from the settled entries: tokens, or page-wise one per run of entries of a page.
-static uint32_t collect(struct index_search *search)
+// A mass that is certainly reached by as many tokens as are to be selected: the one that was, when tokens were weighed
+// last, in the final units.
+static float known_floor(const struct index_search *search)
 {
-    const struct index *index = search->index;
-    const uint32_t *positions = SEARCH_ROOM(search, uint32_t, ROOM_POSITIONS);
+    const float *top = SEARCH_ROOM(search, float, ROOM_TOP), *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
+    const float *inverse = SEARCH_ROOM(search, float, ROOM_INVERSE);
+    float least = 0.0f;
+    for (uint32_t v = 0; v < search->views; v++) {
+        const float unit = dci_exp(reference[v] - top[v]) * inverse[v];
+        least = v == 0 || unit < least ? unit : least;
+    }
+    const float rounding = 0.99f;
+    return search->weighed && search->phase == SEARCH_DONE ? rounding * least * search->least : 0.0f;
+}
+
+// Histogram of the masses of tokens, to find which can be among the best `count`: all in buckets from the result on.
+static uint32_t bound_of_best(struct index_search *search, uint32_t begin, uint32_t end, uint32_t count)
+{
+    const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
+    const float floor = known_floor(search);
+    memset(search->counts, 0, sizeof search->counts);
+    for (uint32_t block = begin; block < end; block++) {
+        const float *mass = masses + (size_t)block * DCI_LANES;
+        uint32_t lanes = search->index->kernel->above16(mass, floor);
+        for (; lanes != 0; lanes &= lanes - 1) {
+            search->counts[dci_bucket(mass[__builtin_ctz(lanes)])]++;
+        }
+    }
+    uint32_t bound = SEARCH_BUCKETS;
+    for (uint32_t sum = 0; bound > 0 && sum < count;) {
+        sum += search->counts[--bound];
+    }
+    return bound;
+}
+
+// Candidates from settled blocks: tokens.
+static uint32_t collect_tokens(struct index_search *search, uint32_t begin, uint32_t end)
+{
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
     struct candidate *candidates = SEARCH_ROOM(search, struct candidate, ROOM_CANDIDATES);
-    const uint32_t begin = search->phase == SEARCH_ENDS ? search->entry_count : search->ends_count;
-    const uint32_t end = search->settled * DCI_LANES;
-    uint32_t count = 0, page = TREE_NONE;
-    for (uint32_t e = begin; e < end; e++) {
-        const uint32_t position = positions[e];
-        if (position == TREE_NONE) {
-            continue;
+    const uint32_t bits = bound_of_best(search, begin, end, search->select_max) << SEARCH_BUCKET_SHIFT;
+    float least;
+    uint32_t count = 0;
+    memcpy(&least, &bits, sizeof least);
+    for (uint32_t block = begin; block < end; block++) {
+        const float *mass = masses + (size_t)block * DCI_LANES;
+        uint32_t lanes = search->index->kernel->above16(mass, least);
+        const struct scored *scored = dci_scored(search, block);
+        for (; lanes != 0; lanes &= lanes - 1) {
+            const uint32_t lane = (uint32_t)__builtin_ctz(lanes);
+            const uint32_t position = dci_scored_position(search, scored, lane);
+            if (is_eligible(search, scored, position)) {
+                candidates[count++] = (struct candidate){mass[lane], position, block, lane};
+            }
         }
-        if (!search->query.page_wise) {
-            candidates[count++] = (struct candidate){masses[e], position, e};
-            continue;
+    }
+    return count;
+}
+
+static uint32_t page_at(const struct index_search *search, uint32_t block, uint32_t lane)
+{
+    return dci_scored_place(search, dci_scored(search, block), lane).page;
+}
+
+// The same: one per page, of consecutive lanes.
+static uint32_t collect_pages(struct index_search *search, uint32_t begin, uint32_t end)
+{
+    const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
+    struct candidate *candidates = SEARCH_ROOM(search, struct candidate, ROOM_CANDIDATES);
+    uint32_t count = 0;
+    for (uint32_t block = begin; block < end; block++) {
+        const struct scored *scored = dci_scored(search, block);
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            const uint32_t position = dci_scored_position(search, scored, lane);
+            if (!is_eligible(search, scored, position)) {
+                continue;
+            }
+            const float mass = masses[(size_t)block * DCI_LANES + lane];
+            struct candidate *last = &candidates[count == 0 ? 0 : count - 1];
+            if (count > 0 && page_at(search, last->block, last->lane) == page_at(search, block, lane)) {
+                last->mass += mass;
+                last->position = position < last->position ? position : last->position;
+            } else {
+                candidates[count++] = (struct candidate){mass, position, block, lane};
+            }
         }
-        if (page_of(index, position) == page) {
-            struct candidate *last = &candidates[count - 1];
-            last->mass += masses[e];
-            last->position = position < last->position ? position : last->position;
-            continue;
-        }
-        page = page_of(index, position);
-        candidates[count++] = (struct candidate){masses[e], position, e};
     }
     return count;
 }
@@ -156,57 +250,79 @@ static uint32_t trim_to_coverage(const struct index_search *search, struct candi
     return needed;
 }
 
+static void emit_lane(struct index_search *search, uint32_t block, uint32_t lane, uint32_t *emitted)
+{
+    const struct scored *scored = dci_scored(search, block);
+    SEARCH_ROOM(search, struct index_selected, ROOM_SELECTED)
+    [(*emitted)++] = (struct index_selected){
+        dci_scored_position(search, scored, lane),
+        SEARCH_ROOM(search, float, ROOM_MASSES)[(size_t)block * DCI_LANES + lane],
+        dci_scored_place(search, scored, lane),
+    };
+}
+
+// All of a page's tokens, from its first candidate on.
+static void emit_page(struct index_search *search, const struct candidate *first, uint32_t *emitted)
+{
+    const uint32_t page = page_at(search, first->block, first->lane);
+    for (uint32_t block = first->block; block < search->settled; block++) {
+        const struct scored *scored = dci_scored(search, block);
+        const uint32_t step = search->index->page_tokens;
+        if (scored->cell != TREE_NONE ? scored->page != page : scored->place / step > first->position / step) {
+            break;
+        }
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            if (is_eligible(search, scored, dci_scored_position(search, scored, lane)) &&
+                page_at(search, block, lane) == page) {
+                emit_lane(search, block, lane, emitted);
+            }
+        }
+    }
+}
+
 static uint32_t emit(struct index_search *search, const struct candidate *candidates, uint32_t count)
 {
-    const struct index *index = search->index;
-    const uint32_t *positions = SEARCH_ROOM(search, uint32_t, ROOM_POSITIONS);
-    const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
-    struct index_selected *out = SEARCH_ROOM(search, struct index_selected, ROOM_SELECTED);
-    const uint32_t end = search->settled * DCI_LANES;
     uint32_t emitted = 0;
     for (uint32_t i = 0; i < count; i++) {
-        __builtin_prefetch(dci_token(index, positions[candidates[i].entry]));
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        const uint32_t page = page_of(index, positions[candidates[i].entry]);
-        for (uint32_t e = candidates[i].entry; e < end; e++) {
-            const uint32_t position = positions[e];
-            if (position == TREE_NONE || page_of(index, position) != page) {
-                if (position != TREE_NONE) {
-                    break;
-                }
-                continue;
-            }
-            const struct token *token = dci_token(index, position);
-            out[emitted++] = (struct index_selected){position, masses[e], {page, token->row[index->column]}};
-            if (!search->query.page_wise) {
-                break;
-            }
+        if (search->query.page_wise) {
+            emit_page(search, &candidates[i], &emitted);
+        } else {
+            emit_lane(search, candidates[i].block, candidates[i].lane, &emitted);
         }
     }
     return emitted;
 }
 
-// By position: radix sort over its three bytes.
+// By position: runs sorted by insertion, then merged.
 static void sort_by_position(struct index_search *search, uint32_t n)
 {
     struct index_selected *from = SEARCH_ROOM(search, struct index_selected, ROOM_SELECTED);
     struct index_selected *to = SEARCH_ROOM(search, struct index_selected, ROOM_SORTED);
-    for (uint32_t shift = 0; shift < 32; shift += 8) { // an even number of passes ends where it began
-        uint32_t starts[257] = {0};
-        for (uint32_t i = 0; i < n; i++) {
-            starts[((from[i].position >> shift) & 0xffu) + 1]++;
+    for (uint32_t low = 0; low < n; low += RUN) {
+        const uint32_t high = low + RUN < n ? low + RUN : n;
+        for (uint32_t i = low + 1; i < high; i++) {
+            const struct index_selected moving = from[i];
+            uint32_t at = i;
+            for (; at > low && from[at - 1].position > moving.position; at--) {
+                from[at] = from[at - 1];
+            }
+            from[at] = moving;
         }
-        for (uint32_t b = 0; b < 256; b++) {
-            starts[b + 1] += starts[b];
-        }
-        for (uint32_t i = 0; i < n; i++) {
-            to[starts[(from[i].position >> shift) & 0xffu]++] = from[i];
+    }
+    for (uint32_t width = RUN; width < n; width *= 2) {
+        for (uint32_t low = 0; low < n; low += 2 * width) {
+            const uint32_t middle = low + width < n ? low + width : n, high = low + 2 * width < n ? low + 2 * width : n;
+            uint32_t a = low, b = middle;
+            for (uint32_t i = low; i < high; i++) {
+                const bool left = b == high || (a < middle && from[a].position <= from[b].position);
+                to[i] = left ? from[a++] : from[b++];
+            }
         }
         struct index_selected *swapped = from;
         from = to;
         to = swapped;
     }
+    search->sorted = from;
 }
 
 void index_search_finish(struct index_search *search, struct index_selection *selection,
@@ -218,21 +334,22 @@ void index_search_finish(struct index_search *search, struct index_selection *se
     if (selection->partial) {
         settle_partial(search);
     }
+    const uint32_t begin = search->phase == SEARCH_ENDS ? search->block_count : search->ends_blocks;
+    const uint32_t ends = begin < search->settled ? begin : search->settled;
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
-    const uint32_t settled = search->settled * DCI_LANES;
-    const uint32_t ends = search->phase == SEARCH_ENDS ? settled : search->ends_count;
     double ends_mass = 0.0, selected_mass = 0.0;
-    for (uint32_t e = 0; e < ends && e < settled; e++) {
-        ends_mass += (double)masses[e];
+    for (size_t i = 0; i < (size_t)ends * DCI_LANES; i++) {
+        ends_mass += (double)masses[i];
     }
     struct candidate *candidates = SEARCH_ROOM(search, struct candidate, ROOM_CANDIDATES);
-    const uint32_t found = collect(search);
-    uint32_t count = found < search->best_room ? found : search->best_room;
+    const uint32_t found = search->query.page_wise ? collect_pages(search, ends, search->settled)
+                                                   : collect_tokens(search, ends, search->settled);
+    uint32_t count = found < search->select_max ? found : search->select_max;
     select_best(candidates, found, count);
     count = trim_to_coverage(search, candidates, count, (float)ends_mass);
     count = emit(search, candidates, count);
     sort_by_position(search, count);
-    struct index_selected *selected = SEARCH_ROOM(search, struct index_selected, ROOM_SELECTED);
+    const struct index_selected *selected = search->sorted;
     for (uint32_t i = 0; i < count; i++) {
         selected_mass += (double)selected[i].mass;
     }

@@ -99,6 +99,56 @@ void dci_store_trim(struct dci_store *store, struct dci_memory *memory, uint64_t
     }
 }
 
+void dci_store_forget(struct dci_store *store, struct dci_memory *memory, uint64_t first, uint64_t end)
+{
+    const uint64_t chunk = 1u << store->shift;
+    const uint64_t last = end >> store->shift;
+    for (uint64_t c = (first + chunk - 1) >> store->shift; c < last && c < store->chunk_count; c++) {
+        dci_memory_release(memory, store->chunks[c], chunk_bytes(store));
+        store->chunks[c] = NULL;
+    }
+}
+
+void dci_slab_init(struct dci_slab *slab, size_t stride, uint32_t shift)
+{
+    *slab = (struct dci_slab){.free = UINT32_MAX};
+    dci_store_init(&slab->store, stride, shift);
+}
+
+void dci_slab_fini(struct dci_slab *slab, struct dci_memory *memory)
+{
+    dci_store_fini(&slab->store, memory);
+    slab->bound = slab->used = 0;
+    slab->free = UINT32_MAX;
+}
+
+bool dci_slab_reserve(struct dci_slab *slab, struct dci_memory *memory, uint32_t n)
+{
+    return dci_store_reserve(&slab->store, memory, (uint64_t)slab->used + n);
+}
+
+bool dci_slab_acquire(struct dci_slab *slab, struct dci_memory *memory, uint32_t *out)
+{
+    if (slab->free != UINT32_MAX) {
+        *out = slab->free;
+        memcpy(&slab->free, dci_slab_at(slab, *out), sizeof slab->free);
+    } else {
+        if (!dci_store_reserve(&slab->store, memory, (uint64_t)slab->bound + 1)) {
+            return false;
+        }
+        *out = slab->bound++;
+    }
+    slab->used++;
+    return true;
+}
+
+void dci_slab_release(struct dci_slab *slab, uint32_t id)
+{
+    memcpy(dci_slab_at(slab, id), &slab->free, sizeof slab->free);
+    slab->free = id;
+    slab->used--;
+}
+
 bool dci_list_reserve(struct dci_list *list, struct dci_memory *memory, uint32_t room)
 {
     if (room <= list->room) {

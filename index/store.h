@@ -28,10 +28,32 @@ INDEX_MUST_CHECK bool dci_store_reserve(struct dci_store *store, struct dci_memo
 // Gives back the chunks that `count` elements do not need.
 void dci_store_trim(struct dci_store *store, struct dci_memory *memory, uint64_t count);
 
+// Gives back the chunks that hold nothing but elements first .. end-1; nobody may look at these elements any more.
+void dci_store_forget(struct dci_store *store, struct dci_memory *memory, uint64_t first, uint64_t end);
+
 static inline void *dci_store_at(const struct dci_store *store, uint32_t element)
 {
     const uint32_t mask = (1u << store->shift) - 1;
     return store->chunks[element >> store->shift] + (element & mask) * store->stride;
+}
+
+// A store of elements that are acquired and released one by one, the last released first.
+struct dci_slab {
+    struct dci_store store;
+    uint32_t bound, free; // ids below bound have been in use; the first free one (its next is in its first bytes)
+    uint32_t used;
+};
+
+void dci_slab_init(struct dci_slab *slab, size_t stride, uint32_t shift);
+void dci_slab_fini(struct dci_slab *slab, struct dci_memory *memory);
+// Room for n more elements: acquiring them will not fail.
+INDEX_MUST_CHECK bool dci_slab_reserve(struct dci_slab *slab, struct dci_memory *memory, uint32_t n);
+INDEX_MUST_CHECK bool dci_slab_acquire(struct dci_slab *slab, struct dci_memory *memory, uint32_t *out);
+void dci_slab_release(struct dci_slab *slab, uint32_t id);
+
+static inline void *dci_slab_at(const struct dci_slab *slab, uint32_t id)
+{
+    return dci_store_at(&slab->store, id);
 }
 
 // A growing list of numbers.

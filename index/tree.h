@@ -1,107 +1,79 @@
 // What an index consists of. Private to index/.
 //
-// Tokens are stored by position: their key row, and where their K and V row lies. Pages are stored by page id; a page
-// is free, open (a block of the unindexed tail), planned (named by a plan that is not committed) or a leaf (tokens of
-// one cell). A node of level l >= 1 is a token promoted to that level; the b-th node of a level is the b-th promoted
-// token, so that a node's number gives its token's position and back without a table. A level-1 node's children are the
-// pages of its cell, a higher node's children are nodes of the level below.
+// Nodes of all levels are alike: at most `node_max` entries, each with an anchor. A node of level 1, a cell, has tokens
+// as entries, in pages; a node above has nodes of the level below as entries, in blocks of 16. The anchor of a cell is
+// fixed when the cell is made, because its tokens are coded against it; that of a higher node is free to change. All
+// keys and anchors inside the tree are rotated (dci_rotate), which keeps inner products and distances.
+//
+// Ids of nodes, blocks and runs are a function of the keys, as the tree is; ids of pages are not.
 #ifndef ICECACHE_INDEX_TREE_H
 #define ICECACHE_INDEX_TREE_H
 
 #include "index/kernel.h"
-#include "index/sketch.h"
 #include "index/store.h"
 
 #include <assert.h>
 
 #define TREE_NONE       UINT32_MAX
 #define TREE_LEVELS_MAX 16u  // of index_shape
-#define TREE_TOP_MIN    8u   // a level exists when it has at least this many nodes at the boundary
-#define TREE_EXACT_MAX  256u // levels up to this size are compared with exhaustively
-#define TREE_BEAM       8u   // nodes kept per level where they are not
+#define TREE_NODE_MAX   128u // entries of a node at most
+#define TREE_PARTS_MAX  8u   // pages or blocks of a node
+#define TREE_BEAM       4u   // nodes kept per level on the way down to a token's cell
 
-// Squared norms above this are refused: sums and differences of a few of them must stay finite.
-#define TREE_NORM2_MAX (0x1p125f)
-
-struct token {
-    float norm2;
-    uint32_t page[2]; // two columns: a bulk build fills the one that is not in use
-    uint8_t row[2];
-};
+// Squared norms above this are refused: sums and products of a few of them with steps must stay finite.
+#define TREE_NORM2_MAX (0x1p120f)
 
 enum page_state { PAGE_FREE = 0, PAGE_OPEN, PAGE_PLANNED, PAGE_LEAF };
 
 struct page {
-    uint32_t owner; // leaf: node of level 1; open: position of row 0
-    uint32_t next;  // leaf: next page of the cell; free: next free page
-    uint32_t rows;  // leaf: rows in use
-    uint32_t slot;  // leaf: of its sketch
-    uint32_t draft; // 1 + its draft in the running insertion; 0: none
-    float radius;   // leaf: root mean square distance of the keys from their mean
-    float farthest; // leaf: the largest of these distances
-    enum page_state state;
-    uint32_t tokens[]; // page_tokens positions, TREE_NONE where not in use; behind them the mean key
+    uint32_t owner; // leaf: its cell; open: position of row 0; free: next free page
+    uint16_t rows;  // leaf: in use
+    uint8_t part;   // leaf: which page of its cell
+    uint8_t state;
 };
 
 struct node {
-    uint32_t token;  // position
-    uint32_t parent; // node of the level above; TREE_NONE at the top
-    uint32_t first;  // first child
-    uint32_t next;   // next child of the parent
-    uint32_t weight; // tokens below
-    bool marked;     // its summary is to be recomputed
-    float norm2;     // of the token's key
-    float vectors[]; // the token's key, then the mean of the keys below
+    uint32_t parent, lane; // which entry of which node this is; the root has no parent
+    uint32_t level;        // 1: a cell
+    uint32_t count;        // entries
+    uint32_t part_count;
+    float spread2;                  // cells: sum of the squared norms of the tokens' codes
+    uint32_t run, run_parts;        // cells: where the codes of all its pages lie in one piece, and room for how many
+    uint32_t parts[TREE_PARTS_MAX]; // cells: pages; else blocks
 };
 
-struct level {
-    struct dci_store nodes;
-    uint32_t count;
+// A node's anchor and what its parent says of it.
+struct entry {
+    float step, norm2, unit, far, rows;
+    uint32_t child;
+    int8_t codes[INDEX_HEAD_DIM_MAX];
 };
 
-// The tree over positions 0 .. tokens-1.
-struct tree {
-    uint32_t top;                             // highest level
-    uint32_t tokens, pages;                   // indexed tokens, leaf pages
-    uint32_t bulk_tokens;                     // tokens at the last bulk build
-    float norm2_max;                          // c^2 of T_K: the largest squared norm in the tree
-    uint64_t digest;                          // of every decision taken since the last bulk build, and of that build
-    struct level levels[TREE_LEVELS_MAX + 1]; // 0 is not used
-    struct dci_store sketches;                // blocks of 16 leaf pages
-    float base[INDEX_HEAD_DIM_MAX];           // what their codes are relative to
-};
+struct batch;
 
-enum build_kind { BUILD_NONE = 0, BUILD_BULK, BUILD_INSERT };
-enum build_stage { STAGE_RUNNING = 0, STAGE_PLANNED, STAGE_DROPPED };
-
-struct bulk;
-struct insert;
-
-// The running build. A plan's arrays belong to it.
-struct build {
-    enum build_kind kind;
-    enum build_stage stage;
-    struct bulk *bulk;
-    struct insert *insert;
-    struct index_move *moves;
-    uint32_t move_count, move_room;
-    struct dci_list new_pages, released_pages;
-};
+enum build_stage { STAGE_NONE = 0, STAGE_RUNNING, STAGE_ROWS, STAGE_PLANNED, STAGE_DROPPED };
 
 struct index {
     struct dci_memory memory;
     const struct dci_kernel *kernel;
     uint32_t head_dim, page_tokens;
+    uint32_t page_blocks;                    // blocks of 16 rows of a page
+    uint32_t row_shift;                      // bits of a row in a place
+    uint32_t cell_max, cell_parts, node_max; // tokens and pages of a cell, entries of a node above
+    uint32_t head;                           // tokens at the beginning that are never clustered
     enum index_dtype dtype;
-    uint32_t fanout; // 1 / r, rounded
+    enum index_policy policy;
     uint64_t seed;
-    size_t row_bytes, page_mean_offset;
+    size_t row_bytes, rows_stride; // of a key; of 16 rows in a run
     float inverse_root_dim;
+    float signs[2][INDEX_HEAD_DIM_MAX]; // of the rotation
 
-    // Grows with appends.
-    struct dci_store keys, tokens;
-    uint32_t length;   // committed
-    uint32_t prepared; // tokens behind length that an append has prepared
+    // Changes with appends.
+    struct dci_store keys;   // rows of head and tail, by position
+    struct dci_store tail;   // the same in 8 bits: blocks of 16 neighbours, without base
+    struct dci_store places; // of all tokens: page << row_shift | row, TREE_NONE when erased
+    uint32_t length;         // committed
+    uint32_t prepared;       // tokens behind length that an append has prepared
     bool preparing;
     float norm2_max, prepared_norm2_max;
 
@@ -109,10 +81,20 @@ struct index {
     struct dci_store pages;
     uint32_t page_bound, free_page;
 
-    // Changes with commits of plans.
-    uint32_t column; // the column of tokens that holds the places
-    struct tree *tree;
-    struct build build;
+    // Changes with commits of plans, and with truncation.
+    uint32_t indexed;            // tokens clustered
+    uint32_t tokens, leaf_pages; // in the tree
+    uint32_t root;
+    uint64_t digest;                // of every decision taken
+    float tree_norm2_max;           // c^2 of T_K
+    bool ragged;                    // a truncation may have left cells worth mending
+    float base[INDEX_HEAD_DIM_MAX]; // what anchors are coded relative to; rotated
+    struct dci_slab nodes, cell_blocks, node_blocks;
+    struct dci_slab runs[TREE_PARTS_MAX]; // by pages, less one
+
+    // The running build. A plan's arrays belong to it.
+    enum build_stage stage;
+    struct batch *batch;
 };
 
 #define DCI_UNIT_ELEMENTS 128u // multiply-adds of a work unit: one key against one query at head_dim 128
@@ -128,118 +110,115 @@ static inline void dci_work_spend(struct dci_work *work, const struct index *ind
 }
 
 // ---- keys.c ----
-static inline struct token *dci_token(const struct index *index, uint32_t position)
-{
-    return dci_store_at(&index->tokens, position);
-}
-void dci_key_widen(const struct index *index, uint32_t position, float *out /* head_dim */);
-// T_K and T_Q of the paper (section 3.1): out has head_dim + 1 elements. norm_max is c.
-void dci_transform_key(const float *key, uint32_t head_dim, float norm_max, float *out);
-void dci_transform_query(const float *query, uint32_t head_dim, float *out);
-// c^2 times the inner product of T_K(a) and T_K(b): the larger, the nearer in the space of T_K.
-float dci_affinity(float dot, float slack_a, float slack_b);
-float dci_slack(float norm2, float norm2_max); // sqrt(c^2 - |k|^2)
-uint64_t dci_mix(uint64_t x);                  // splitmix64's finaliser
+void dci_rotation_init(struct index *index);
+void dci_rotate(const struct index *index, float *x);                         // in place
+void dci_key_widen(const struct index *index, uint32_t position, float *out); // of head and tail, not rotated
+uint64_t dci_mix(uint64_t x);                                                 // splitmix64's finaliser
 
 // ---- pages.c ----
 static inline struct page *dci_page(const struct index *index, uint32_t page)
 {
     return dci_store_at(&index->pages, page);
 }
-static inline float *dci_page_mean(const struct index *index, struct page *page)
+static inline uint32_t *dci_place(const struct index *index, uint32_t position)
 {
-    return (float *)(void *)((unsigned char *)page + index->page_mean_offset);
+    return dci_store_at(&index->places, position);
 }
+struct index_place dci_place_of(const struct index *index, uint32_t position);
+void dci_place_set(struct index *index, uint32_t position, uint32_t page, uint32_t row);
 INDEX_MUST_CHECK bool dci_page_acquire(struct index *index, enum page_state state, uint32_t *out);
 void dci_page_release(struct index *index, uint32_t page);
-// Mean key of n positions, root mean square and largest distance from it; TREE_NONE entries are skipped. Returns how
-// many were counted.
-uint32_t dci_keys_summary(const struct index *index, const uint32_t *positions, uint32_t n, float *mean, float *radius,
-                          float *farthest);
-
-// ---- tree.c ----
-static inline struct node *dci_node(const struct tree *tree, uint32_t level, uint32_t node)
+static inline struct dci_block *dci_tail_block(const struct index *index, uint32_t position)
 {
-    return dci_store_at(&tree->levels[level].nodes, node);
+    return dci_store_at(&index->tail, position / DCI_LANES);
 }
-static inline float *dci_node_mean(const struct index *index, struct node *node)
+void dci_tail_forget(struct index *index);                // what is clustered; the first chunk stays
+void dci_tail_trim(struct index *index, uint32_t length); // what lies behind
+// The first position whose open page is that of `position`.
+uint32_t dci_open_begin(const struct index *index, uint32_t position);
+
+// ---- node.c ----
+static inline struct node *dci_node(const struct index *index, uint32_t node)
 {
-    return node->vectors + index->head_dim;
+    return dci_slab_at(&index->nodes, node);
 }
-// Promotion: how many of the first n tokens are nodes of a level, and which token is its b-th node.
-uint32_t dci_level_count(const struct index *index, uint32_t level, uint32_t n);
-uint32_t dci_level_token(const struct index *index, uint32_t level, uint32_t node);
-// If a node (level 0: a token) is promoted to the level above: its number there, else TREE_NONE.
-uint32_t dci_level_promoted(const struct index *index, uint32_t level, uint32_t node);
-uint32_t dci_level_top(const struct index *index, uint32_t n); // highest level of a tree built over n tokens
+static inline struct dci_block *dci_block(const struct index *index, uint32_t level, uint32_t block)
+{
+    return dci_slab_at(level == 2 ? &index->cell_blocks : &index->node_blocks, block);
+}
+// Block `number` of 16 rows of a cell's run; each page has page_blocks of them.
+static inline struct dci_rows *dci_rows(const struct index *index, const struct node *cell, uint32_t number)
+{
+    return (struct dci_rows *)(void *)((unsigned char *)dci_slab_at(&index->runs[cell->run_parts - 1], cell->run) +
+                                       number * index->rows_stride);
+}
+// The block that holds a row of one of a cell's pages.
+static inline struct dci_rows *dci_rows_of(const struct index *index, const struct node *cell, uint32_t part,
+                                           uint32_t row)
+{
+    return dci_rows(index, cell, part * index->page_blocks + row / DCI_LANES);
+}
+static inline struct dci_block *dci_node_block(const struct index *index, const struct node *node, uint32_t lane)
+{
+    return dci_block(index, node->level, node->parts[lane / DCI_LANES]);
+}
+float dci_code_spread2(const struct index *index, const struct dci_rows *rows, uint32_t lane); // of one row's code
+void dci_rows_clear(const struct index *index, const struct node *cell, uint32_t part);        // no row in use
+void dci_block_clear(const struct index *index, struct dci_block *block);                      // no lane in use
+void dci_block_write(const struct index *index, struct dci_block *block, uint32_t lane, const struct entry *entry);
+// Codes an anchor: fills codes, step and norm2.
+void dci_entry_code(const struct index *index, const float *anchor, struct entry *entry);
+// What a coded anchor stands for, base included.
+void dci_entry_anchor(const struct index *index, const struct entry *entry, float *anchor);
+void dci_entry_read(const struct index *index, const struct node *parent, uint32_t lane, struct entry *entry);
+void dci_entry_write(const struct index *index, const struct node *parent, uint32_t lane, const struct entry *entry);
+// A cell's unit and rows from its count and spread.
+void dci_cell_summarise(const struct index *index, const struct node *cell, struct entry *entry);
+// Room for n more nodes of each kind, so that hanging n entries into the tree cannot fail.
+INDEX_MUST_CHECK bool dci_nodes_reserve(struct index *index, uint32_t n);
+// Hangs an entry under a node of the level above its child's, dividing it when full. scratch: (node_max + 1) *
+// head_dim.
+void dci_node_add(struct index *index, uint32_t parent, const struct entry *entry, float *scratch);
+void dci_node_release(struct index *index, uint32_t node);
+void dci_node_remove(struct index *index, uint32_t node); // takes a node without entries out of the tree
+void dci_root_create(struct index *index, const struct entry *entry);
 
-INDEX_MUST_CHECK struct tree *dci_tree_create(struct index *index, uint32_t n);
-void dci_tree_destroy(struct index *index, struct tree *tree); // accepts NULL
-// Writes a node that has no parent and no children yet; room for it must be reserved.
-void dci_node_init(const struct index *index, struct tree *tree, uint32_t level, uint32_t node);
-void dci_node_link(struct tree *tree, uint32_t level, uint32_t node, uint32_t parent);
-void dci_node_unlink(struct tree *tree, uint32_t level, uint32_t node);
-void dci_page_link(struct index *index, struct tree *tree, uint32_t page, uint32_t cell);
-void dci_page_unlink(struct index *index, struct tree *tree, uint32_t page);
-// Weight and mean of a node from its children.
-void dci_node_summarise(const struct index *index, struct tree *tree, uint32_t level, uint32_t node);
-
-// A key in search of its parent.
-struct dci_probe {
-    const float *key;
-    float slack, norm2_max;
-    uint32_t position;
-};
+// ---- route.c ----
 struct dci_near {
-    float affinity;
-    uint32_t tie, node;
+    float distance;
+    uint32_t node;
 };
-// Adds a candidate to a list of the best `room`, nearest first. Of equally near nodes the closest one before the token
-// is preferred, so that equal keys spread over their pivots instead of crowding under one.
-void dci_near_add(struct dci_near *list, uint32_t *count, uint32_t room, const struct index *index,
-                  const struct tree *tree, uint32_t level, uint32_t node, const struct dci_probe *probe);
-// The (about) nearest nodes of a level: exhaustive on small levels and at the top, else down from above with a beam.
-uint32_t dci_tree_nearest(const struct index *index, const struct tree *tree, uint32_t level,
-                          const struct dci_probe *probe, struct dci_near *list, uint32_t room, struct dci_work *work);
+struct dci_route {
+    struct dci_near nearest, roomy; // the nearest cell, and the nearest with a free row; TREE_NONE: none
+};
+// key: rotated. avoid: a cell that does not count, or TREE_NONE.
+void dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_route *route,
+               struct dci_work *work);
 
-// ---- cut.c ----
-// Cuts a list of tokens into pages by repeated 2-means bisection, as evenly as whole pages allow.
-struct dci_segment {
-    uint32_t begin, end, pages;
+// ---- divide.c ----
+// Divides n vectors in two, none with less than n / 3 of them (or than `least`); permutes `order`. Returns the first
+// part's count. values: room for n.
+struct dci_division {
+    const struct index *index;
+    const float *const *vectors;
+    uint32_t *order;
+    float *values;
+    uint64_t seed;
 };
-struct dci_cut {
-    uint32_t *tokens;  // permuted in place; borrowed
-    float *projection; // scratch of the same length; borrowed
-    uint32_t depth, pass, cursor, far_token;
-    float far_distance;
-    uint32_t count_a, count_b;
-    struct dci_segment stack[32];
-    float a[INDEX_HEAD_DIM_MAX], b[INDEX_HEAD_DIM_MAX];
-    float sum_a[INDEX_HEAD_DIM_MAX], sum_b[INDEX_HEAD_DIM_MAX];
-};
-enum dci_cut_state { CUT_MORE, CUT_PAGE, CUT_DONE };
-void dci_cut_init(struct dci_cut *cut, const struct index *index, uint32_t *tokens, float *projection, uint32_t begin,
-                  uint32_t end);
-// CUT_PAGE: tokens[page->begin .. page->end) are a page, by position.
-enum dci_cut_state dci_cut_step(struct dci_cut *cut, const struct index *index, struct dci_work *work,
-                                struct dci_segment *page);
-// Puts the `left` tokens with the largest projection first (of equal ones the lower positions).
-void dci_cut_select(uint32_t *tokens, float *projection, uint32_t n, uint32_t left);
+uint32_t dci_divide(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t least);
+// The same at exactly `left`: the nearest ones to one side.
+void dci_divide_at(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t left);
 
-// ---- bulk.c, insert.c: one kind of build each ----
-enum dci_progress { PROGRESS_MORE, PROGRESS_PLAN, PROGRESS_NO_MEMORY };
-INDEX_MUST_CHECK bool dci_bulk_begin(struct index *index, uint32_t boundary);
-enum dci_progress dci_bulk_step(struct index *index, struct dci_work *work);
-void dci_bulk_commit(struct index *index);
-void dci_bulk_discard(struct index *index); // gives back everything but the plan's arrays; also after a commit
-INDEX_MUST_CHECK bool dci_insert_begin(struct index *index, uint32_t batch);
-enum dci_progress dci_insert_step(struct index *index, struct dci_work *work);
-void dci_insert_commit(struct index *index);
-void dci_insert_discard(struct index *index);
+// ---- batch.c, commit.c ----
+enum dci_progress { PROGRESS_MORE, PROGRESS_ROWS, PROGRESS_PLAN, PROGRESS_IDLE, PROGRESS_NO_MEMORY };
+INDEX_MUST_CHECK bool dci_batch_begin(struct index *index, uint32_t end); // tokens indexed .. end-1
+INDEX_MUST_CHECK bool dci_mend_begin(struct index *index);
+enum dci_progress dci_batch_step(struct index *index, struct dci_work *work);
+void dci_batch_commit(struct index *index);
+void dci_batch_discard(struct index *index); // also after a commit
 
 // ---- build.c ----
-uint32_t dci_build_batch(const struct index *index); // tokens of an insertion, whole pages
-uint32_t dci_build_base(const struct index *index);  // first boundary
+uint32_t dci_build_target(const struct index *index); // the indexed count that the next batch leads to; 0: none is due
 void dci_build_fini(struct index *index);
 
 #endif

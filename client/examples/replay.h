@@ -70,7 +70,7 @@ int replay_options_parse(struct replay_options *options, int argc, char **argv);
 // The functions below return an enum replay_exit and have printed what went wrong when it is not REPLAY_OK.
 // Connects and opens landing and sequence.
 int replay_connect(struct replay *replay);
-// Appends the prompt and waits until it is indexed.
+// Appends the prompt and waits until no clustering is due.
 int replay_prefill(struct replay *replay);
 // All decode steps, keeping what was selected.
 int replay_decode(struct replay *replay);

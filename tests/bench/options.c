@@ -29,7 +29,9 @@ static const char help[] =
     "  --budget LIST       tokens to select (64,256); the first one is timed by search\n"
     "  --sinks N           of traces (16)\n"
     "  --window N          of traces (64)\n"
-    "  --insert-share X    search: share of the tokens that is inserted one by one (0.03)\n"
+    "  --policy NAME[,NAME]\n"
+    "                      policies that build trees: means, promotion (search both; step means)\n"
+    "  --insert-share X    search: share of the tokens that is inserted one by one (0.0625)\n"
     "  --peers             search: FAISS and hnswlib, through their Python wheels\n"
     "  --python PATH       the interpreter that has them (python3)\n"
     "  --shape NAME        step: llama-3.1-8b (32 layers x 8 KV heads, 4 query heads each, head_dim 128) or small\n"
@@ -55,6 +57,7 @@ enum {
     BUDGET,
     SINKS,
     WINDOW,
+    POLICY,
     INSERT_SHARE,
     PEERS,
     PYTHON,
@@ -83,6 +86,7 @@ static const struct option long_options[] = {
     {"budget", required_argument, NULL, BUDGET},
     {"sinks", required_argument, NULL, SINKS},
     {"window", required_argument, NULL, WINDOW},
+    {"policy", required_argument, NULL, POLICY},
     {"insert-share", required_argument, NULL, INSERT_SHARE},
     {"peers", no_argument, NULL, PEERS},
     {"python", required_argument, NULL, PYTHON},
@@ -134,20 +138,21 @@ static bool parse_list(const char *text, uint32_t least, uint32_t most, struct o
     return true;
 }
 
-static bool parse_kinds(const char *text, bool kinds[2])
+// A list of some of two names.
+static bool parse_names(const char *option, const char *text, const char *const names[2], bool chosen[2])
 {
-    static const char *const names[] = {"attention", "gauss"};
-    kinds[0] = kinds[1] = false;
+    chosen[0] = chosen[1] = false;
     for (const char *rest = text; rest != NULL;) {
         const size_t n = strcspn(rest, ",");
         bool known = false;
         for (int i = 0; i < 2; i++) {
             if (strlen(names[i]) == n && strncmp(rest, names[i], n) == 0) {
-                known = kinds[i] = true;
+                known = chosen[i] = true;
             }
         }
         if (!known) {
-            (void)fprintf(stderr, "icecache-bench: --data %s: only attention and gauss are known\n", text);
+            (void)fprintf(stderr, "icecache-bench: --%s %s: only %s and %s are known\n", option, text, names[0],
+                          names[1]);
             return false;
         }
         rest = rest[n] == ',' ? rest + n + 1 : NULL;
@@ -187,6 +192,9 @@ static bool set_shape(struct options *options, const char *name)
     return true;
 }
 
+static const char *const kind_names[] = {[DATA_ATTENTION] = "attention", [DATA_GAUSS] = "gauss"};
+static const char *const policy_names[] = {[INDEX_MEANS] = "means", [INDEX_PROMOTION] = "promotion"};
+
 static bool set(struct options *options, int option, const char *text)
 {
     switch (option) {
@@ -203,7 +211,7 @@ static bool set(struct options *options, int option, const char *text)
     case TRACE:
         return set_trace(options, text);
     case DATA:
-        return parse_kinds(text, options->kinds);
+        return parse_names("data", text, kind_names, options->kinds);
     case TOKENS:
         return parse_list(text, 256, 1u << 22, &options->tokens);
     case HEAD_DIM:
@@ -218,6 +226,8 @@ static bool set(struct options *options, int option, const char *text)
         return parse_u32(text, 0, 4096, &options->sinks);
     case WINDOW:
         return parse_u32(text, 0, 65536, &options->window);
+    case POLICY:
+        return parse_names("policy", text, policy_names, options->policies);
     case INSERT_SHARE:
         return parse_share(text, &options->insert_share);
     case PYTHON:
@@ -283,6 +293,10 @@ static void set_defaults(struct options *options)
     if (!options->kinds[0] && !options->kinds[1] && options->trace_count == 0) {
         options->kinds[DATA_ATTENTION] = true;
     }
+    if (!options->policies[INDEX_MEANS] && !options->policies[INDEX_PROMOTION]) {
+        options->policies[INDEX_MEANS] = true;
+        options->policies[INDEX_PROMOTION] = !is_step;
+    }
 }
 
 static bool is_valid(const struct options *options)
@@ -307,7 +321,7 @@ int options_parse(struct options *options, int argc, char **argv)
         .rounds = 5,
         .queries = 64,
         .seeds = 3,
-        .insert_share = 0.03,
+        .insert_share = 0.0625,
         .shape = "llama-3.1-8b",
         .python = "python3",
         .sinks = 16,

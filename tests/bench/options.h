@@ -24,7 +24,8 @@ struct options {
     double insert_share; // search: of the tokens, inserted one by one after the build
     const char *traces[OPTIONS_LIST_MAX];
     uint32_t trace_count;
-    bool kinds[2]; // by enum data_kind
+    bool kinds[2];    // by enum data_kind
+    bool policies[2]; // of trees, by enum index_policy
     struct option_list tokens, head_dims, query_heads, budgets, cores;
     const char *shape, *python;
     uint32_t sinks, window, copies;

@@ -151,6 +151,33 @@ double reference_best(const struct reference *reference, uint32_t query, uint32_
     return reference->ends[query] + sum;
 }
 
+static int descending(const void *a, const void *b)
+{
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+uint32_t reference_needed(const struct reference *reference, uint32_t query, double mass, uint32_t most)
+{
+    uint32_t first, end;
+    data_range(reference->data, reference->lane, query, &first, &end);
+    const uint32_t eligible = end - first, taken = most < eligible ? most : eligible;
+    float *values = malloc((eligible + 1) * sizeof *values);
+    if (values == NULL) {
+        abort();
+    }
+    memcpy(values, masses_of(reference, query) + first, eligible * sizeof *values);
+    (void)sum_of_largest(values, eligible, taken);
+    qsort(values, taken, sizeof *values, descending);
+    double sum = reference->ends[query];
+    uint32_t needed = 0;
+    while (needed < taken && sum < mass) {
+        sum += (double)values[needed++];
+    }
+    free(values);
+    return sum >= mass ? needed : UINT32_MAX;
+}
+
 double reference_best_pages(const struct reference *reference, uint32_t query, const uint32_t *page_of,
                             uint32_t page_bound, uint32_t page_tokens, uint32_t pages)
 {

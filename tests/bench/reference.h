@@ -25,6 +25,8 @@ void reference_fini(struct reference *reference); // accepts a zeroed struct
 
 // Mass of the best `budget` tokens that the query may select, sinks and window included.
 double reference_best(const struct reference *reference, uint32_t query, uint32_t budget);
+// The least number of tokens that reaches a mass together with sinks and window; UINT32_MAX: more than `most`.
+uint32_t reference_needed(const struct reference *reference, uint32_t query, double mass, uint32_t most);
 // Mass of the best `pages` pages, sinks and window included. page_of[token] < page_bound; NULL: pages of page_tokens
 // consecutive tokens.
 double reference_best_pages(const struct reference *reference, uint32_t query, const uint32_t *page_of,

@@ -19,7 +19,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 // `heads` accumulators for each of `parts` interleaved quarters of the coordinates, so that additions do not wait for
-// each other; both are constants after inlining. The block is read in address order.
+// each other; both are constants after inlining. The block is read in address order. Out of cache, two blocks
+// at once took three times as long, prefetching by hand 1.3 to 2.5 times: the machine reads ahead best by itself. In
+// cache, four heads are bound by the dot products.
 INLINE void score_i8_tile(const struct scan_keys *keys, const struct scan_query *query, uint32_t first_head,
                           const uint8_t *codes, const uint32_t heads, const uint32_t parts, int32_t *scores)
 {

@@ -9,10 +9,14 @@ OBJECT_KEYS = {"command", "version", "args", "seed", "machine", "rows", "ratios"
 MACHINE_KEYS = {"cpu", "cores", "isa", "ram_bytes", "huge_pages", "kernel", "gpu"}
 SEARCH_KEYS = {"method", "tokens", "head_dim", "query_heads", "build_us_per_key", "bytes_per_key", "at_recall",
                "at_share", "scanned_share"}
-TREE_KEYS = SEARCH_KEYS | {"insert_us_per_key", "insert_p99_us", "fill", "mass"}
+TREE_KEYS = SEARCH_KEYS | {"insert_us_per_key", "insert_p50_us", "insert_p99_us", "insert_behind", "moved_per_1000", "fill",
+                           "mass", "coverage_error", "coverage", "efforts", "default"}
+DEFAULT_KEYS = {"recall", "share", "scanned_share", "alone_us", "together_us"}
+COVERAGE_KEYS = {"reachable_share", "mass", "reached_share", "tokens", "tokens_exact", "scanned_share"}
 MASS_KEYS = {"exact", "token_wise", "page_wise", "partition_optimum", "sequential_optimum"}
 STEP_KEYS = {"method", "budget", "cores", "search_ms", "gather_ms", "share", "share_mean", "bytes_per_key",
-             "scanned_share", "lanes", "cold"}
+             "scanned_share", "lanes", "cold", "build_s", "insert_us_per_key"}
+TREES = ("tree", "tree-promotion")
 SEARCH_RATIOS = {"tree_over_i8_at_0.95", "tree_over_best_peer_at_0.95", "tree_over_i8_at_share_0.98"}
 
 
@@ -35,18 +39,34 @@ def run_json(bench, *arguments):
     return result
 
 
-def check_search(result, combinations):
+def check_tree(row):
+    check(DEFAULT_KEYS <= row["default"].keys(), f"default lacks {DEFAULT_KEYS - row['default'].keys()}")
+    check(0 < row["insert_p50_us"] <= row["insert_p99_us"], f"insertions: {row}")
+    check(row["insert_behind"] < row["tokens"] / 4, f"clustering is {row['insert_behind']} tokens behind")
+    check(abs(row["coverage_error"]["mean"]) <= row["coverage_error"]["mean_absolute"] < 0.5, f"{row['coverage_error']}")
+    for target, found in row["coverage"].items():
+        check(COVERAGE_KEYS <= found.keys(), f"coverage lacks {COVERAGE_KEYS - found.keys()}")
+        check(found["reachable_share"] == 0 or abs(found["mass"] - float(target)) < 0.3, f"{target}: {found}")
+    efforts = [tried["effort"] for tried in row["efforts"]]
+    check(len(efforts) > 1 and efforts == sorted(efforts) and efforts[-1] <= 1, f"efforts: {efforts}")
+    check(row["efforts"][-1]["share"] > row["efforts"][0]["share"], "more effort finds no more")
+
+
+def check_search(result, combinations, trees=TREES):
     rows = result["rows"]
     check(len(result["ratios"]) == combinations, f"{len(result['ratios'])} ratios, {combinations} wanted")
-    for method in ("tree", "scan-f32", "scan-bf16", "scan-i8"):
+    check({row["method"] for row in rows} == {*trees, "scan-f32", "scan-bf16", "scan-i8"}, "methods of search")
+    for method in (*trees, "scan-f32", "scan-bf16", "scan-i8"):
         found = [row for row in rows if row["method"] == method]
         check(len(found) == 2 * combinations, f"{len(found)} rows of {method}")
         for row in found:
-            wanted = TREE_KEYS if method == "tree" else SEARCH_KEYS
+            wanted = TREE_KEYS if method in TREES else SEARCH_KEYS
             check(wanted <= row.keys(), f"{method} lacks {wanted - row.keys()}")
             check(set(row["at_recall"]) == {"0.5", "0.8", "0.9", "0.95"}, "levels of recall")
             check(set(row["at_share"]) == {"0.95", "0.98", "0.99"}, "levels of share")
-            check(row["at_share"]["0.95"] > 0 and row["at_recall"]["0.95"] > 0, f"{method} does not get to .95")
+            check(row["at_share"]["0.95"] > 0 and row["at_recall"]["0.8"] > 0, f"{method}: {row['at_share']}")
+            if method in TREES:
+                check_tree(row)
     for row in rows:
         if row["method"] != "scan-i8" and row["method"].startswith("scan"):
             check(row["default"]["share"] > 0.99, f"{row['method']}: share {row['default']['share']}")
@@ -56,20 +76,25 @@ def check_search(result, combinations):
             check(mass["page_wise"] <= mass["partition_optimum"] + 1e-6, f"mass at {budget}: {mass}")
             check(mass["sequential_optimum"] <= mass["exact"] + 1e-6, f"mass at {budget}: {mass}")
     for ratio in result["ratios"].values():
-        check(SEARCH_RATIOS <= ratio.keys(), f"ratios: {sorted(ratio)}")
-        check(ratio["tree_over_i8_at_share_0.98"] > 0, "no ratio at .98")
+        for name in trees:
+            wanted = {key.replace("tree", name.replace("-", "_"), 1) for key in SEARCH_RATIOS}
+            check(wanted <= ratio.keys(), f"ratios: {sorted(ratio)}")
+        check(ratio[f"{trees[0].replace('-', '_')}_over_i8_at_share_0.98"] > 0, "no ratio at .98")
 
 
-def check_step(result, combinations):
+def check_step(result, combinations, trees):
     for row in result["rows"]:
         check(STEP_KEYS <= row.keys(), f"step lacks {STEP_KEYS - row.keys()}")
-        check(row["search_ms"] > 0 and row["gather_ms"] > 0 and 0 < row["share"] <= 1 + 1e-6, f"step row {row}")
-        if row["method"] == "tree":
+        check(row["search_ms"] > 0 and row["gather_ms"] != 0 and 0 < row["share"] <= 1 + 1e-6, f"step row {row}")
+        if row["method"] in TREES:
             check(row["build_s"] > 0 and row["insert_us_per_key"] > 0, "costs of the tree")
-    check({row["method"] for row in result["rows"]} == {"tree", "scan-i8"}, "methods of step")
+    check({row["method"] for row in result["rows"]} == {*trees, "scan-i8"}, "methods of step")
+    scans = [row for row in result["rows"] if row["method"] == "scan-i8"]
+    check(len(scans) == 2 * combinations, f"{len(scans)} rows of scan-i8")
     check(len(result["ratios"]) == combinations, "ratios of step")
     for ratio in result["ratios"].values():
-        check(ratio["tree_over_i8"] > 0, f"ratio {ratio}")
+        for name in trees:
+            check(ratio[f"{name.replace('-', '_')}_over_i8"] > 0, f"ratio {ratio}")
 
 
 def main():
@@ -78,11 +103,13 @@ def main():
     search = run_json(bench, "search", *small, "--data", "attention,gauss", "--tokens", "1024", "--head-dim", "64",
                       "--query-heads", "1,2", "--queries", "4", "--budget", "32,64")
     check_search(search, 4)
-    check_search(run_json(bench, "search", *small, "--trace", trace, "--queries", "2"), 1)
-    check_step(run_json(bench, "step", "--rounds", "1", "--shape", "small", "--tokens", "1024", "--budget", "32,64",
-                        "--cores", "1,2"), 4)
+    check_search(run_json(bench, "search", *small, "--trace", trace, "--queries", "2", "--policy", "means"), 1, TREES[:1])
+    step = ("step", "--rounds", "1", "--shape", "small", "--tokens", "1024")
+    check_step(run_json(bench, *step, "--budget", "32,64", "--cores", "1,2"), 4, TREES[:1])
+    check_step(run_json(bench, *step, "--policy", "promotion,means", "--no-gather"), 2, TREES)
     check("tree_over_i8" in run(bench, "step", "--rounds", "1", "--shape", "small", "--tokens", "512"), "no table")
     run(bench, "search", "--tokens", "3", wanted=2)
+    run(bench, "search", "--policy", "best", wanted=2)
     run(bench, "nothing", wanted=2)
     run(bench, "search", "--cores", "2", wanted=2)  # step's
     run(bench, "step", "--peers", wanted=2)  # search's

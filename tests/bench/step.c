@@ -2,7 +2,8 @@
 //
 // Each lane has its own tree, scan copy and pages; lanes repeat a few draws of data (or a trace's lanes) with different
 // queries. First all efforts are judged without a clock, then the default and the cheapest efforts for some shares are
-// timed in interleaved rounds beside the int8 scan.
+// timed in interleaved rounds beside the int8 scan. Policies are built and measured one after the other, each beside
+// the scan again.
 #include "step.h"
 
 #include "commands.h"
@@ -13,8 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define EFFORT_LEAST 0.002
-#define EFFORT_STEP  1.3
+#define EFFORT_LEAST 0.003
+#define EFFORT_STEP  1.25
 #define SHARES       3u
 #define SETTINGS_MAX (SHARES + 2u)
 
@@ -33,8 +34,9 @@ struct setting {
     struct samples search_ms[2], gather_ms; // [warm]
 };
 
-// A budget and a number of cores.
+// A policy, a budget and a number of cores.
 struct combination {
+    enum index_policy policy;
     uint32_t budget, cores;
     struct setting settings[SETTINGS_MAX];
     uint32_t setting_count;
@@ -163,7 +165,8 @@ static json_t *row_of(const struct step *step, const struct combination *combina
                       bool warm, double bandwidth)
 {
     const double keys = (double)step->data.tokens * step->lane_count;
-    json_t *row = json_pack("{s:s, s:b}", "method", setting->job == STEP_TREE ? "tree" : "scan-i8", "cold", !warm);
+    json_t *row = json_pack("{s:s, s:b}", "method",
+                            setting->job == STEP_TREE ? tree_methods[combination->policy] : "scan-i8", "cold", !warm);
     json_t *base = base_row(step, combination);
     (void)json_object_update(row, base);
     json_decref(base);
@@ -176,13 +179,14 @@ static json_t *row_of(const struct step *step, const struct combination *combina
     set(row, "share", setting->share);
     set(row, "share_mean", setting->share_mean);
     set(row, "scanned_share", setting->scanned);
+    set(row, "build_s", setting->job == STEP_TREE ? step->costs.build_ns / 1e9 : NAN);
+    set(row, "insert_us_per_key",
+        setting->job == STEP_TREE ? step->costs.insert_ns / step->costs.inserted / 1000 : NAN);
     if (setting->job == STEP_TREE) {
         double bytes = 0;
         for (uint32_t l = 0; l < step->lane_count; l++) {
             bytes += (double)index_bytes(step->lanes[l].tree.index);
         }
-        set(row, "build_s", step->costs.build_ns / 1e9);
-        set(row, "insert_us_per_key", step->costs.insert_ns / step->costs.inserted / 1000);
         set(row, "bytes_per_key", bytes / keys);
     } else {
         const double bytes =
@@ -211,19 +215,25 @@ static const struct setting *cheapest(const struct combination *combination, boo
 
 static void add_ratio(const struct step *step, const struct combination *combination, json_t *ratios)
 {
-    json_t *ratio = base_row(step, combination);
-    (void)json_object_del(ratio, "lanes");
-    for (int warm = 0; warm < 2; warm++) {
-        const struct setting *tree = cheapest(combination, warm != 0), *scan = &combination->settings[1];
-        const double scan_ms = samples_median(&scan->search_ms[warm]);
-        set(ratio, warm != 0 ? "tree_over_i8_warm" : "tree_over_i8",
-            tree == NULL ? NAN : scan_ms / samples_median(&tree->search_ms[warm]));
-    }
+    static const char *const names[TREE_POLICIES][2] = {
+        [INDEX_MEANS] = {"tree_over_i8", "tree_over_i8_warm"},
+        [INDEX_PROMOTION] = {"tree_promotion_over_i8", "tree_promotion_over_i8_warm"},
+    };
     char name[256];
     (void)snprintf(name, sizeof name, "%s tokens=%u head_dim=%u query_heads=%u budget=%u cores=%u", step->data.name,
                    step->data.tokens, step->data.head_dim, step->data.query_heads, combination->budget,
                    combination->cores);
-    (void)json_object_set_new(ratios, name, ratio);
+    if (json_object_get(ratios, name) == NULL) {
+        (void)json_object_set_new(ratios, name, base_row(step, combination));
+    }
+    json_t *ratio = json_object_get(ratios, name);
+    (void)json_object_del(ratio, "lanes");
+    for (int warm = 0; warm < 2; warm++) {
+        const struct setting *tree = cheapest(combination, warm != 0), *scan = &combination->settings[1];
+        const double scan_ms = samples_median(&scan->search_ms[warm]);
+        set(ratio, names[combination->policy][warm],
+            tree == NULL ? NAN : scan_ms / samples_median(&tree->search_ms[warm]));
+    }
 }
 
 static bool measure_all(struct step *step, struct combination *combinations, uint32_t count)
@@ -251,20 +261,14 @@ static bool measure_all(struct step *step, struct combination *combinations, uin
     return true;
 }
 
-static int run(struct step *step, json_t *rows, json_t *ratios)
+static int run_policy(struct step *step, enum index_policy policy, json_t *rows, json_t *ratios, bool *with_scan)
 {
     const struct options *options = step->options;
     const uint32_t count = options->budgets.count * options->cores.count;
     struct combination *combinations = calloc(count, sizeof *combinations);
-    for (uint32_t i = 0; i < options->budgets.count; i++) {
-        step->budget_max =
-            options->budgets.values[i] > step->budget_max ? options->budgets.values[i] : step->budget_max;
-    }
-    for (uint32_t i = 0; i < options->cores.count; i++) {
-        step->cores_max = options->cores.values[i] > step->cores_max ? options->cores.values[i] : step->cores_max;
-    }
-    int code = combinations == NULL ? EXIT_MISSING : step_prepare(step);
+    int code = combinations == NULL ? EXIT_MISSING : step_build(step, policy);
     for (uint32_t c = 0; code == 0 && c < count; c++) {
+        combinations[c].policy = policy;
         combinations[c].budget = options->budgets.values[c / options->cores.count];
         combinations[c].cores = options->cores.values[c % options->cores.count];
     }
@@ -274,14 +278,39 @@ static int run(struct step *step, json_t *rows, json_t *ratios)
     const double bandwidth = samples_median(&step->bandwidth.gb_per_s);
     for (uint32_t c = 0; code == 0 && c < count; c++) {
         for (uint32_t i = 0; i < combinations[c].setting_count; i++) {
-            for (int warm = 0; warm < 2; warm++) {
-                (void)json_array_append_new(
-                    rows, row_of(step, &combinations[c], &combinations[c].settings[i], warm != 0, bandwidth));
+            const struct setting *setting = &combinations[c].settings[i];
+            for (int warm = 0; (*with_scan || setting->job == STEP_TREE) && warm < 2; warm++) {
+                (void)json_array_append_new(rows, row_of(step, &combinations[c], setting, warm != 0, bandwidth));
             }
         }
         add_ratio(step, &combinations[c], ratios);
     }
+    *with_scan = false; // its rows are there
     free(combinations);
+    return code;
+}
+
+static uint32_t largest(const struct option_list *list)
+{
+    uint32_t most = 0;
+    for (uint32_t i = 0; i < list->count; i++) {
+        most = list->values[i] > most ? list->values[i] : most;
+    }
+    return most;
+}
+
+static int run(struct step *step, json_t *rows, json_t *ratios)
+{
+    step->budget_max = largest(&step->options->budgets);
+    step->cores_max = largest(&step->options->cores);
+    int code = step_prepare(step);
+    bool with_scan = true;
+    for (enum index_policy policy = INDEX_MEANS; policy <= INDEX_PROMOTION && code == 0; policy++) {
+        if (step->options->policies[policy]) {
+            code = run_policy(step, policy, rows, ratios, &with_scan);
+            step_clear(step);
+        }
+    }
     step_release(step);
     data_fini(&step->data);
     return code;

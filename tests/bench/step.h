@@ -15,9 +15,8 @@ struct step_lane {
     const struct data_lane *data; // borrowed
     const struct reference *reference;
     uint32_t query;
-    struct tree tree;
+    struct tree tree; // with the rows that are gathered
     struct scan_keys keys;
-    uint8_t *pages; // [page][row]{K, V}; NULL without gather
     // Of the last search.
     uint32_t count;
     uint32_t *positions;        // room for the largest budget
@@ -39,10 +38,10 @@ struct step {
     struct reference *references; // [data lane]
     struct step_lane *lanes;
     uint32_t lane_count, budget_max, cores_max;
-    struct arena tree_arena, scan_arena, page_arena, landing_arena;
+    struct arena tree_arena, scan_arena, row_arena, landing_arena;
     struct step_worker *workers; // [cores_max]
     uint8_t *landing;            // [lane]{K, V}[slot][head_dim]
-    struct tree_costs costs;
+    struct tree_costs costs;     // of the policy that is built
     struct bandwidth bandwidth;
 };
 
@@ -55,9 +54,12 @@ struct step_pass {
     bool warm; // each lane is done twice, and only the second time counts
 };
 
-// Builds all lanes, inserts the last tokens step by step, fills pages. 0, or an exit code after a message.
+// Everything but the trees. 0, or an exit code after a message.
 int step_prepare(struct step *step);
 void step_release(struct step *step);
+// Builds the trees of all lanes, inserts the last tokens step by step. 0, or an exit code after a message.
+int step_build(struct step *step, enum index_policy policy);
+void step_clear(struct step *step); // destroys the trees
 // Does a pass over all lanes and measures it. False when the index refuses.
 bool step_run(struct step *step, const struct step_pass *pass, double *ms);
 // The landing holds the K and V of the positions of the last search.

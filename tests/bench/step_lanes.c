@@ -13,49 +13,21 @@
 #define INSERTS      64u               // steps of one token in every lane
 #define GATHER_AHEAD 8u                // rows
 #define ALWAYS_COLD  ((size_t)1 << 30) // bytes that no cache holds
-#define VALUE_BITS   0x5a              // V is K with these bits turned: it is only moved
 
-static size_t frame_bytes(const struct step *step)
+static bool build_all(struct step *step, enum index_policy policy)
 {
-    return TREE_PAGE_TOKENS * 2 * data_row_bytes(&step->data);
-}
-
-static uint8_t *row_at(const struct step *step, const struct step_lane *lane, struct index_place place)
-{
-    return lane->pages + place.page * frame_bytes(step) + place.row * 2 * data_row_bytes(&step->data);
-}
-
-static bool fill_pages(struct step *step, struct step_lane *lane)
-{
-    const size_t row_bytes = data_row_bytes(&step->data);
-    lane->pages = arena_acquire(&step->page_arena, index_page_bound(lane->tree.index) * frame_bytes(step));
-    if (lane->pages == NULL) {
-        return false;
-    }
-    for (uint32_t i = 0; i < step->data.tokens; i++) {
-        struct index_place place;
-        index_locate(lane->tree.index, i, 1, &place);
-        uint8_t *row = row_at(step, lane, place);
-        memcpy(row, (const uint8_t *)lane->data->rows + i * row_bytes, row_bytes);
-        for (size_t j = 0; j < row_bytes; j++) {
-            row[row_bytes + j] = row[j] ^ VALUE_BITS;
-        }
-    }
-    return true;
-}
-
-static bool build_all(struct step *step)
-{
+    const struct tree_memory memory = {
+        .index = &step->tree_arena, .rows = &step->row_arena, .with_values = step->options->pages};
     const uint32_t tokens = step->data.tokens;
     const uint32_t inserts = tokens / 16 < INSERTS ? tokens / 16 : INSERTS;
     for (uint32_t l = 0; l < step->lane_count; l++) {
         struct step_lane *lane = &step->lanes[l];
-        if (!tree_create(&lane->tree, &step->tree_arena, &step->data, step->options->seed * 1000003 + l) ||
+        if (!tree_create(&lane->tree, &memory, &step->data, policy, step->options->seed * 1000003 + l) ||
             !tree_build(&lane->tree, &step->data, lane->data, tokens - inserts, &step->costs)) {
             return false;
         }
         if (l % 32 == 31) {
-            (void)fprintf(stderr, "built %u of %u lanes\n", l + 1, step->lane_count);
+            (void)fprintf(stderr, "%s: built %u of %u lanes\n", tree_methods[policy], l + 1, step->lane_count);
         }
     }
     // As in decoding: one token in every lane, then the next.
@@ -70,6 +42,12 @@ static bool build_all(struct step *step)
         if (!tree_drain(&step->lanes[l].tree, &step->costs)) {
             return false;
         }
+        if (!step->options->pages) {
+            tree_release_rows(&step->lanes[l].tree);
+        }
+    }
+    if (!step->options->pages) {
+        arena_fini(&step->row_arena);
     }
     return true;
 }
@@ -153,36 +131,62 @@ static bool make_workers(struct step *step)
             index_search_create(&allocator, &worker->context) != INDEX_OK) {
             return false;
         }
+    }
+    return step->workers != NULL;
+}
+
+static bool reserve(struct step *step)
+{
+    for (uint32_t w = 0; w < step->cores_max; w++) {
         for (uint32_t l = 0; l < step->lane_count; l++) {
             const struct index_query query = query_of(step, &step->lanes[l], step->budget_max, 0);
-            if (index_search_reserve(worker->context, step->lanes[l].tree.index, &query) != INDEX_OK) {
+            if (index_search_reserve(step->workers[w].context, step->lanes[l].tree.index, &query) != INDEX_OK) {
                 return false;
             }
         }
     }
-    return step->workers != NULL;
+    return true;
+}
+
+static int no_memory(void)
+{
+    (void)fputs("icecache-bench: no memory\n", stderr);
+    return EXIT_MISSING;
 }
 
 int step_prepare(struct step *step)
 {
     const size_t landing_bytes = (size_t)step->lane_count * 2 * step->budget_max * data_row_bytes(&step->data);
-    bool complete =
-        make_references(step) && make_lanes(step) && build_all(step) && pack_scans(step) && make_workers(step);
-    step->landing = arena_acquire(&step->landing_arena, landing_bytes);
-    complete = complete && step->landing != NULL && bandwidth_init(&step->bandwidth);
-    for (uint32_t l = 0; complete && step->options->pages && l < step->lane_count; l++) {
-        complete = fill_pages(step, &step->lanes[l]);
+    if (!make_references(step) || !make_lanes(step) || !pack_scans(step) || !make_workers(step) ||
+        !bandwidth_init(&step->bandwidth)) {
+        return no_memory();
     }
-    if (!complete) {
-        (void)fputs("icecache-bench: no memory\n", stderr);
-        return EXIT_MISSING;
+    step->landing = arena_acquire(&step->landing_arena, landing_bytes);
+    if (step->landing == NULL) {
+        return no_memory();
     }
     memset(step->landing, 0, landing_bytes);
     return 0;
 }
 
+int step_build(struct step *step, enum index_policy policy)
+{
+    step->costs = (struct tree_costs){0};
+    return build_all(step, policy) && reserve(step) ? 0 : no_memory();
+}
+
+void step_clear(struct step *step)
+{
+    for (uint32_t l = 0; step->lanes != NULL && l < step->lane_count; l++) {
+        tree_destroy(&step->lanes[l].tree);
+    }
+    arena_fini(&step->tree_arena);
+    arena_fini(&step->row_arena);
+}
+
 void step_release(struct step *step)
 {
+    step_clear(step);
     for (uint32_t w = 0; step->workers != NULL && w < step->cores_max; w++) {
         index_search_destroy(step->workers[w].context);
         scan_stream_destroy(step->workers[w].stream);
@@ -191,7 +195,6 @@ void step_release(struct step *step)
     }
     free(step->workers);
     for (uint32_t l = 0; step->lanes != NULL && l < step->lane_count; l++) {
-        tree_destroy(&step->lanes[l].tree);
         free(step->lanes[l].positions);
         free(step->lanes[l].places);
     }
@@ -200,9 +203,7 @@ void step_release(struct step *step)
         reference_fini(&step->references[l]);
     }
     free(step->references);
-    arena_fini(&step->tree_arena);
     arena_fini(&step->scan_arena);
-    arena_fini(&step->page_arena);
     arena_fini(&step->landing_arena);
     bandwidth_fini(&step->bandwidth);
 }
@@ -251,12 +252,12 @@ static void gather(const struct step *step, const struct step_lane *lane)
     uint8_t *values = keys + step->budget_max * row_bytes;
     for (uint32_t i = 0; i < lane->count; i++) {
         if (i + GATHER_AHEAD < lane->count) {
-            const uint8_t *next = row_at(step, lane, lane->places[i + GATHER_AHEAD]);
+            const uint8_t *next = rows_at(&lane->tree.rows, lane->places[i + GATHER_AHEAD]);
             for (size_t j = 0; j < 2 * row_bytes; j += 64) {
                 __builtin_prefetch(next + j);
             }
         }
-        const uint8_t *row = row_at(step, lane, lane->places[i]);
+        const uint8_t *row = rows_at(&lane->tree.rows, lane->places[i]);
         memcpy(keys + i * row_bytes, row, row_bytes);
         memcpy(values + i * row_bytes, row + row_bytes, row_bytes);
     }
@@ -311,7 +312,7 @@ static void make_cold(const struct step *step, enum step_job job)
 {
     const struct arena *arena = job == STEP_TREE   ? &step->tree_arena
                                 : job == STEP_SCAN ? &step->scan_arena
-                                                   : &step->page_arena;
+                                                   : &step->row_arena;
     if (arena_bytes(arena) < ALWAYS_COLD) {
         arena_flush(arena);
     }
@@ -364,10 +365,8 @@ bool step_landing_is_right(const struct step *step)
         const uint8_t *values = keys + step->budget_max * row_bytes;
         for (uint32_t i = 0; i < lane->count; i++) {
             const uint8_t *wanted = (const uint8_t *)lane->data->rows + lane->positions[i] * row_bytes;
-            for (size_t j = 0; j < row_bytes; j++) {
-                if (keys[i * row_bytes + j] != wanted[j] || values[i * row_bytes + j] != (wanted[j] ^ VALUE_BITS)) {
-                    return false;
-                }
+            if (!rows_is_right(keys + i * row_bytes, values + i * row_bytes, wanted, row_bytes)) {
+                return false;
             }
         }
     }

@@ -20,8 +20,8 @@ static void collect(struct names *names, const char *prefix, const json_t *row)
     const json_t *value;
     json_object_foreach((json_t *)row, key, value)
     {
-        // Extremes are for scripts.
-        if (strstr(key, "_min") != NULL || strstr(key, "_max") != NULL) {
+        // Extremes and lists are for scripts.
+        if (strstr(key, "_min") != NULL || strstr(key, "_max") != NULL || json_is_array(value)) {
             continue;
         }
         char name[NAME_BYTES];

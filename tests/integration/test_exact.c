@@ -72,11 +72,11 @@ static void check_lengths(const struct daemon *daemon, const struct shape *shape
     history_destroy(&history);
 }
 
-// Around pages of 16, the first build at 256, insertions of 64, the second build at 1024, sinks + window = 80.
+// Around pages of 16, the first batch at 16 + 256 + 64, the next ones 64 later each, sinks + window = 80.
 static void every_length(void **state)
 {
-    static const uint64_t lengths[] = {1,   2,   15,  16,  17,  63,  64,  65,  79,   80,   81,   255,  256,
-                                       257, 319, 320, 321, 384, 385, 512, 777, 1023, 1024, 1025, 1088, 1300};
+    static const uint64_t lengths[] = {1,   2,   15,  16,  17,  63,  64,  65,  79,  80,  81,   255,  256,
+                                       257, 271, 272, 335, 336, 337, 399, 400, 401, 777, 1024, 1088, 1300};
     const struct shape shapes[] = {{2, 2, 4, 64, ICE_BF16}, {1, 3, 3, 16, ICE_FP32}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         check_lengths(*state, &shapes[i], lengths, sizeof lengths / sizeof *lengths);

@@ -154,8 +154,8 @@ static void a_new_daemon_gives_the_same_tree(void **state)
     assert_int_equal(select_run(daemon, "5", "3"), digest);
 }
 
-// A budget below everything: while nothing is indexed, the selection is the exact best.
-static void unindexed_selection_is_exact(void **state)
+// A budget below everything, nothing indexed: hardly less than the mass of the exact best (8-bit codes rank the tail).
+static void unindexed_selection_is_nearly_exact(void **state)
 {
     const struct daemon *daemon = *state;
     struct history history;
@@ -176,13 +176,17 @@ static void unindexed_selection_is_exact(void **state)
         assert_ok(ice_retrieve(worker.client, &retrieve.options, &result));
         for (uint32_t head = 0; head < shape.kv_heads; head++) {
             struct ice_landing_view view;
-            double kept = 0;
+            double kept = 0, chosen = 0, possible = 0;
             attention_masses(&history, i % 2, head, retrieve.queries, first, queries, masses);
             uint64_t visible = first + queries;
             assert_int_equal(masses_best(masses, 16, visible - 64, 24, best), 24);
             assert_ok(ice_landing_view(worker.landing, 0, i % 2, head, &view));
             assert_int_equal(view.count, 16 + 24 + 64);
-            assert_memory_equal(view.positions + 16, best, 24 * sizeof *best);
+            for (uint32_t slot = 0; slot < 24; slot++) {
+                chosen += masses[view.positions[16 + slot]];
+                possible += masses[best[slot]];
+            }
+            assert_true(chosen >= 0.995 * possible);
             for (uint32_t slot = 0; slot < view.count; slot++)
                 kept += masses[view.positions[slot]];
             assert_float_equal(result.masses[head], (float)kept, 1e-3f);
@@ -193,7 +197,7 @@ static void unindexed_selection_is_exact(void **state)
     history_destroy(&history);
 }
 
-// After clustering: nearly the mass of the exact best, and an honest estimate of it.
+// After clustering: nearly the mass of the exact best (codes rank the tokens), and an honest estimate of it.
 static void indexed_selection_is_near(void **state)
 {
     const struct daemon *daemon = *state;
@@ -214,7 +218,7 @@ static void indexed_selection_is_near(void **state)
         retrieve_init(&retrieve, &worker, &history, i % 2, first, 1);
         retrieve_ends(&retrieve, 64, 0, 0);
         assert_ok(ice_retrieve(worker.client, &retrieve.options, &result));
-        assert_true(result.indexed[0] > 2900);
+        assert_true(result.indexed[0] > length - 128);
         for (uint32_t head = 0; head < shape.kv_heads; head++) {
             struct ice_landing_view view;
             attention_masses(&history, i % 2, head, retrieve.queries, first, 1, masses);
@@ -232,7 +236,7 @@ static void indexed_selection_is_near(void **state)
     }
     print_message("mass of the selection %.3f of the exact best's, estimated %.3f of what it is\n", found / possible,
                   estimated / found);
-    assert_true(found > 0.9 * possible);
+    assert_true(found >= 0.98 * possible);
     assert_true(estimated > 0.7 * found && estimated < 1.3 * found);
     worker_close(&worker);
     history_destroy(&history);
@@ -249,7 +253,7 @@ int main(int argc, char **argv)
         DAEMON_TEST(two_workers_agree),
         DAEMON_TEST(any_cut_gives_the_same_tree),
         DAEMON_TEST(a_new_daemon_gives_the_same_tree),
-        DAEMON_TEST(unindexed_selection_is_exact),
+        DAEMON_TEST(unindexed_selection_is_nearly_exact),
         DAEMON_TEST(indexed_selection_is_near),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -232,7 +232,7 @@ static void a_planted_key_is_found_at_once(void **state)
 {
     const struct daemon *daemon = *state;
     const struct shape shape = {1, 2, 4, 64, ICE_BF16};
-    const uint64_t length = 2500;
+    const uint64_t length = 4000;
     struct history history;
     struct worker worker;
     uint32_t in_tail = 0, indexed = 0, missed = 0;

@@ -35,6 +35,8 @@ static void bench_init(struct bench *bench, uint32_t head_dim, uint32_t dtype, u
     budget_init(&bench->server.index_budget, index_bytes);
     assert_int_equal(pool_create(&bench->env, 96u << 20, &bench->server.pool), 0);
     bench->shard.server = &bench->server;
+    bench->server.shards = &bench->shard;
+    arena_init(&bench->shard.arena, &bench->env);
     struct sequence *sequence = &bench->sequence;
     sequence->server = &bench->server;
     sequence->shape = (struct wire_shape){1, 1, 1, head_dim, dtype};
@@ -74,6 +76,7 @@ static void bench_fini(struct bench *bench)
     assert_int_equal(budget_used(&bench->server.index_budget), 0);
     assert_int_equal(atomic_load(&bench->sequence.index_bytes), 0);
     bench->env.release(&bench->env, bench->shard.places, bench->shard.places_bytes);
+    arena_fini(&bench->shard.arena);
     pool_destroy(bench->server.pool);
     budget_fini(&bench->server.index_budget);
     free(bench->keys);
@@ -177,7 +180,7 @@ static void test_clustering(void **state)
         build_all(&bench);
         expect_content(&bench, length);
         assert_int_equal(atomic_load(&bench.lane.indexed), index_indexed(bench.lane.index));
-        assert_true(index_indexed(bench.lane.index) >= 5000);
+        assert_true(index_indexed(bench.lane.index) + 64 + 256 > length); // the newest tokens and less than a batch
         bench_fini(&bench);
     }
 }
@@ -208,40 +211,75 @@ static void test_pool_full(void **state)
     bench_fini(&bench);
 }
 
+// Takes all that is neither in use nor promised, or gives it back.
+static uint64_t fill(struct bench *bench)
+{
+    struct budget *budget = &bench->server.index_budget;
+    uint64_t free_bytes = budget->cap_bytes - budget->used_bytes - budget->promised_bytes;
+    assert_true(budget_take(budget, NULL, free_bytes));
+    return free_bytes;
+}
+
+struct promise {
+    uint32_t head_dim, dtype, page_tokens;
+    uint32_t before;       // tokens that are there already
+    uint32_t tokens, part; // the append, in parts of this size
+    bool builds;           // clustering goes on between the parts
+};
+
 // With nothing but its promise left in the budgets, an append of any length goes through, in parts of any size.
-static void promise_holds(uint32_t head_dim, uint32_t dtype, uint32_t page_tokens, uint32_t tokens, uint32_t part)
+static void promise_holds(const struct promise *promise)
 {
     static struct bench bench;
-    bench_init(&bench, head_dim, dtype, page_tokens, 256u << 20);
+    const uint32_t before = promise->before, end = before + promise->tokens;
+    bench_init(&bench, promise->head_dim, promise->dtype, promise->page_tokens, 256u << 20);
     struct sequence *sequence = &bench.sequence;
-    uint64_t bytes = lane_promise_bytes(sequence, 0, tokens), all = lane_promise_frames(sequence, tokens);
+    if (before > 0) {
+        append(&bench, 0, before);
+        build_all(&bench);
+    }
+    uint64_t bytes = lane_promise_bytes(sequence, before, promise->tokens);
     assert_true(budget_reserve(&bench.server.index_budget, &sequence->index_promised, bytes));
-    assert_true(budget_take(&bench.server.index_budget, NULL, (256u << 20) - bytes));
-    assert_true(pool_reserve(bench.server.pool, &sequence->frames_promised, sequence->frame_bytes, all));
-    for (uint32_t first = 0; first < tokens; first += part) {
-        uint32_t n = tokens - first < part ? tokens - first : part;
+    assert_true(pool_reserve(bench.server.pool, &sequence->frames_promised, sequence->frame_bytes,
+                             lane_promise_frames(sequence, promise->tokens)));
+    uint64_t filled = fill(&bench);
+    for (uint32_t first = before; first < end; first += promise->part) {
+        uint32_t n = end - first < promise->part ? end - first : promise->part;
         ice_status status = prepare(&bench, first, n);
         if (status != ICE_OK)
-            fail_msg("head_dim %u, %s, pages of %u: %s at %u of %u tokens", head_dim, dtype_name((enum dtype)dtype),
-                     page_tokens, status_name((int)status), first, tokens);
+            fail_msg("head_dim %u, %s, pages of %u: %s at %u of %u tokens", promise->head_dim,
+                     dtype_name((enum dtype)promise->dtype), promise->page_tokens, status_name((int)status), first,
+                     end);
         lane_commit(&bench.lane, &bench.shard);
+        if (promise->builds) {
+            budget_give(&bench.server.index_budget, filled);
+            build_all(&bench);
+            filled = fill(&bench);
+        }
     }
-    budget_give(&bench.server.index_budget, (256u << 20) - bytes);
-    expect_content(&bench, tokens);
+    budget_give(&bench.server.index_budget, filled);
+    expect_content(&bench, end);
     bench_fini(&bench);
 }
 
 static void test_promise(void **state)
 {
     (void)state;
-    static const uint32_t pages[] = {1, 16, 256};
-    for (uint32_t head_dim = 16; head_dim <= 256; head_dim += 48)
+    static const uint32_t pages[] = {1, 16, 100, 256};
+    for (uint32_t head_dim = 16; head_dim <= 256; head_dim += 80)
         for (uint32_t dtype = DTYPE_BF16; dtype <= DTYPE_FP32; dtype++)
-            for (unsigned p = 0; p < 3; p++) {
-                promise_holds(head_dim, dtype, pages[p], 20000, 1000);
-                promise_holds(head_dim, dtype, pages[p], 700, 33);
-                promise_holds(head_dim, dtype, pages[p], 2, 1);
+            for (unsigned p = 0; p < 4; p++) {
+                promise_holds(&(struct promise){head_dim, dtype, pages[p], 0, 20000, 1000, false});
+                promise_holds(&(struct promise){head_dim, dtype, pages[p], 0, 700, 33, false});
+                promise_holds(&(struct promise){head_dim, dtype, pages[p], 0, 2, 1, false});
             }
+    for (unsigned p = 0; p < 4; p++) {
+        promise_holds(&(struct promise){16, DTYPE_BF16, pages[p], 0, 6000, 20, true});
+        promise_holds(&(struct promise){16, DTYPE_BF16, pages[p], 0, 20000, 2500, true});
+        promise_holds(&(struct promise){16, DTYPE_BF16, pages[p], 5000, 300, 30, true});
+        promise_holds(&(struct promise){16, DTYPE_BF16, pages[p], 8190, 12000, 1000, false});
+        promise_holds(&(struct promise){16, DTYPE_BF16, pages[p], 8191, 2, 1, false});
+    }
 }
 
 int main(void)

@@ -1,7 +1,85 @@
-// Kernels: exact conversions, the same bits on every instruction set, and T_K / T_Q.
+// Kernels: what they compute, and that every instruction set computes the same bits.
 #include "test_index_owner.h"
 
 #include "index/tree.h"
+
+#include <float.h>
+
+#define VIEWS_MAX 9u
+
+// One of everything that kernels work on.
+struct scene {
+    struct dci_views views;
+    struct dci_block *block;
+    struct dci_rows *rows;
+    int8_t codes[VIEWS_MAX * INDEX_HEAD_DIM_MAX];
+    int32_t sums[VIEWS_MAX];
+    float steps[VIEWS_MAX], bases[VIEWS_MAX], norms[VIEWS_MAX], reference[VIEWS_MAX];
+    _Alignas(64) unsigned char block_room[sizeof(struct dci_block) + DCI_LANES * INDEX_HEAD_DIM_MAX];
+    _Alignas(64) unsigned char rows_room[sizeof(struct dci_rows) + DCI_LANES * INDEX_HEAD_DIM_MAX / 2];
+};
+
+static int32_t block_code(const struct scene *scene, uint32_t lane, uint32_t element)
+{
+    return (int32_t)scene->block->codes[(element / 4 * DCI_LANES + lane) * 4 + element % 4] - DCI_CODE_ZERO;
+}
+
+// Twice a 4-bit code's value: odd, -15 .. 15.
+static int32_t row_code(const struct scene *scene, uint32_t lane, uint32_t element)
+{
+    const uint8_t byte = scene->rows->codes[(element / 8 * DCI_LANES + lane) * 4 + element % 4];
+    return 2 * (element % 8 < 4 ? byte & 15 : byte >> 4) - 15;
+}
+
+// Codes at their limits in some lanes and views, random ones in the others; lane 7 is not in use.
+static void scene_init(struct scene *scene, uint32_t views, uint32_t dim, struct rng *rng)
+{
+    struct dci_block *block = scene->block = (struct dci_block *)(void *)scene->block_room;
+    struct dci_rows *rows = scene->rows = (struct dci_rows *)(void *)scene->rows_room;
+    for (uint32_t i = 0; i < DCI_LANES * dim; i++) {
+        const uint32_t lane = i / 4 % DCI_LANES;
+        block->codes[i] = (uint8_t)(lane == 0 ? 255 : lane == 1 ? 1 : lane == 2 ? 128 : 1 + rng_below(rng, 255));
+    }
+    for (uint32_t i = 0; i < DCI_LANES * dim / 2; i++) {
+        const uint32_t lane = i / 4 % DCI_LANES;
+        rows->codes[i] = (uint8_t)(lane == 0 ? 255 : lane == 1 ? 0 : lane == 2 ? 0xf0 : rng_below(rng, 256));
+    }
+    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+        const bool is_used = lane != 7;
+        block->rows[lane] = is_used ? (float)(1 + rng_below(rng, 64)) : 0.0f;
+        block->step[lane] = 0.01f + (float)rng_below(rng, 100) / 100.0f;
+        block->norm2[lane] = (float)rng_below(rng, 100000) / 10.0f;
+        block->unit[lane] = (float)rng_below(rng, 300) / 100.0f;
+        block->far[lane] = block->unit[lane] * (1.0f + (float)rng_below(rng, 100) / 50.0f);
+        block->child[lane] = is_used ? lane : TREE_NONE;
+        rows->positions[lane] = is_used ? rng_below(rng, 1000) : TREE_NONE;
+        rows->scales[lane] = (float)rng_below(rng, 100) / 100.0f;
+    }
+    for (uint32_t v = 0; v < views; v++) {
+        scene->sums[v] = 0;
+        for (uint32_t i = 0; i < dim; i++) {
+            const int32_t random = (int32_t)rng_below(rng, 255) - 127;
+            scene->codes[v * dim + i] = (int8_t)(v == 0 ? 127 : v == 1 ? -127 : random);
+            scene->sums[v] += scene->codes[v * dim + i];
+        }
+        scene->steps[v] = 1e-6f * (1.0f + (float)rng_below(rng, 10));
+        scene->bases[v] = rng_normal(rng);
+        scene->norms[v] = (float)rng_below(rng, 300) / 100.0f;
+        scene->reference[v] = 3.0f + rng_normal(rng);
+    }
+    scene->views = (struct dci_views){views, dim, scene->codes, scene->sums, scene->steps, scene->bases, scene->norms};
+}
+
+static int64_t block_dot(const struct scene *scene, uint32_t v, uint32_t lane)
+{
+    int64_t sum = 0;
+    for (uint32_t i = 0; i < scene->views.head_dim; i++) {
+        sum += (int64_t)block_code(scene, lane, i) * scene->codes[v * scene->views.head_dim + i];
+    }
+    return sum;
+}
+
+// ---- conversions ----
 
 static void fp16_is_exact(void **state)
 {
@@ -26,11 +104,11 @@ static void fp16_is_exact(void **state)
     }
 }
 
-static void bf16_is_the_upper_half(void **state)
+static void bf16_and_fp32_are_exact(void **state)
 {
     (void)state;
     uint16_t halves[16];
-    uint32_t out[16];
+    uint32_t out[16], wide[16];
     for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
         for (uint32_t base = 0; base < 65536; base += 16) {
             for (uint32_t i = 0; i < 16; i++) {
@@ -40,60 +118,131 @@ static void bf16_is_the_upper_half(void **state)
             for (uint32_t i = 0; i < 16; i++) {
                 assert_int_equal(out[i], (base + i) << 16);
             }
+            dci_kernel_at(k)->widen(INDEX_FP32, out, 16, (float *)wide);
+            assert_memory_equal(out, wide, sizeof out);
         }
     }
 }
 
-// Every instruction set against the portable kernels, bit for bit.
+// ---- every instruction set against the portable kernels, bit for bit ----
+
+struct results {
+    float dot, distance, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
+    uint8_t code[INDEX_HEAD_DIM_MAX / 2];
+    float step;
+    int8_t code8[INDEX_HEAD_DIM_MAX];
+    int32_t code_sum;
+    float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], masses[3][DCI_LANES];
+    float centers[VIEWS_MAX * DCI_LANES], promised[VIEWS_MAX * DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
+    float scores[VIEWS_MAX * DCI_LANES], weights[VIEWS_MAX * DCI_LANES], estimated[VIEWS_MAX * DCI_LANES];
+    float sums[6][VIEWS_MAX * DCI_LANES];
+    uint32_t above[2];
+};
+
+struct vectors {
+    float a[INDEX_HEAD_DIM_MAX], b[INDEX_HEAD_DIM_MAX], signs[INDEX_HEAD_DIM_MAX];
+    float start[VIEWS_MAX * DCI_LANES]; // what sums and tops begin with
+    int8_t probe_codes[INDEX_HEAD_DIM_MAX];
+    struct dci_probe probes[2];
+    uint32_t low, span;
+};
+
+static uint32_t power_below(uint32_t n)
+{
+    uint32_t power = 16;
+    while (2 * power <= n) {
+        power *= 2;
+    }
+    return power;
+}
+
+static void run_all(const struct dci_kernel *kernel, const struct scene *scene, const struct vectors *in,
+                    struct results *out)
+{
+    const uint32_t n = scene->views.head_dim, views = scene->views.count;
+    memset(out, 0, sizeof *out);
+    out->dot = kernel->dot(in->a, in->b, n);
+    out->distance = kernel->distance2(in->a, in->b, n);
+    out->one = kernel->exp_one(in->a[0]);
+    memcpy(out->added, in->a, n * sizeof in->a[0]);
+    kernel->add(out->added, in->b, n);
+    memcpy(out->rotated, in->a, n * sizeof in->a[0]);
+    kernel->hadamard(out->rotated, power_below(n), in->signs);
+    out->encoded = kernel->encode4(in->a, n, out->code, &out->spread2);
+    out->step = kernel->encode8(in->b, n, out->code8, &out->code_sum);
+    for (uint32_t i = 0; i < 2; i++) {
+        kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
+    }
+    kernel->centers16(&scene->views, scene->block, out->centers);
+    for (uint32_t i = 0; i < 6; i++) {
+        memcpy(out->sums[i], in->start, views * DCI_LANES * sizeof in->start[0]);
+    }
+    kernel->promise16(&scene->views, scene->block, out->promised, out->sums[0]);
+    kernel->tokens16(&scene->views, scene->rows, out->centers + 3, in->low, in->span, out->scores, out->sums[1]);
+    kernel->survey16(&scene->views, scene->block, out->centers, scene->reference, out->sums[2], out->estimated);
+    kernel->hopes16(&scene->views, scene->block, out->centers, scene->reference, out->hopes);
+    kernel->merits16(&scene->views, scene->block, out->centers, scene->reference, -2.0f, out->merits, out->promises);
+    out->merits[4] = -1.0f;
+    kernel->rest16(views, out->promises, out->merits, out->sums[3]);
+    kernel->spread16(views, out->scores, out->centers + 3, 0.7f, out->sums[4]);
+    memcpy(out->weights, out->scores, sizeof out->weights);
+    kernel->weigh16(out->scores, views, scene->reference, out->sums[5], out->masses[0]);
+    kernel->exp16(out->weights, views, scene->reference, out->sums[5]);
+    kernel->mix16(out->weights, views, scene->steps, out->masses[1]);
+    out->above[0] = kernel->above16(out->hopes, out->hopes[5]);
+    out->above[1] = kernel->above16(out->hopes, 0.5f * DCI_HIDDEN);
+}
+
+static void vectors_init(struct vectors *in, const struct scene *scene, float size, struct rng *rng)
+{
+    for (uint32_t i = 0; i < INDEX_HEAD_DIM_MAX; i++) {
+        in->a[i] = size * rng_normal(rng);
+        in->b[i] = size * rng_normal(rng);
+        in->signs[i] = rng_below(rng, 2) == 0 ? 1.0f : -1.0f;
+    }
+    for (uint32_t i = 0; i < VIEWS_MAX * DCI_LANES; i++) {
+        in->start[i] = rng_below(rng, 8) == 0 ? 0.0f : (float)rng_below(rng, 1000) / 100.0f;
+    }
+    in->probes[0] = (struct dci_probe){.codes = in->probe_codes, .step = 0.02f, .norm2 = 1000.0f};
+    for (uint32_t i = 0; i < scene->views.head_dim; i++) {
+        in->probe_codes[i] = (int8_t)((int32_t)rng_below(rng, 255) - 127);
+        in->probes[0].sum += in->probe_codes[i];
+    }
+    in->probes[1] = in->probes[0];
+    in->probes[1].norm2_max = 5000.0f + (float)rng_below(rng, 5000); // below some norms
+    in->low = rng_below(rng, 900);
+    in->span = rng_below(rng, 500);
+}
+
 static void all_sets_agree(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(11);
-    const struct dci_kernel *base = dci_kernel_at(0);
-    enum { VIEWS = 3 };
-    for (uint32_t round = 0; round < 200; round++) {
-        const uint32_t n = 16 * (1 + rng_below(&rng, 16));
-        float queries[VIEWS * 256], rows[16 * 256], scores[2][VIEWS * 16], preview[2][16], masses[2][16];
-        float top[2][VIEWS], total[2][VIEWS], reference[VIEWS], exponents[37];
-        for (uint32_t i = 0; i < VIEWS * n; i++) {
-            queries[i] = rng_normal(&rng);
-        }
-        for (uint32_t i = 0; i < 16 * n; i++) {
-            rows[i] = rng_normal(&rng) * (round % 2 == 0 ? 1.0f : 100.0f);
-        }
-        for (uint32_t i = 0; i < 37; i++) {
-            exponents[i] = 20.0f * rng_normal(&rng);
-        }
-        for (uint32_t k = 1; dci_kernel_at(k) != NULL; k++) {
-            const struct dci_kernel *kernels[2] = {base, dci_kernel_at(k)};
-            float dot[2], distance[2], sum[2], one[2];
-            for (uint32_t s = 0; s < 2; s++) {
-                dot[s] = kernels[s]->dot(queries, rows, n);
-                distance[s] = kernels[s]->distance2(queries, rows, n);
-                sum[s] = kernels[s]->exp_sum(exponents, 37);
-                one[s] = kernels[s]->exp_one(exponents[0]);
-                kernels[s]->score16(queries, VIEWS, rows, n, 0.1f, scores[s]);
-                scores[s][5] = DCI_HIDDEN;
-                for (uint32_t v = 0; v < VIEWS; v++) {
-                    top[s][v] = v == 0 ? DCI_HIDDEN : 0.5f;
-                    total[s][v] = v == 0 ? 0.0f : 2.0f;
-                    reference[v] = 1.0f;
-                }
-                kernels[s]->fold16(scores[s], VIEWS, reference, top[s], total[s], preview[s]);
-                kernels[s]->weigh16(scores[s], VIEWS, top[s], reference, masses[s]);
+    static struct scene scene;
+    static struct vectors in;
+    static struct results found[2];
+    for (uint32_t round = 0; round < rounds_of(800); round++) {
+        scene_init(&scene, 1 + rng_below(&rng, VIEWS_MAX), 16 * (1 + rng_below(&rng, 16)), &rng);
+        vectors_init(&in, &scene, powf(10.0f, (float)rng_below(&rng, 30) - 15.0f), &rng);
+        if (round % 5 == 0) { // estimates beyond their limits
+            for (uint32_t v = 0; v < scene.views.count; v++) {
+                scene.norms[v] = 1e6f;
+                scene.bases[v] = 1e29f * rng_normal(&rng);
             }
-            assert_memory_equal(&dot[0], &dot[1], sizeof dot[0]);
-            assert_memory_equal(&distance[0], &distance[1], sizeof distance[0]);
-            assert_memory_equal(&sum[0], &sum[1], sizeof sum[0]);
-            assert_memory_equal(&one[0], &one[1], sizeof one[0]);
-            assert_memory_equal(scores[0], scores[1], sizeof scores[0]);
-            assert_memory_equal(top[0], top[1], sizeof top[0]);
-            assert_memory_equal(total[0], total[1], sizeof total[0]);
-            assert_memory_equal(preview[0], preview[1], sizeof preview[0]);
-            assert_memory_equal(masses[0], masses[1], sizeof masses[0]);
+        }
+        run_all(dci_kernel_at(0), &scene, &in, &found[0]);
+        for (uint32_t k = 1; dci_kernel_at(k) != NULL; k++) {
+            run_all(dci_kernel_at(k), &scene, &in, &found[1]);
+            assert_memory_equal(&found[0], &found[1], sizeof found[0]);
         }
     }
+    for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
+        printf("%s\n", dci_kernel_at(k)->name);
+    }
+    assert_true(dci_kernel_best() != NULL);
 }
+
+// ---- sums and products ----
 
 static void sums_are_right(void **state)
 {
@@ -102,17 +251,32 @@ static void sums_are_right(void **state)
     const struct dci_kernel *kernel = dci_kernel_best();
     for (uint32_t round = 0; round < 200; round++) {
         const uint32_t n = 16 * (1 + rng_below(&rng, 16));
-        float a[256], b[256];
+        float a[256], b[256], sum[256];
         double dot = 0.0, distance = 0.0;
         for (uint32_t i = 0; i < n; i++) {
-            a[i] = rng_normal(&rng);
+            sum[i] = a[i] = rng_normal(&rng);
             b[i] = rng_normal(&rng);
             dot += (double)a[i] * (double)b[i];
             distance += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
         }
         assert_true(fabs((double)kernel->dot(a, b, n) - dot) < 1e-4);
         assert_true(fabs((double)kernel->distance2(a, b, n) - distance) < 1e-4 * distance);
+        kernel->add(sum, b, n);
+        for (uint32_t i = 0; i < n; i++) {
+            assert_true(sum[i] == a[i] + b[i]);
+        }
     }
+    float lanes[DCI_LANES];
+    for (uint32_t i = 0; i < DCI_LANES; i++) {
+        lanes[i] = i == 11 ? 300.0f : (float)i;
+    }
+    assert_true(dci_sum_lanes(lanes) == 120.0f - 11.0f + 300.0f);
+    assert_true(dci_max_lanes(lanes) == 300.0f);
+}
+
+static void exp_and_log_are_close(void **state)
+{
+    (void)state;
     for (float x = -87.0f; x < 88.0f; x += 0.0137f) {
         const double expected = exp((double)x);
         assert_true(fabs((double)dci_exp(x) - expected) < 4e-7 * expected);
@@ -126,78 +290,227 @@ static void sums_are_right(void **state)
     assert_true(dci_log(1.0f) == 0.0f);
 }
 
-// Running log-sum-exp over blocks, with hidden lanes, against double precision.
-static void fold_is_a_log_sum_exp(void **state)
+// With steps of 1 a center is the inner product of the codes itself: below 2^24, so that fp32 holds it.
+static void inner_products_of_anchors_are_exact(void **state)
 {
     (void)state;
-    struct rng rng = rng_begin(13);
-    for (uint32_t round = 0; round < 100; round++) {
-        float top = DCI_HIDDEN, total = 0.0f, preview[16];
-        const float reference = 0.0f;
-        double sum = 0.0;
-        const float stretch = round % 3 == 0 ? 30.0f : 1.0f;
-        for (uint32_t block = 0; block < 8; block++) {
-            float scores[16];
-            for (uint32_t i = 0; i < 16; i++) {
-                scores[i] = rng_below(&rng, 4) == 0 ? DCI_HIDDEN : stretch * rng_normal(&rng);
-                sum += scores[i] == DCI_HIDDEN ? 0.0 : exp((double)scores[i]);
-            }
-            dci_kernel_best()->fold16(scores, 1, &reference, &top, &total, preview);
+    struct rng rng = rng_begin(61);
+    static struct scene scene;
+    for (uint32_t round = 0; round < rounds_of(200); round++) {
+        float centers[VIEWS_MAX * DCI_LANES];
+        scene_init(&scene, 1 + rng_below(&rng, VIEWS_MAX), 16 * (1 + rng_below(&rng, 16)), &rng);
+        for (uint32_t i = 0; i < DCI_LANES; i++) {
+            scene.block->step[i] = 1.0f;
         }
-        assert_true(fabs((double)top + log((double)total) - log(sum)) < 1e-5);
+        for (uint32_t v = 0; v < scene.views.count; v++) {
+            scene.steps[v] = 1.0f;
+            scene.bases[v] = (float)v;
+        }
+        for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
+            dci_kernel_at(k)->centers16(&scene.views, scene.block, centers);
+            for (uint32_t v = 0; v < scene.views.count; v++) {
+                for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+                    const float center = centers[v * DCI_LANES + lane];
+                    if (lane == 7) {
+                        assert_true(center == DCI_HIDDEN);
+                    } else {
+                        assert_int_equal((int64_t)center, block_dot(&scene, v, lane) + v);
+                    }
+                }
+            }
+        }
     }
 }
 
-// In the space of T_K and T_Q the nearest key is the one with the largest inner product (paper, section 3.1), and
-// dci_affinity orders keys by their distance there.
-static void transforms_order_by_inner_product(void **state)
+// The same for the rows of a page: halves of the codes' inner product, plus what the anchor scores.
+static void inner_products_of_rows_are_exact(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(67);
+    static struct scene scene;
+    for (uint32_t round = 0; round < rounds_of(200); round++) {
+        float scores[VIEWS_MAX * DCI_LANES], tops[VIEWS_MAX * DCI_LANES], anchors[VIEWS_MAX * DCI_LANES] = {0};
+        const uint32_t low = rng_below(&rng, 900), span = rng_below(&rng, 900);
+        scene_init(&scene, 1 + rng_below(&rng, VIEWS_MAX), 16 * (1 + rng_below(&rng, 16)), &rng);
+        for (uint32_t i = 0; i < DCI_LANES; i++) {
+            scene.rows->scales[i] = 1.0f;
+        }
+        for (uint32_t v = 0; v < scene.views.count; v++) {
+            scene.steps[v] = 1.0f;
+            anchors[v * DCI_LANES] = (float)v;
+        }
+        for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
+            for (uint32_t i = 0; i < VIEWS_MAX * DCI_LANES; i++) {
+                tops[i] = i % 2 == 0 ? DCI_HIDDEN : 1000.0f;
+            }
+            dci_kernel_at(k)->tokens16(&scene.views, scene.rows, anchors, low, span, scores, tops);
+            for (uint32_t v = 0; v < scene.views.count; v++) {
+                for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+                    int64_t sum = 2 * (int64_t)v;
+                    for (uint32_t i = 0; i < scene.views.head_dim; i++) {
+                        sum += (int64_t)row_code(&scene, lane, i) * scene.codes[v * scene.views.head_dim + i];
+                    }
+                    const uint32_t position = scene.rows->positions[lane];
+                    const bool counts = lane != 7 && position >= low && position < low + span;
+                    const float score = scores[v * DCI_LANES + lane], before = lane % 2 == 0 ? DCI_HIDDEN : 1000.0f;
+                    assert_true(counts ? (int64_t)(2.0f * score) == sum : score == DCI_HIDDEN);
+                    assert_true(tops[v * DCI_LANES + lane] == (score > before ? score : before));
+                }
+            }
+        }
+    }
+}
+
+static void distances_follow_their_formulas(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(68);
+    static struct scene scene;
+    static struct vectors in;
+    for (uint32_t round = 0; round < rounds_of(200); round++) {
+        const uint32_t dim = 16 * (1 + rng_below(&rng, 16));
+        scene_init(&scene, 1, dim, &rng);
+        vectors_init(&in, &scene, 1.0f, &rng);
+        for (uint32_t i = 0; i < 2; i++) {
+            float distances[DCI_LANES];
+            const struct dci_probe *probe = &in.probes[i];
+            dci_kernel_best()->near16(probe, scene.block, dim, distances);
+            for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+                int64_t dot = 0;
+                for (uint32_t j = 0; j < dim; j++) {
+                    dot += (int64_t)block_code(&scene, lane, j) * probe->codes[j];
+                }
+                const double product = (double)dot * (double)scene.block->step[lane] * (double)probe->step;
+                const double a2 = (double)scene.block->norm2[lane], b2 = (double)probe->norm2,
+                             c2 = (double)probe->norm2_max;
+                const double slack = a2 < c2 && b2 < c2 ? sqrt(c2 - a2) * sqrt(c2 - b2) : 0.0;
+                const double expected = i == 0 ? a2 + b2 - 2.0 * product : c2 - product - slack;
+                if (lane == 7) {
+                    assert_true(distances[lane] == FLT_MAX);
+                } else {
+                    assert_true(fabs((double)distances[lane] - expected) <=
+                                1e-5 * (a2 + b2 + c2 + 2.0 * fabs(product)));
+                }
+            }
+        }
+    }
+}
+
+// In the space of T_K the order by near16 is that of the images of the keys (paper, section 3.1): a probe and entries
+// whose codes are exact.
+static void promotion_orders_by_images(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(14);
-    enum { DIM = 32, KEYS = 60 };
-    float keys[KEYS][DIM], mapped[KEYS][DIM + 1], query[DIM], mapped_query[DIM + 1];
-    for (uint32_t round = 0; round < 50; round++) {
-        float norm2[KEYS], norm2_max = 0.0f;
-        for (uint32_t k = 0; k < KEYS; k++) {
-            const float length = 0.1f + (float)rng_below(&rng, 100) / 10.0f;
-            for (uint32_t j = 0; j < DIM; j++) {
-                keys[k][j] = length * rng_normal(&rng);
+    static struct scene scene;
+    const uint32_t dim = 32;
+    for (uint32_t round = 0; round < 100; round++) {
+        int8_t codes[32];
+        struct dci_probe probe = {.codes = codes, .step = 0.5f};
+        double images[DCI_LANES], largest = 0.0;
+        float distances[DCI_LANES];
+        scene_init(&scene, 1, dim, &rng);
+        for (uint32_t j = 0; j < dim; j++) {
+            codes[j] = (int8_t)((int32_t)rng_below(&rng, 255) - 127);
+            probe.sum += codes[j];
+            probe.norm2 += 0.25f * (float)codes[j] * (float)codes[j];
+        }
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            scene.block->norm2[lane] = 0.0f;
+            for (uint32_t j = 0; j < dim; j++) {
+                const float x = scene.block->step[lane] * (float)block_code(&scene, lane, j);
+                scene.block->norm2[lane] += x * x;
             }
-            norm2[k] = dci_kernel_at(0)->dot(keys[k], keys[k], DIM);
-            norm2_max = norm2[k] > norm2_max ? norm2[k] : norm2_max;
+            largest = (double)scene.block->norm2[lane] > largest ? (double)scene.block->norm2[lane] : largest;
         }
-        for (uint32_t j = 0; j < DIM; j++) {
-            query[j] = rng_normal(&rng);
-        }
-        dci_transform_query(query, DIM, mapped_query);
-        for (uint32_t k = 0; k < KEYS; k++) {
-            double length = 0.0;
-            dci_transform_key(keys[k], DIM, sqrtf(norm2_max), mapped[k]);
-            for (uint32_t j = 0; j <= DIM; j++) {
-                length += (double)mapped[k][j] * (double)mapped[k][j];
+        largest = (double)probe.norm2 > largest ? (double)probe.norm2 : largest;
+        probe.norm2_max = (float)(1.01 * largest);
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) { // |T(a) - T(b)|^2, a and b over c
+            const double c = sqrt((double)probe.norm2_max);
+            double a2 = 0.0, b2 = 0.0, off2 = 0.0;
+            for (uint32_t j = 0; j < dim; j++) {
+                const double a = (double)scene.block->step[lane] * block_code(&scene, lane, j) / c;
+                const double b = 0.5 * codes[j] / c;
+                a2 += a * a;
+                b2 += b * b;
+                off2 += (a - b) * (a - b);
             }
-            assert_true(fabs(length - 1.0) < 1e-5);
+            images[lane] = off2 + pow(sqrt(1.0 - a2) - sqrt(1.0 - b2), 2);
         }
-        double to_query[KEYS], inner[KEYS], to_first[KEYS], affinity[KEYS];
-        for (uint32_t k = 0; k < KEYS; k++) {
-            to_query[k] = to_first[k] = 0.0;
-            for (uint32_t j = 0; j <= DIM; j++) {
-                to_query[k] += pow((double)mapped[k][j] - (double)mapped_query[j], 2);
-                to_first[k] += pow((double)mapped[k][j] - (double)mapped[0][j], 2);
-            }
-            inner[k] = (double)dci_kernel_at(0)->dot(query, keys[k], DIM);
-            const float dot = dci_kernel_at(0)->dot(keys[0], keys[k], DIM);
-            affinity[k] = (double)dci_affinity(dot, dci_slack(norm2[0], norm2_max), dci_slack(norm2[k], norm2_max));
-        }
-        for (uint32_t a = 0; a < KEYS; a++) {
-            for (uint32_t b = 0; b < KEYS; b++) {
-                if (to_query[a] < to_query[b] - 1e-5) {
-                    assert_true(inner[a] > inner[b]);
-                }
-                if (to_first[a] < to_first[b] - 1e-5) {
-                    assert_true(affinity[a] > affinity[b]);
+        dci_kernel_best()->near16(&probe, scene.block, dim, distances);
+        for (uint32_t a = 0; a < DCI_LANES; a++) {
+            for (uint32_t b = 0; b < DCI_LANES; b++) {
+                if (a != 7 && b != 7 && images[a] < images[b] - 1e-5) {
+                    assert_true(distances[a] < distances[b]);
                 }
             }
+        }
+    }
+}
+
+// ---- estimates ----
+
+// Against double precision. Deviations stay below their limit and exponents too.
+static void estimates_follow_their_formulas(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(63);
+    static struct scene scene;
+    static struct vectors in;
+    static struct results out;
+    for (uint32_t round = 0; round < rounds_of(100); round++) {
+        scene_init(&scene, 1 + rng_below(&rng, VIEWS_MAX), 32, &rng);
+        vectors_init(&in, &scene, 1.0f, &rng);
+        for (uint32_t i = 0; i < DCI_LANES; i++) {
+            scene.block->unit[i] += 0.1f;
+        }
+        for (uint32_t v = 0; v < scene.views.count; v++) {
+            scene.norms[v] += 0.1f;
+        }
+        run_all(dci_kernel_best(), &scene, &in, &out);
+        float lower[DCI_LANES], higher[DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
+        dci_kernel_best()->merits16(&scene.views, scene.block, out.centers, scene.reference, -4.0f, lower, promises);
+        dci_kernel_best()->merits16(&scene.views, scene.block, out.centers, scene.reference, 0.0f, higher, promises);
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            const struct dci_block *block = scene.block;
+            double merit = 0.0, mass = 0.0, hope = -INFINITY, mixed = 0.0, weighed = 0.0;
+            for (uint32_t v = 0; v < scene.views.count; v++) {
+                const uint32_t at = v * DCI_LANES + lane;
+                const double center = (double)out.centers[at], reference = (double)scene.reference[v];
+                const double s = (double)block->unit[lane] * (double)scene.norms[v], start = (double)in.start[at];
+                const double all = (double)block->rows[lane] * exp(center - reference + s * s / 2);
+                const double above = fmin(1.702 * (-2.0 - (center - reference) - s * s) / s, 600.0);
+                const double reach = fmax(2.0 * (double)block->unit[lane], 1.5 * (double)block->far[lane]);
+                const double score = (double)out.scores[at];
+                const double weight = score > (double)DCI_HIDDEN ? exp(score - reference) : 0.0;
+                const double off = score > (double)DCI_HIDDEN ? score - (double)out.centers[v * DCI_LANES + 3] : 0.0;
+                const double promise = fmax(start, lane == 7 ? start : center + s * s / 2);
+                assert_true(out.promised[at] == out.centers[at]);
+                assert_true(fabs((double)out.sums[0][at] - promise) <= 1e-5 * (1.0 + fabs(promise)));
+                assert_true(fabs((double)out.sums[2][at] - start - all) <= 1e-4 * (start + all) + 1e-6);
+                assert_true(fabs((double)out.promises[at] - all) <= 1e-4 * all + 1e-6);
+                assert_true(fabs((double)out.estimated[at] - all) <= 1e-4 * all + 1e-6);
+                const double waits = lane == 4 ? 0.0 : all;
+                assert_true(fabs((double)out.sums[3][at] - start - waits) <= 1e-4 * (start + waits) + 1e-6);
+                assert_true(fabs((double)out.sums[4][at] - start - 0.7 * off * off) <= 1e-3 * (start + off * off));
+                assert_true(fabs((double)out.weights[at] - weight) <= 1e-4 * weight + 1e-7);
+                assert_true(fabs((double)out.sums[5][at] - start - 2 * weight) <= 1e-4 * (start + weight) + 1e-6);
+                merit += all / (1.0 + exp(above));
+                mass += all;
+                hope = lane == 7 ? hope : fmax(hope, center - reference + reach * (double)scene.norms[v]);
+                weighed += weight;
+                mixed += weight * (double)scene.steps[v];
+            }
+            // Not less than the logistic curve says, and the less the higher the mass that counts.
+            if (lane != 4) { // run_all has changed it
+                assert_true((double)out.merits[lane] >= 0.95 * merit - 1e-3 * mass - 1e-6);
+                assert_true(out.merits[lane] <= 1.0001f * lower[lane] && higher[lane] <= 1.0001f * out.merits[lane]);
+            }
+            assert_true(lane == 7 ? out.hopes[lane] < -1e38f : fabs((double)out.hopes[lane] - hope) <= 1e-4);
+            assert_true(fabs((double)out.masses[0][lane] - weighed) <= 1e-4 * weighed + 1e-6);
+            assert_true(fabs((double)out.masses[1][lane] - mixed) <= 1e-4 * mixed + 1e-9);
+            assert_int_equal(out.above[0] >> lane & 1, out.hopes[lane] >= out.hopes[5]);
+            assert_int_equal(out.above[1] >> lane & 1, lane != 7);
         }
     }
 }
@@ -205,9 +518,16 @@ static void transforms_order_by_inner_product(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(fp16_is_exact),         cmocka_unit_test(bf16_is_the_upper_half),
-        cmocka_unit_test(all_sets_agree),        cmocka_unit_test(sums_are_right),
-        cmocka_unit_test(fold_is_a_log_sum_exp), cmocka_unit_test(transforms_order_by_inner_product),
+        cmocka_unit_test(fp16_is_exact),
+        cmocka_unit_test(bf16_and_fp32_are_exact),
+        cmocka_unit_test(all_sets_agree),
+        cmocka_unit_test(sums_are_right),
+        cmocka_unit_test(exp_and_log_are_close),
+        cmocka_unit_test(inner_products_of_anchors_are_exact),
+        cmocka_unit_test(inner_products_of_rows_are_exact),
+        cmocka_unit_test(distances_follow_their_formulas),
+        cmocka_unit_test(promotion_orders_by_images),
+        cmocka_unit_test(estimates_follow_their_formulas),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

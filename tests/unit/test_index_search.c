@@ -1,234 +1,95 @@
-// Searches against brute force: exact at full effort, valid when cut short, and good by default on real attention.
-#include "test_index_owner.h"
+// How good selections are: against brute force on keys of every kind, on real attention, and at the limits of numbers.
+#include "test_index_lane.h"
 
-struct lane {
-    struct heap heap;
-    struct owner owner;
-    struct index_search *search;
-    unsigned char *keys;
-    double *masses;
-    float *queries;
+// The scale at which scores of KEYS_CLUSTERED or KEYS_GAUSSIAN keys and normal queries differ by a few units.
+static float scale_of(const struct index_params *params)
+{
+    return 1.0f / sqrtf((float)params->head_dim);
+}
+
+struct quality {
+    double got, best;
+    double off; // sum of the differences between masses said and true ones
+    double said;
 };
 
-static void lane_begin(struct lane *lane, const struct index_params *params, enum keys_kind kind, uint32_t n,
-                       uint32_t views_max, struct rng *rng)
+// Searches with a few queries, at once and in slices; adds up what they find.
+static void search_lane(struct lane *lane, struct index_query query, struct quality *quality, struct rng *rng)
 {
-    memset(lane, 0, sizeof *lane);
-    lane->keys = keys_make(kind, params->dtype, params->head_dim, n, rng);
-    lane->owner = owner_begin(params, &lane->heap, lane->keys);
-    lane->masses = calloc(n + 1, sizeof *lane->masses);
-    lane->queries = calloc((size_t)views_max * params->head_dim, sizeof(float));
-    const struct index_allocator allocator = heap_allocator(&lane->heap);
-    assert_int_equal(index_search_create(&allocator, &lane->search), INDEX_OK);
-}
-
-static void lane_end(struct lane *lane)
-{
-    index_search_destroy(lane->search);
-    owner_end(&lane->owner);
-    assert_int_equal(lane->heap.blocks, 0);
-    free(lane->keys);
-    free(lane->masses);
-    free(lane->queries);
-}
-
-static void lane_queries(struct lane *lane, uint32_t views, float strength, struct rng *rng)
-{
-    for (uint32_t i = 0; i < views * lane->owner.params.head_dim; i++) {
-        lane->queries[i] = strength * rng_normal(rng);
-    }
-}
-
-static int by_mass(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? 1 : x > y ? -1 : 0;
-}
-
-// Mass of the exact best selection of `count` tokens.
-static double best_mass(const double *masses, struct bounds b, uint32_t count)
-{
-    const uint32_t n = b.high - b.low;
-    double *sorted = malloc((n + 1) * sizeof *sorted), sum = 0.0;
-    memcpy(sorted, masses + b.low, n * sizeof *sorted);
-    qsort(sorted, n, sizeof *sorted, by_mass);
-    for (uint32_t i = 0; i < count && i < n; i++) {
-        sum += sorted[i];
-    }
-    free(sorted);
-    return sum;
-}
-
-static double mass_of(const double *masses, const struct answer *answer)
-{
-    double sum = 0.0;
-    for (uint32_t i = 0; i < answer->selection.count; i++) {
-        sum += masses[answer->tokens[i].position];
-    }
-    return sum;
-}
-
-static double mass_range(const double *masses, uint32_t begin, uint32_t end)
-{
-    double sum = 0.0;
-    for (uint32_t p = begin; p < end; p++) {
-        sum += masses[p];
-    }
-    return sum;
-}
-
-static void assert_near(double x, double y, double tolerance)
-{
-    if (!(fabs(x - y) <= tolerance)) {
-        fail_msg("%.9g is not %.9g", x, y);
-    }
-}
-
-// How far fp32 scores may be off, as a share of a mass: some units in the last place of the largest possible score.
-static double mass_tolerance(const struct lane *lane, const struct index_query *query)
-{
-    const uint32_t dim = lane->owner.params.head_dim;
-    const size_t size = dtype_size(lane->owner.params.dtype);
-    double key_max = 0.0, query_max = 0.0;
-    for (uint32_t p = 0; p < lane->owner.length; p++) {
-        double norm2 = 0.0;
-        for (uint32_t j = 0; j < dim; j++) {
-            norm2 += pow((double)element_load(lane->owner.params.dtype, lane->keys + (p * dim + j) * size), 2);
+    const uint32_t views = query.query_count * query.head_count;
+    for (uint32_t round = 0; round < 3; round++) {
+        if (round < 2) {
+            lane_queries(lane, views, 1.5f, rng);
+        } else { // one that looks for a token
+            for (uint32_t v = 0; v < views; v++) {
+                const uint32_t dim = lane->owner.params.head_dim, p = rng_below(rng, lane->owner.length);
+                for (uint32_t j = 0; j < dim; j++) {
+                    lane->queries[v * dim + j] =
+                        element_load(lane->owner.params.dtype,
+                                     lane->keys + ((size_t)p * dim + j) * dtype_size(lane->owner.params.dtype));
+                }
+            }
         }
-        key_max = norm2 > key_max ? norm2 : key_max;
-    }
-    for (uint32_t v = 0; v < query->query_count * query->head_count; v++) {
-        double norm2 = 0.0;
-        for (uint32_t j = 0; j < dim; j++) {
-            norm2 += pow((double)query->queries[v * dim + j], 2);
+        masses_exact(&lane->owner, &query, lane->masses);
+        const struct answer answer = lane_search(lane, &query, 1 + rng_below(rng, 3000));
+        quality->got += mass_of(lane->masses, &answer);
+        quality->best += best_mass(lane->masses, bounds_of(&lane->owner, &query), answer.selection.count);
+        for (uint32_t i = 0; i < answer.selection.count; i++) {
+            quality->off += fabs((double)answer.tokens[i].mass - lane->masses[answer.tokens[i].position]);
+            quality->said += (double)answer.tokens[i].mass;
         }
-        query_max = norm2 > query_max ? norm2 : query_max;
     }
-    return expm1(1e-6 * (10.0 + (double)query->scale * sqrt(key_max * query_max)));
 }
 
-// At full effort a selection is the brute force's, with its masses.
-static void assert_exact(struct lane *lane, const struct index_query *query, uint64_t work_units)
-{
-    const struct answer answer = search_run(lane->search, lane->owner.index, query, work_units, UINT32_MAX);
-    assert_int_equal(answer.status, INDEX_OK);
-    assert_false(answer.selection.partial);
-    selection_verify(&lane->owner, query, &answer);
-    masses_exact(&lane->owner, query, lane->masses);
-    const struct bounds b = bounds_of(&lane->owner, query);
-    const double tolerance = mass_tolerance(lane, query);
-    const uint32_t eligible = b.high - b.low, count = query->budget < eligible ? query->budget : eligible;
-    assert_int_equal(answer.selection.count, count);
-    assert_int_equal(answer.selection.scanned, b.visible);
-    for (uint32_t i = 0; i < count; i++) {
-        const double mass = lane->masses[answer.tokens[i].position];
-        assert_near((double)answer.tokens[i].mass, mass, 1e-6 + tolerance * mass);
-    }
-    const double best = best_mass(lane->masses, b, count);
-    assert_near(mass_of(lane->masses, &answer), best, 1e-6 + tolerance * best);
-    const double ends = mass_range(lane->masses, 0, b.low) + mass_range(lane->masses, b.high, b.visible);
-    assert_near((double)answer.selection.ends_mass, ends, 1e-5 + tolerance * ends);
-}
-
-static void exact_at_full_effort(void **state)
+// Keys of every kind, shapes of every kind: the default effort and the full one find nearly what brute force finds.
+static void nearly_the_best_is_found(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(41);
-    static const uint32_t pages[] = {1, 8, 16, 16, 40, 128};
-    for (uint32_t round = 0; round < 60; round++) {
-        const struct index_params params = {16 * (1 + rng_below(&rng, 6)), (enum index_dtype)(1 + rng_below(&rng, 3)),
-                                            pages[rng_below(&rng, 6)], 0.0f, rng_next(&rng)};
-        const uint32_t n = 1 + rng_below(&rng, round % 2 == 0 ? 1500 : 400);
-        const uint32_t positions = 1 + rng_below(&rng, 4), heads = 1 + rng_below(&rng, 5);
-        struct lane lane;
-        // KEYS_HUGE scores differ by thousands; the rest are ordinary.
-        lane_begin(&lane, &params, (enum keys_kind)(round % KEYS_KINDS), n, 20, &rng);
-        const uint32_t built = rng_below(&rng, n + 1); // part of it may stay in the tail
-        assert_int_equal(owner_append(&lane.owner, built), INDEX_OK);
-        owner_build(&lane.owner, 10000);
-        assert_int_equal(owner_append(&lane.owner, n - built), INDEX_OK);
-        for (uint32_t again = 0; again < 3; again++) {
-            lane_queries(&lane, positions * heads, 1.0f, &rng);
-            const struct index_query query = {.queries = lane.queries,
-                                              .query_count = positions,
-                                              .head_count = heads,
-                                              .first_position = rng_below(&rng, n + 5),
-                                              .scale = 0.3f,
-                                              .budget = rng_below(&rng, 3) == 0 ? rng_below(&rng, n + 20)
-                                                                                : rng_below(&rng, 100),
-                                              .sinks = rng_below(&rng, 30),
-                                              .window = rng_below(&rng, 90),
-                                              .effort = 1.0f};
-            assert_exact(&lane, &query, 1 + rng_below(&rng, 3000));
+    static const uint32_t pages[] = {1, 3, 8, 16, 20, 64, 256}, dims[] = {16, 48, 64, 80, 128, 256};
+    static const float efforts[] = {0.0f, 1.0f};
+    for (uint32_t kind = 0; kind <= KEYS_GROWING_NORMS; kind++) {
+        for (uint32_t policy = 0; policy < 2; policy++) {
+            struct quality quality[2] = {{0}};
+            for (uint32_t round = 0; round < rounds_of(28); round++) {
+                const struct index_params params = {.head_dim = dims[rng_below(&rng, 6)],
+                                                    .dtype = (enum index_dtype)(1 + rng_below(&rng, 3)),
+                                                    .page_tokens = pages[round % 7],
+                                                    .policy = (enum index_policy)policy,
+                                                    .seed = rng_next(&rng)};
+                const uint32_t n = 400 + rng_below(&rng, 2000), positions = 1 + rng_below(&rng, 3);
+                const uint32_t heads = 1 + rng_below(&rng, 5);
+                struct lane lane;
+                lane_begin(&lane, &params, (enum keys_kind)kind, n, 20, &rng);
+                const uint32_t built = n - rng_below(&rng, 300); // part of it may stay in the tail
+                lane_fill(&lane, built);
+                assert_int_equal(owner_append(&lane.owner, n - built), INDEX_OK);
+                for (uint32_t i = 0; i < 2; i++) {
+                    const struct index_query query = {.query_count = positions,
+                                                      .queries = lane.queries,
+                                                      .head_count = heads,
+                                                      .first_position = n - rng_below(&rng, 100),
+                                                      .scale = scale_of(&params),
+                                                      .budget = 20 + rng_below(&rng, 100),
+                                                      .sinks = rng_below(&rng, 30),
+                                                      .window = rng_below(&rng, 90),
+                                                      .effort = efforts[i]};
+                    search_lane(&lane, query, &quality[i], &rng);
+                }
+                lane_end(&lane);
+            }
+            for (uint32_t i = 0; i < 2; i++) {
+                const double share = quality[i].got / quality[i].best, off = quality[i].off / quality[i].said;
+                printf("keys %u, policy %u, effort %.0f: %.4f of the best, masses off by %.3f\n", kind, policy,
+                       (double)efforts[i], share, off);
+                // What is scored is ranked well. What is not opened by default is harder to guess where cells are wide.
+                const bool is_wide =
+                    kind == KEYS_GROWING_NORMS || (kind == KEYS_CLUSTERED && policy == INDEX_PROMOTION);
+                assert_true(share > (i == 1 ? 0.985 : is_wide ? 0.8 : 0.965));
+                assert_true(off < 0.3 || (i == 0 && is_wide));
+            }
         }
-        lane_end(&lane);
     }
-}
-
-// One formula for which tokens are where: checked by hand on a small lane.
-static void sinks_window_and_causality(void **state)
-{
-    (void)state;
-    struct rng rng = rng_begin(42);
-    const struct index_params params = {16, INDEX_FP32, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_GAUSSIAN, 500, 8, &rng);
-    assert_int_equal(owner_append(&lane.owner, 500), INDEX_OK);
-    owner_build(&lane.owner, 10000);
-    lane_queries(&lane, 4, 1.0f, &rng);
-    struct index_query query = {.queries = lane.queries,
-                                .query_count = 2,
-                                .head_count = 2,
-                                .first_position = 298,
-                                .scale = 0.25f,
-                                .budget = 1000,
-                                .sinks = 10,
-                                .window = 20,
-                                .effort = 0.0f};
-    const struct answer answer = search_run(lane.search, lane.owner.index, &query, 1000, UINT32_MAX);
-    assert_int_equal(answer.selection.count, 300 - 10 - 20); // up to position 299
-    assert_int_equal(answer.tokens[0].position, 10);
-    assert_int_equal(answer.tokens[answer.selection.count - 1].position, 279);
-    assert_near((double)(answer.selection.ends_mass + answer.selection.selected_mass), 1.0, 1e-4);
-    // The window reaches back over the sinks: nothing is left to select.
-    query.window = 295;
-    const struct answer none = search_run(lane.search, lane.owner.index, &query, 1000, UINT32_MAX);
-    assert_int_equal(none.selection.count, 0);
-    assert_near((double)none.selection.ends_mass, 1.0, 1e-4);
-    // Several queries without a window: the last tokens are seen by the later queries only.
-    query.window = 0;
-    query.query_count = 4;
-    query.head_count = 1;
-    query.budget = 50;
-    query.effort = 1.0f;
-    assert_exact(&lane, &query, 1000);
-    lane_end(&lane);
-}
-
-static void empty_and_tiny(void **state)
-{
-    (void)state;
-    struct rng rng = rng_begin(43);
-    const struct index_params params = {16, INDEX_BF16, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_GAUSSIAN, 2, 1, &rng);
-    lane_queries(&lane, 1, 1.0f, &rng);
-    struct index_query query = {.queries = lane.queries, .query_count = 1, .head_count = 1, .scale = 1.0f, .budget = 4};
-    struct answer answer = search_run(lane.search, lane.owner.index, &query, 1, UINT32_MAX);
-    assert_int_equal(answer.status, INDEX_OK);
-    assert_int_equal(answer.selection.count, 0);
-    assert_false(answer.selection.partial);
-    assert_int_equal(owner_append(&lane.owner, 1), INDEX_OK);
-    answer = search_run(lane.search, lane.owner.index, &query, 1, UINT32_MAX);
-    assert_int_equal(answer.selection.count, 1);
-    assert_near((double)answer.tokens[0].mass, 1.0, 1e-6);
-    query.page_wise = true;
-    answer = search_run(lane.search, lane.owner.index, &query, 1, UINT32_MAX);
-    assert_int_equal(answer.selection.count, 1);
-    query.budget = 0;
-    answer = search_run(lane.search, lane.owner.index, &query, 1, UINT32_MAX);
-    assert_int_equal(answer.selection.count, 0);
-    lane_end(&lane);
 }
 
 // A budget of everything selects everything, at any effort, token-wise and page-wise, and also while a plan is pending.
@@ -236,53 +97,66 @@ static void everything_is_selected(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(44);
-    const struct index_params params = {32, INDEX_FP16, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_CLUSTERED, 1400, 2, &rng);
-    while (lane.owner.length < 1400) {
-        assert_int_equal(owner_append(&lane.owner, 70), INDEX_OK);
-        for (uint32_t i = 0; i < 4; i++) {
-            if (index_build_step(lane.owner.index, 30000) == INDEX_BUILD_PLAN && i > 1) {
-                owner_carry_out(&lane.owner, NULL, NULL);
+    for (uint32_t policy = 0; policy < 2; policy++) {
+        const struct index_params params = {.head_dim = 32,
+                                            .dtype = INDEX_FP16,
+                                            .page_tokens = policy == 0 ? 16 : 20,
+                                            .policy = (enum index_policy)policy,
+                                            .seed = 9};
+        struct lane lane;
+        lane_begin(&lane, &params, KEYS_CLUSTERED, 1400, 2, &rng);
+        bool has_plan = false;
+        while (lane.owner.length < 1400) {
+            assert_int_equal(owner_append(&lane.owner, 70), INDEX_OK);
+            for (uint32_t i = 0; i < 4; i++) {
+                has_plan = has_plan || owner_step(&lane.owner, 30000) == INDEX_BUILD_PLAN;
+                if (has_plan && i > 1) {
+                    owner_carry_out(&lane.owner, NULL, NULL);
+                    has_plan = false;
+                }
+            }
+            const uint32_t n = lane.owner.length;
+            lane_queries(&lane, 2, 2.0f, &rng);
+            for (uint32_t variant = 0; variant < 6; variant++) {
+                static const float efforts[] = {0.0f, 0.5f, 1.0f};
+                const struct index_query query = {.queries = lane.queries,
+                                                  .query_count = 1,
+                                                  .head_count = 2,
+                                                  .first_position = n - 1,
+                                                  .scale = 0.2f,
+                                                  .budget = n - 40,
+                                                  .sinks = 8,
+                                                  .window = 32,
+                                                  .page_wise = variant % 2 == 1,
+                                                  .effort = efforts[variant / 2]};
+                const struct answer answer = lane_search(&lane, &query, 500);
+                assert_int_equal(answer.selection.count, n - 40);
+                assert_int_equal(answer.selection.scanned, n);
+                assert_near((double)(answer.selection.selected_mass + answer.selection.ends_mass), 1.0, 1e-4);
             }
         }
-        const uint32_t n = lane.owner.length;
-        lane_queries(&lane, 2, 2.0f, &rng);
-        for (uint32_t variant = 0; variant < 6; variant++) {
-            const struct index_query query = {.queries = lane.queries,
-                                              .query_count = 1,
-                                              .head_count = 2,
-                                              .first_position = n - 1,
-                                              .scale = 0.2f,
-                                              .budget = n - 40,
-                                              .sinks = 8,
-                                              .window = 32,
-                                              .page_wise = variant % 2 == 1,
-                                              .effort = variant < 2   ? 0.0f
-                                                        : variant < 4 ? 0.5f
-                                                                      : 1.0f};
-            const struct answer answer = search_run(lane.search, lane.owner.index, &query, 500, UINT32_MAX);
-            selection_verify(&lane.owner, &query, &answer);
-            assert_int_equal(answer.selection.count, n - 40);
-            assert_near((double)(answer.selection.selected_mass + answer.selection.ends_mass), 1.0, 1e-4);
-        }
+        lane_end(&lane);
     }
-    lane_end(&lane);
 }
 
-// Page-wise at full effort: the pages with the largest masses, whole, as far as they are eligible.
-static void pages_at_full_effort(void **state)
+// Page-wise: whole pages, as many as the budget holds, and nearly the best ones.
+static void nearly_the_best_pages_are_found(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(45);
-    static const uint32_t page_sizes[] = {1, 8, 16, 48};
-    for (uint32_t round = 0; round < 24; round++) {
-        const struct index_params params = {32, INDEX_FP32, page_sizes[round % 4], 0.0f, rng_next(&rng)};
-        const uint32_t n = 300 + rng_below(&rng, 900);
+    static const uint32_t page_sizes[] = {1, 3, 8, 16, 48, 256};
+    double got = 0.0, all = 0.0;
+    for (uint32_t round = 0; round < rounds_of(48); round++) {
+        const uint32_t step = page_sizes[round % 6];
+        const struct index_params params = {.head_dim = 32,
+                                            .dtype = INDEX_FP32,
+                                            .page_tokens = step,
+                                            .policy = (enum index_policy)(round / 6 % 2),
+                                            .seed = rng_next(&rng)};
+        const uint32_t n = 700 + rng_below(&rng, 1500);
         struct lane lane;
-        lane_begin(&lane, &params, round % 3 == 0 ? KEYS_GAUSSIAN : KEYS_CLUSTERED, n, 2, &rng);
-        assert_int_equal(owner_append(&lane.owner, n), INDEX_OK);
-        owner_build(&lane.owner, 10000);
+        lane_begin(&lane, &params, round % 5 == 0 ? KEYS_GAUSSIAN : KEYS_CLUSTERED, n, 2, &rng);
+        lane_fill(&lane, n);
         lane_queries(&lane, 2, 1.0f, &rng);
         const struct index_query query = {.queries = lane.queries,
                                           .query_count = 1,
@@ -290,15 +164,14 @@ static void pages_at_full_effort(void **state)
                                           .first_position = n - 1,
                                           .scale = 0.3f,
                                           .budget = 5 + rng_below(&rng, 120),
-                                          .sinks = 16,
+                                          .sinks = rng_below(&rng, 40),
                                           .window = 64,
                                           .page_wise = true,
-                                          .effort = 1.0f};
-        const struct answer answer = search_run(lane.search, lane.owner.index, &query, 700, UINT32_MAX);
-        selection_verify(&lane.owner, &query, &answer);
+                                          .effort = round % 2 == 0 ? 0.0f : 1.0f};
+        const struct answer answer = lane_search(&lane, &query, 700);
         masses_exact(&lane.owner, &query, lane.masses);
         const struct bounds b = bounds_of(&lane.owner, &query);
-        const uint32_t bound = index_page_bound(lane.owner.index), step = params.page_tokens;
+        const uint32_t bound = index_page_bound(lane.owner.index);
         double *of_page = calloc(bound, sizeof *of_page);
         uint32_t *eligible = calloc(bound, sizeof *eligible), *chosen = calloc(bound, sizeof *chosen), pages = 0;
         for (uint32_t p = b.low; p < b.high; p++) {
@@ -321,109 +194,27 @@ static void pages_at_full_effort(void **state)
         for (uint32_t i = 0; i < wanted; i++) {
             best += of_page[i];
         }
-        assert_near(mass_of(lane.masses, &answer), best, 1e-5 + 1e-4 * best);
+        got += mass_of(lane.masses, &answer);
+        all += best;
         free(of_page);
         free(eligible);
         free(chosen);
         lane_end(&lane);
     }
+    printf("%.4f of the best pages' mass\n", got / all);
+    assert_true(got > 0.95 * all);
 }
 
-// Cut short anywhere, a search gives a valid partial answer; the further it went, the more it holds.
-static void partial_answers(void **state)
-{
-    (void)state;
-    struct rng rng = rng_begin(46);
-    const struct index_params params = {64, INDEX_FP16, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_CLUSTERED, 2000, 2, &rng);
-    assert_int_equal(owner_append(&lane.owner, 2000), INDEX_OK);
-    owner_build(&lane.owner, 100000);
-    lane_queries(&lane, 2, 0.7f, &rng);
-    struct index_query query = {.queries = lane.queries,
-                                .query_count = 1,
-                                .head_count = 2,
-                                .first_position = 1999,
-                                .scale = 0.125f,
-                                .budget = 64,
-                                .sinks = 16,
-                                .window = 64};
-    masses_exact(&lane.owner, &query, lane.masses);
-    for (uint32_t page_wise = 0; page_wise < 2; page_wise++) {
-        query.page_wise = page_wise == 1;
-        double held_early = 0.0, held_late = 0.0;
-        uint32_t partial = 0, complete = 0;
-        for (uint32_t steps = 0; complete < 3; steps++) {
-            const struct answer answer = search_run(lane.search, lane.owner.index, &query, 16, steps);
-            selection_verify(&lane.owner, &query, &answer);
-            assert_true(answer.selection.count <= 64);
-            partial += answer.selection.partial ? 1 : 0;
-            complete += answer.selection.partial ? 0 : 1;
-            held_early = steps == 2 ? mass_of(lane.masses, &answer) : held_early;
-            held_late = mass_of(lane.masses, &answer);
-        }
-        assert_true(partial > 20);
-        assert_true(held_late > held_early);
-        assert_true(held_late > 0.9 * best_mass(lane.masses, bounds_of(&lane.owner, &query), 64) || page_wise == 1);
-    }
-    lane_end(&lane);
-}
-
-static void coverage_stops_early(void **state)
-{
-    (void)state;
-    struct rng rng = rng_begin(47);
-    const struct index_params params = {32, INDEX_FP32, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_CLUSTERED, 3000, 1, &rng);
-    assert_int_equal(owner_append(&lane.owner, 3000), INDEX_OK);
-    owner_build(&lane.owner, 100000);
-    double missed = 0.0;
-    for (uint32_t round = 0; round < 10; round++) {
-        memcpy(lane.queries, lane.keys + rng_below(&rng, 3000) * 128, 128); // strong attention to one cluster
-        struct index_query query = {.queries = lane.queries,
-                                    .query_count = 1,
-                                    .head_count = 1,
-                                    .first_position = 2999,
-                                    .scale = 0.1f,
-                                    .budget = 1000,
-                                    .sinks = 4,
-                                    .window = 16};
-        masses_exact(&lane.owner, &query, lane.masses);
-        uint32_t count_before = 0;
-        for (uint32_t percent = 50; percent <= 90; percent += 20) {
-            query.coverage = (float)percent / 100.0f;
-            const struct answer answer = search_run(lane.search, lane.owner.index, &query, 500, UINT32_MAX);
-            selection_verify(&lane.owner, &query, &answer);
-            const struct bounds b = bounds_of(&lane.owner, &query);
-            const double held = mass_of(lane.masses, &answer) + mass_range(lane.masses, 0, b.low) +
-                                mass_range(lane.masses, b.high, b.visible);
-            assert_true(answer.selection.count < 1000);
-            assert_true(answer.selection.count > count_before);
-            assert_true(answer.selection.scanned < 2000);
-            missed += held - (double)query.coverage; // one estimate may be off, not all of them
-            count_before = answer.selection.count;
-        }
-        query.coverage = 0.0f;
-        const struct answer all = search_run(lane.search, lane.owner.index, &query, 500, UINT32_MAX);
-        assert_int_equal(all.selection.count, 1000);
-    }
-    assert_near(missed / 30.0, 0.0, 0.05);
-    lane_end(&lane);
-}
-
-// Effort is the share of pages that is opened; more of it finds more.
+// Effort is the share of the tree's tokens that is scored; more of it finds more.
 static void effort_bounds_what_is_scored(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(53);
-    const struct index_params params = {32, INDEX_FP32, 16, 0.0f, 9};
+    const struct index_params params = {.head_dim = 32, .dtype = INDEX_FP32, .page_tokens = 16, .seed = 9};
     struct lane lane;
-    lane_begin(&lane, &params, KEYS_GAUSSIAN, 2048, 2, &rng);
-    assert_int_equal(owner_append(&lane.owner, 2048), INDEX_OK);
-    owner_build(&lane.owner, 100000);
-    struct index_shape shape;
-    index_shape(lane.owner.index, &shape);
+    lane_begin(&lane, &params, KEYS_GAUSSIAN, 4096, 2, &rng);
+    lane_fill(&lane, 4096);
+    const uint32_t tree = (uint32_t)index_indexed(lane.owner.index) - 16, outside = 4096 - tree;
     double shares[3] = {0};
     for (uint32_t round = 0; round < 10; round++) {
         lane_queries(&lane, 2, 1.0f, &rng);
@@ -432,14 +223,14 @@ static void effort_bounds_what_is_scored(void **state)
             const struct index_query query = {.queries = lane.queries,
                                               .query_count = 1,
                                               .head_count = 2,
-                                              .first_position = 2047,
+                                              .first_position = 4095,
                                               .scale = 0.25f,
                                               .budget = 32,
                                               .effort = efforts[i]};
-            const struct answer answer = search_run(lane.search, lane.owner.index, &query, 5000, UINT32_MAX);
-            const double pages = ceil((double)efforts[i] * shape.leaf_pages);
-            assert_true(answer.selection.scanned <= pages * 16);
-            assert_true(answer.selection.scanned >= pages);
+            const struct answer answer = lane_search(&lane, &query, 5000);
+            const double most = (double)efforts[i] * tree;
+            assert_true(answer.selection.scanned <= most + 0.15 * tree + outside);
+            assert_true(answer.selection.scanned >= 0.8 * most + outside);
             masses_exact(&lane.owner, &query, lane.masses);
             shares[i] += mass_of(lane.masses, &answer);
         }
@@ -449,176 +240,82 @@ static void effort_bounds_what_is_scored(void **state)
     lane_end(&lane);
 }
 
-// No structure, nothing to prune: the default effort looks at (nearly) everything and finds the best.
-static void no_structure_opens_all(void **state)
+// The default effort looks at a small part of structured keys, and at most of those without structure.
+static void default_effort_follows_the_structure(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(48);
-    const struct index_params params = {128, INDEX_FP32, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_GAUSSIAN, 3000, 2, &rng);
-    assert_int_equal(owner_append(&lane.owner, 3000), INDEX_OK);
-    owner_build(&lane.owner, 100000);
-    double got = 0.0, best = 0.0;
-    for (uint32_t round = 0; round < 10; round++) {
-        lane_queries(&lane, 2, 1.0f, &rng);
-        const struct index_query query = {.queries = lane.queries,
-                                          .query_count = 1,
-                                          .head_count = 2,
-                                          .first_position = 2999,
-                                          .scale = 0.0884f,
-                                          .budget = 64,
-                                          .window = 64};
-        const struct answer answer = search_run(lane.search, lane.owner.index, &query, 5000, UINT32_MAX);
-        masses_exact(&lane.owner, &query, lane.masses);
-        got += mass_of(lane.masses, &answer);
-        best += best_mass(lane.masses, bounds_of(&lane.owner, &query), 64);
+    uint32_t scanned[2] = {0};
+    for (uint32_t kind = KEYS_CLUSTERED; kind <= KEYS_GAUSSIAN; kind++) {
+        const struct index_params params = {.head_dim = 128, .dtype = INDEX_FP32, .page_tokens = 16, .seed = 9};
+        struct lane lane;
+        lane_begin(&lane, &params, (enum keys_kind)kind, 6000, 2, &rng);
+        lane_fill(&lane, 6000);
+        double got = 0.0, best = 0.0;
+        for (uint32_t round = 0; round < 10; round++) {
+            lane_queries(&lane, 2, 1.0f, &rng);
+            const struct index_query query = {.queries = lane.queries,
+                                              .query_count = 1,
+                                              .head_count = 2,
+                                              .first_position = 5999,
+                                              .scale = 0.0884f,
+                                              .budget = 64,
+                                              .window = 64};
+            const struct answer answer = lane_search(&lane, &query, 5000);
+            masses_exact(&lane.owner, &query, lane.masses);
+            got += mass_of(lane.masses, &answer);
+            best += best_mass(lane.masses, bounds_of(&lane.owner, &query), 64);
+            scanned[kind] += answer.selection.scanned;
+        }
+        printf("keys %u: %.4f of the best, %.0f of 6000 scored\n", kind, got / best, scanned[kind] / 10.0);
+        assert_true(got > 0.97 * best);
+        lane_end(&lane);
     }
-    assert_true(got > 0.98 * best);
-    lane_end(&lane);
+    assert_true(scanned[KEYS_CLUSTERED] < 20000);
+    assert_true(scanned[KEYS_GAUSSIAN] > scanned[KEYS_CLUSTERED]);
 }
 
-// Equal keys have equal masses: the lowest positions win, wherever they lie.
-static void ties_go_to_lower_positions(void **state)
+// Keys and queries at the limits of what is not refused: answers are complete, valid and finite.
+static void huge_and_tiny_numbers(void **state)
 {
     (void)state;
-    struct rng rng = rng_begin(49);
-    const struct index_params params = {16, INDEX_FP32, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_EQUAL, 900, 1, &rng);
-    assert_int_equal(owner_append(&lane.owner, 900), INDEX_OK);
-    owner_build(&lane.owner, 100000);
-    lane_queries(&lane, 1, 1.0f, &rng);
-    const struct index_query query = {.queries = lane.queries,
-                                      .query_count = 1,
-                                      .head_count = 1,
-                                      .first_position = 899,
-                                      .scale = 1.0f,
-                                      .budget = 37,
-                                      .sinks = 5,
-                                      .window = 9,
-                                      .effort = 1.0f};
-    const struct answer answer = search_run(lane.search, lane.owner.index, &query, 5000, UINT32_MAX);
-    assert_int_equal(answer.selection.count, 37);
-    for (uint32_t i = 0; i < 37; i++) {
-        assert_int_equal(answer.tokens[i].position, 5 + i);
-        assert_near((double)answer.tokens[i].mass, 1.0 / 900, 1e-7);
+    struct rng rng = rng_begin(83);
+    static const enum keys_kind kinds[] = {KEYS_GAUSSIAN, KEYS_ZERO, KEYS_EQUAL, KEYS_HUGE, KEYS_LARGEST, KEYS_MIXED};
+    static const float sizes[] = {0.0f, 1e-38f, 1e-30f, 1e-10f, 1.0f, 1e5f, 1e10f};
+    for (uint32_t i = 0; i < 2 * sizeof kinds / sizeof kinds[0]; i++) {
+        const struct index_params params = {.head_dim = 48,
+                                            .dtype = i % 3 == 0 ? INDEX_FP32 : INDEX_BF16,
+                                            .page_tokens = 16,
+                                            .policy = (enum index_policy)(i % 2),
+                                            .seed = 9};
+        struct lane lane;
+        lane_begin(&lane, &params, kinds[i / 2], 1500, 6, &rng);
+        lane_fill(&lane, 1500);
+        for (uint32_t size = 0; size < sizeof sizes / sizeof sizes[0]; size++) {
+            lane_queries(&lane, 6, sizes[size], &rng);
+            for (uint32_t variant = 0; variant < 6; variant++) {
+                const struct index_query query = {.queries = lane.queries,
+                                                  .query_count = 2,
+                                                  .head_count = 3,
+                                                  .first_position = 1498,
+                                                  .scale = variant == 4 ? 1e-30f : 0.1f,
+                                                  .budget = variant == 5 ? 2000 : 50,
+                                                  .sinks = 4,
+                                                  .window = 20,
+                                                  .page_wise = variant == 1,
+                                                  .coverage = variant == 2 ? 0.7f : 0.0f,
+                                                  .effort = variant == 3 ? 1.0f : 0.0f};
+                const struct answer answer = lane_search(&lane, &query, 5000);
+                assert_true(isfinite(answer.selection.selected_mass) && isfinite(answer.selection.ends_mass));
+                for (uint32_t t = 0; t < answer.selection.count; t++) {
+                    assert_true(isfinite(answer.tokens[t].mass));
+                }
+                const float sum = answer.selection.selected_mass + answer.selection.ends_mass;
+                assert_true(variant != 5 || fabsf(sum - 1.0f) < 1e-3f);
+            }
+        }
+        lane_end(&lane);
     }
-    struct index_shape shape;
-    index_shape(lane.owner.index, &shape);
-    assert_true(shape.fill > 10.0); // equal keys spread over the pivots and fill pages
-    lane_end(&lane);
-}
-
-// Many views: scores do not fit what is kept and are computed again; the result is the same.
-static void more_views_than_kept_scores(void **state)
-{
-    (void)state;
-    struct rng rng = rng_begin(50);
-    const struct index_params params = {16, INDEX_FP32, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_CLUSTERED, 700, 64 * 64, &rng);
-    assert_int_equal(owner_append(&lane.owner, 700), INDEX_OK);
-    owner_build(&lane.owner, 100000);
-    lane_queries(&lane, 64 * 64, 1.0f, &rng);
-    struct index_query query = {.queries = lane.queries,
-                                .query_count = 64,
-                                .head_count = 64,
-                                .first_position = 600,
-                                .scale = 0.25f,
-                                .budget = 60,
-                                .sinks = 4,
-                                .window = 30,
-                                .effort = 1.0f};
-    assert_exact(&lane, &query, 100000);
-    query.page_wise = true;
-    const struct answer cut = search_run(lane.search, lane.owner.index, &query, 300000, 20);
-    selection_verify(&lane.owner, &query, &cut);
-    lane_end(&lane);
-}
-
-static void refuses_bad_queries(void **state)
-{
-    (void)state;
-    struct rng rng = rng_begin(51);
-    const struct index_params params = {16, INDEX_FP32, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_GAUSSIAN, 300, 4, &rng);
-    assert_int_equal(owner_append(&lane.owner, 300), INDEX_OK);
-    lane_queries(&lane, 4, 1.0f, &rng);
-    const struct index_query good = {
-        .queries = lane.queries, .query_count = 2, .head_count = 2, .first_position = 100, .scale = 1.0f, .budget = 10};
-    struct index_query bad[9];
-    for (uint32_t i = 0; i < 9; i++) {
-        bad[i] = good;
-    }
-    bad[0].queries = NULL;
-    bad[1].query_count = 0;
-    bad[2].query_count = INDEX_QUERIES_MAX + 1;
-    bad[3].head_count = INDEX_GROUP_MAX + 1;
-    bad[4].scale = NAN;
-    bad[5].scale = 0.0f;
-    bad[6].coverage = 1.5f;
-    bad[7].effort = -0.5f;
-    bad[8].first_position = UINT64_MAX;
-    for (uint32_t i = 0; i < 9; i++) {
-        assert_int_equal(index_search_reserve(lane.search, lane.owner.index, &bad[i]), INDEX_INVALID);
-        assert_int_equal(index_search_begin(lane.search, lane.owner.index, &bad[i]), INDEX_INVALID);
-    }
-    assert_int_equal(index_search_begin(lane.search, lane.owner.index, &good), INDEX_NO_MEMORY); // nothing reserved
-    const float values[] = {NAN, INFINITY, 3e38f, 1e25f};
-    for (uint32_t i = 0; i < 4; i++) {
-        struct index_query query = good;
-        const float kept = lane.queries[37];
-        lane.queries[37] = i == 3 ? kept : values[i];
-        query.scale = i == 3 ? 1e30f : 1.0f;
-        assert_int_equal(search_run(lane.search, lane.owner.index, &query, 1, 1).status, INDEX_NOT_FINITE);
-        lane.queries[37] = kept;
-    }
-    // No allocation outside reserve.
-    assert_int_equal(index_search_reserve(lane.search, lane.owner.index, &good), INDEX_OK);
-    const uint64_t acquired = lane.heap.acquired;
-    const struct answer answer = search_run(lane.search, lane.owner.index, &good, 1, UINT32_MAX);
-    assert_int_equal(answer.status, INDEX_OK);
-    assert_int_equal(lane.heap.acquired, acquired);
-    lane_end(&lane);
-}
-
-// The search's tree does not change under a running build.
-static void builds_while_searching(void **state)
-{
-    (void)state;
-    struct rng rng = rng_begin(52);
-    const struct index_params params = {32, INDEX_FP16, 16, 0.0f, 9};
-    struct lane lane;
-    lane_begin(&lane, &params, KEYS_CLUSTERED, 1100, 2, &rng);
-    assert_int_equal(owner_append(&lane.owner, 700), INDEX_OK);
-    owner_build(&lane.owner, 100000);
-    assert_int_equal(owner_append(&lane.owner, 400), INDEX_OK); // past the next boundary
-    lane_queries(&lane, 2, 1.0f, &rng);
-    const struct index_query query = {.queries = lane.queries,
-                                      .query_count = 1,
-                                      .head_count = 2,
-                                      .first_position = 1099,
-                                      .scale = 0.2f,
-                                      .budget = 64,
-                                      .sinks = 4,
-                                      .window = 16};
-    struct index_selected before[64];
-    const struct answer quiet = search_run(lane.search, lane.owner.index, &query, 500, UINT32_MAX);
-    memcpy(before, quiet.tokens, sizeof before);
-    for (enum index_build_state build = INDEX_BUILD_MORE; build != INDEX_BUILD_PLAN;) {
-        assert_int_equal(index_search_begin(lane.search, lane.owner.index, &query), INDEX_OK);
-        do {
-            build = build == INDEX_BUILD_PLAN ? build : index_build_step(lane.owner.index, 300);
-        } while (!index_search_step(lane.search, 50));
-        struct index_selection selection;
-        const struct index_selected *tokens;
-        index_search_finish(lane.search, &selection, &tokens);
-        assert_int_equal(selection.count, 64);
-        assert_memory_equal(tokens, before, sizeof before);
-    }
-    lane_end(&lane);
 }
 
 // ---- real attention ----
@@ -653,7 +350,7 @@ struct share {
 static void replay_lane(unsigned char *keys, const uint16_t *queries, struct share shares[2])
 {
     static const uint32_t budgets[2] = {64, 256};
-    const struct index_params params = {TRACE_DIM, INDEX_FP16, 16, 0.0f, 1};
+    const struct index_params params = {.head_dim = TRACE_DIM, .dtype = INDEX_FP16, .page_tokens = 16, .seed = 1};
     struct heap heap = {0};
     struct owner owner = owner_begin(&params, &heap, keys);
     const struct index_allocator allocator = heap_allocator(&heap);
@@ -716,8 +413,8 @@ static void real_attention(void **state)
     }
     printf("share of the exact best selection's mass: %.4f with 64 tokens, %.4f with 256\n",
            shares[0].got / shares[0].best, shares[1].got / shares[1].best);
-    assert_true(shares[0].got >= 0.98 * shares[0].best);
-    assert_true(shares[1].got >= 0.98 * shares[1].best);
+    assert_true(shares[0].got >= 0.985 * shares[0].best);
+    assert_true(shares[1].got >= 0.985 * shares[1].best);
     for (uint32_t i = 0; i < 2; i++) { // the estimate is honest
         assert_near(shares[i].said / shares[i].got, 1.0, 0.05);
     }
@@ -726,19 +423,12 @@ static void real_attention(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(exact_at_full_effort),
-        cmocka_unit_test(sinks_window_and_causality),
-        cmocka_unit_test(empty_and_tiny),
+        cmocka_unit_test(nearly_the_best_is_found),
         cmocka_unit_test(everything_is_selected),
-        cmocka_unit_test(pages_at_full_effort),
-        cmocka_unit_test(partial_answers),
-        cmocka_unit_test(coverage_stops_early),
+        cmocka_unit_test(nearly_the_best_pages_are_found),
         cmocka_unit_test(effort_bounds_what_is_scored),
-        cmocka_unit_test(no_structure_opens_all),
-        cmocka_unit_test(ties_go_to_lower_positions),
-        cmocka_unit_test(more_views_than_kept_scores),
-        cmocka_unit_test(refuses_bad_queries),
-        cmocka_unit_test(builds_while_searching),
+        cmocka_unit_test(default_effort_follows_the_structure),
+        cmocka_unit_test(huge_and_tiny_numbers),
         cmocka_unit_test(real_attention),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -166,6 +166,8 @@ class Landing(_Handle):
 
 @dataclass(frozen=True)
 class SequenceInfo:
+    """indexed_min ends before the length for good (the newest tokens are scanned): wait for idle instead."""
+
     length: int
     length_min: int
     indexed_min: int

@@ -1,0 +1,260 @@
+// What a batch does to one cell: its tokens join it, or new cells take its place.
+//
+// Everything is written where nothing looks yet. Thread ownership: the index's.
+#include "index/batch.h"
+
+#include <math.h>
+#include <string.h>
+
+static void add_move(struct index *index, uint32_t position, uint32_t page, uint32_t row)
+{
+    struct batch *batch = index->batch;
+    assert(batch->move_count < batch->move_room);
+    batch->moves[batch->move_count++] = (struct index_move){.from = dci_place_of(index, position), .to = {page, row}};
+}
+
+static bool page_create(struct index *index, uint32_t *page)
+{
+    struct batch *batch = index->batch;
+    if (!dci_list_reserve(&batch->new_pages, &index->memory, batch->new_pages.count + 1) ||
+        !dci_page_acquire(index, PAGE_PLANNED, page)) {
+        return false;
+    }
+    batch->new_pages.items[batch->new_pages.count++] = *page;
+    return true;
+}
+
+static float code_residual(const struct index *index, const float *key, const float *anchor, uint8_t *code,
+                           float *spread2)
+{
+    float residual[INDEX_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < index->head_dim; i++) {
+        residual[i] = key[i] - anchor[i];
+    }
+    return index->kernel->encode4(residual, index->head_dim, code, spread2);
+}
+
+// ---- joining ----
+
+// The next free row of a cell from (part, row) on. False when all of its pages are full.
+static bool next_free(const struct index *index, const struct node *cell, uint32_t *part, uint32_t *row)
+{
+    for (; *part < cell->part_count; (*part)++, *row = 0) {
+        for (; *row < index->page_tokens; (*row)++) {
+            if (dci_rows_of(index, cell, *part, *row)->positions[*row % DCI_LANES] == TREE_NONE) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+// Places for a hit's tokens: free rows first, then those of new pages.
+static bool find_spots(struct index *index, const struct hit *hit, uint32_t *parts)
+{
+    struct batch *batch = index->batch;
+    const struct node *cell = dci_node(index, hit->cell);
+    uint32_t part = 0, row = 0, page = TREE_NONE;
+    for (uint32_t i = 0; i < hit->count; i++, row++) {
+        struct spot *spot = &batch->spots[batch->order[hit->first + i]];
+        if (part < cell->part_count && next_free(index, cell, &part, &row)) {
+            page = cell->parts[part];
+        } else if (row == index->page_tokens || *parts == cell->part_count) {
+            part = (*parts)++;
+            row = 0;
+            if (!page_create(index, &page)) {
+                return false;
+            }
+        }
+        *spot = (struct spot){.page = page, .part = part, .row = row};
+    }
+    return true;
+}
+
+static bool join(struct index *index, struct hit *hit)
+{
+    struct batch *batch = index->batch;
+    const struct node *cell = dci_node(index, hit->cell);
+    struct entry entry;
+    float anchor[INDEX_HEAD_DIM_MAX];
+    uint32_t parts = cell->part_count;
+    if (!find_spots(index, hit, &parts)) {
+        return false;
+    }
+    if (parts > cell->run_parts) {
+        if (!dci_slab_acquire(&index->runs[parts - 1], &index->memory, &hit->run)) {
+            return false;
+        }
+        hit->run_parts = parts;
+    }
+    dci_entry_read(index, dci_node(index, cell->parent), cell->lane, &entry);
+    dci_entry_anchor(index, &entry, anchor);
+    for (uint32_t i = 0; i < hit->count; i++) {
+        const uint32_t item = batch->order[hit->first + i];
+        struct spot *spot = &batch->spots[item];
+        spot->scale = code_residual(index, dci_item_key(index, item), anchor,
+                                    batch->codes + (size_t)item * index->head_dim / 2, &spot->spread2);
+        add_move(index, batch->positions[item], spot->page, spot->row);
+    }
+    return true;
+}
+
+// ---- dividing ----
+
+// The keys of a cell's tokens, and of those that come to it. Returns how many.
+static uint32_t gather(struct index *index, const struct hit *hit)
+{
+    struct batch *batch = index->batch;
+    const uint32_t dim = index->head_dim;
+    uint32_t n = 0;
+    if (hit->cell != TREE_NONE) {
+        const struct node *cell = dci_node(index, hit->cell);
+        for (uint32_t part = 0; part < cell->part_count; part++) {
+            const unsigned char *first = batch->rows[hit->need + part];
+            for (uint32_t row = 0; row < index->page_tokens; row++) {
+                const uint32_t position = dci_rows_of(index, cell, part, row)->positions[row % DCI_LANES];
+                if (position == TREE_NONE) {
+                    continue;
+                }
+                float *key = batch->members + (size_t)n * dim;
+                index->kernel->widen(index->dtype, first + row * batch->rows_stride, dim, key);
+                dci_rotate(index, key);
+                batch->vectors[n] = key;
+                batch->member_positions[n++] = position;
+            }
+        }
+    }
+    for (uint32_t i = 0; i < hit->count; i++) {
+        const uint32_t item = batch->order[hit->first + i];
+        batch->vectors[n] = dci_item_key(index, item);
+        batch->member_positions[n++] = batch->positions[item];
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        batch->member_order[i] = i;
+    }
+    return n;
+}
+
+// Puts members order[begin .. begin+n-1] into one new page of a cell.
+static bool page_fill(struct index *index, struct draft *draft, const float *anchor, uint32_t begin, uint32_t n)
+{
+    struct batch *batch = index->batch;
+    struct node *node = dci_node(index, draft->node);
+    uint32_t page;
+    if (!page_create(index, &page)) {
+        return false;
+    }
+    const uint32_t part = node->part_count++;
+    node->parts[part] = page;
+    dci_page(index, page)->owner = draft->node;
+    dci_page(index, page)->part = (uint8_t)part;
+    dci_page(index, page)->rows = (uint16_t)n;
+    dci_rows_clear(index, node, part);
+    for (uint32_t row = 0; row < n; row++) {
+        const uint32_t member = batch->member_order[begin + row], lane = row % DCI_LANES;
+        struct dci_rows *rows = dci_rows_of(index, node, part, row);
+        uint8_t code[INDEX_HEAD_DIM_MAX / 2];
+        float spread2;
+        rows->scales[lane] = code_residual(index, batch->vectors[member], anchor, code, &spread2);
+        for (uint32_t group = 0; group < index->head_dim / 8; group++) {
+            memcpy(rows->codes + ((size_t)group * DCI_LANES + lane) * 4, code + (size_t)4 * group, 4);
+        }
+        rows->positions[lane] = batch->member_positions[member];
+        node->spread2 += spread2;
+        const float far = sqrtf(spread2) * index->inverse_root_dim;
+        draft->entry.far = far > draft->entry.far ? far : draft->entry.far;
+        add_move(index, batch->member_positions[member], page, row);
+    }
+    node->count += n;
+    return true;
+}
+
+// Cuts a cell's members into pages of neighbours, all full but the last.
+static bool pages_fill(struct index *index, const struct dci_division *division, struct draft *draft,
+                       const float *anchor, uint32_t begin, uint32_t n)
+{
+    const uint32_t pages = (n + index->page_tokens - 1) / index->page_tokens;
+    if (pages == 1) {
+        return page_fill(index, draft, anchor, begin, n);
+    }
+    const uint32_t left = pages / 2 * index->page_tokens;
+    dci_divide_at(division, begin, n, left);
+    return pages_fill(index, division, draft, anchor, begin, left) && // as deep as a cell has pages
+           pages_fill(index, division, draft, anchor, begin + left, n - left);
+}
+
+static bool cell_create(struct index *index, const struct dci_division *division, uint32_t begin, uint32_t n)
+{
+    struct batch *batch = index->batch;
+    float anchor[INDEX_HEAD_DIM_MAX] = {0};
+    if (!dci_store_reserve(&batch->drafts, &index->memory, (uint64_t)batch->draft_count + 1)) {
+        return false;
+    }
+    struct draft *draft = dci_draft(batch, batch->draft_count);
+    *draft = (struct draft){0};
+    if (!dci_slab_acquire(&index->nodes, &index->memory, &draft->node)) {
+        return false;
+    }
+    struct node *node = dci_node(index, draft->node);
+    *node = (struct node){.parent = TREE_NONE, .lane = TREE_NONE, .level = 1};
+    node->run_parts = (n + index->page_tokens - 1) / index->page_tokens;
+    if (!dci_slab_acquire(&index->runs[node->run_parts - 1], &index->memory, &node->run)) {
+        dci_node_release(index, draft->node);
+        return false;
+    }
+    batch->draft_count++;
+    draft->entry.child = draft->node;
+    // The mean, or the promoted key, which a division has put first.
+    const uint32_t counted = index->policy == INDEX_PROMOTION ? 1 : n;
+    for (uint32_t i = begin; i < begin + counted; i++) {
+        index->kernel->add(anchor, batch->vectors[batch->member_order[i]], index->head_dim);
+    }
+    for (uint32_t i = 0; i < index->head_dim; i++) {
+        anchor[i] /= (float)counted;
+    }
+    dci_entry_code(index, anchor, &draft->entry);
+    dci_entry_anchor(index, &draft->entry, anchor);
+    if (!pages_fill(index, division, draft, anchor, begin, n)) {
+        return false;
+    }
+    dci_cell_summarise(index, dci_node(index, draft->node), &draft->entry);
+    return true;
+}
+
+static bool cells_create(struct index *index, const struct dci_division *division, uint32_t begin, uint32_t n)
+{
+    if (n <= index->cell_max) {
+        return cell_create(index, division, begin, n);
+    }
+    const uint32_t left = dci_divide(division, begin, n, 1);
+    return cells_create(index, division, begin, left) && // a third goes away each time: not deep
+           cells_create(index, division, begin + left, n - left);
+}
+
+bool dci_hit_work(struct index *index, struct hit *hit)
+{
+    struct batch *batch = index->batch;
+    if (!hit->divides) {
+        return join(index, hit);
+    }
+    const uint32_t n = gather(index, hit);
+    const struct dci_division division = {index, batch->vectors, batch->member_order, batch->values,
+                                          index->digest ^ hit->cell};
+    hit->draft = batch->draft_count;
+    const bool granted = cells_create(index, &division, 0, n);
+    hit->draft_count = batch->draft_count - hit->draft;
+    return granted;
+}
+
+void dci_hit_discard(struct index *index, const struct hit *hit)
+{
+    for (uint32_t i = hit->draft_count; i > 0; i--) {
+        const uint32_t id = dci_draft(index->batch, hit->draft + i - 1)->node;
+        const struct node *node = dci_node(index, id);
+        dci_slab_release(&index->runs[node->run_parts - 1], node->run);
+        dci_node_release(index, id);
+    }
+    if (hit->run_parts > 0) {
+        dci_slab_release(&index->runs[hit->run_parts - 1], hit->run);
+    }
+}

@@ -1,0 +1,183 @@
+// Forgetting tokens: the end of a sequence, or single positions.
+//
+// A token leaves its page at once, its row is free for tokens to come. Pages and cells without tokens go; cells that
+// keep few are mended by the next builds. A running build is voided, because what it worked out may name what is gone.
+// Thread ownership: the index's.
+#include "index/batch.h"
+
+#include <math.h>
+#include <string.h>
+
+struct released {
+    uint32_t *pages, *count;
+};
+
+static void release_page(struct index *index, uint32_t page, struct released *released)
+{
+    dci_page_release(index, page);
+    released->pages[(*released->count)++] = page;
+}
+
+// Sum of the squared norms of what a cell's codes stand for, and the largest; from the codes themselves.
+static void measure(const struct index *index, struct node *cell, struct entry *entry)
+{
+    float far2 = 0.0f;
+    cell->spread2 = 0.0f;
+    for (uint32_t part = 0; part < cell->part_count; part++) {
+        for (uint32_t row = 0; row < index->page_tokens; row++) {
+            const struct dci_rows *rows = dci_rows_of(index, cell, part, row);
+            const uint32_t lane = row % DCI_LANES;
+            if (rows->positions[lane] != TREE_NONE) {
+                const float spread2 = dci_code_spread2(index, rows, lane);
+                cell->spread2 += spread2;
+                far2 = spread2 > far2 ? spread2 : far2;
+            }
+        }
+    }
+    entry->far = sqrtf(far2) * index->inverse_root_dim;
+    dci_cell_summarise(index, cell, entry);
+}
+
+static void refresh(struct index *index, uint32_t id)
+{
+    struct node *cell = dci_node(index, id);
+    struct entry entry;
+    if (cell->count == 0) {
+        dci_slab_release(&index->runs[cell->run_parts - 1], cell->run);
+        dci_node_remove(index, id);
+        return;
+    }
+    dci_entry_read(index, dci_node(index, cell->parent), cell->lane, &entry);
+    measure(index, cell, &entry);
+    dci_entry_write(index, dci_node(index, cell->parent), cell->lane, &entry);
+}
+
+// Takes an empty page out of its cell; the run keeps its room.
+static void drop_part(struct index *index, struct node *cell, uint32_t part, struct released *released)
+{
+    const uint32_t page = cell->parts[part];
+    cell->part_count--;
+    for (uint32_t i = part; i < cell->part_count; i++) {
+        memcpy(dci_rows_of(index, cell, i, 0), dci_rows_of(index, cell, i + 1, 0),
+               index->page_blocks * index->rows_stride);
+        cell->parts[i] = cell->parts[i + 1];
+        dci_page(index, cell->parts[i])->part = (uint8_t)i;
+    }
+    release_page(index, page, released);
+    index->leaf_pages--;
+}
+
+// A clustered token. The cell's summary is left to the caller.
+static uint32_t forget_leaf(struct index *index, uint32_t position, struct released *released)
+{
+    const struct index_place place = dci_place_of(index, position);
+    struct page *page = dci_page(index, place.page);
+    const uint32_t id = page->owner;
+    struct node *cell = dci_node(index, id);
+    dci_rows_of(index, cell, page->part, place.row)->positions[place.row % DCI_LANES] = TREE_NONE;
+    *dci_place(index, position) = TREE_NONE;
+    cell->count--;
+    index->tokens--;
+    if (--page->rows == 0) {
+        drop_part(index, cell, page->part, released);
+    }
+    index->ragged = true;
+    return id;
+}
+
+static bool is_clustered(const struct index *index, uint32_t position)
+{
+    return position >= index->head && position < index->indexed;
+}
+
+// A token of head or tail.
+static void forget_open(struct index *index, uint32_t position, struct released *released)
+{
+    const uint32_t page = dci_place_of(index, position).page;
+    *dci_place(index, position) = TREE_NONE;
+    dci_tail_block(index, position)->rows[position % DCI_LANES] = 0.0f;
+    if (index_page_rows(index, page) == 0) {
+        release_page(index, page, released);
+    }
+}
+
+static void void_build(struct index *index)
+{
+    assert(!index->preparing);
+    dci_build_fini(index);
+}
+
+static void note(struct index *index, uint64_t event)
+{
+    index->digest = dci_mix(index->digest ^ dci_mix(event));
+}
+
+void index_erase(struct index *index, uint64_t position, uint32_t *pages, uint32_t *count)
+{
+    struct released released = {pages, count};
+    *count = 0;
+    assert(position < index->length);
+    void_build(index);
+    if (*dci_place(index, (uint32_t)position) == TREE_NONE) {
+        return;
+    }
+    if (is_clustered(index, (uint32_t)position)) {
+        refresh(index, forget_leaf(index, (uint32_t)position, &released));
+    } else {
+        forget_open(index, (uint32_t)position, &released);
+    }
+    note(index, position);
+}
+
+// Summaries of all cells that a truncation has touched: those whose count does not agree with their entry.
+static void refresh_all(struct index *index)
+{
+    for (uint32_t id = 0; id < index->nodes.bound; id++) {
+        const struct node *cell = dci_node(index, id);
+        if (cell->level != 1) {
+            continue;
+        }
+        const struct dci_block *block = dci_node_block(index, dci_node(index, cell->parent), cell->lane);
+        if (block->rows[cell->lane % DCI_LANES] != (float)cell->count) {
+            refresh(index, id);
+        }
+    }
+}
+
+void index_truncate(struct index *index, uint64_t length, uint32_t *pages, uint32_t *count)
+{
+    struct released released = {pages, count};
+    *count = 0;
+    if (length >= index->length) {
+        return;
+    }
+    const uint32_t end = (uint32_t)length;
+    void_build(index);
+    for (uint32_t p = index->length; p > end; p--) {
+        if (*dci_place(index, p - 1) == TREE_NONE) {
+            continue;
+        }
+        if (is_clustered(index, p - 1)) {
+            (void)forget_leaf(index, p - 1, &released);
+        } else {
+            forget_open(index, p - 1, &released);
+        }
+    }
+    index->length = end;
+    refresh_all(index);
+    if (index->indexed > end) {
+        index->indexed = end <= index->head ? 0 : end;
+        // The chunk that the next token goes to may have been given back, or holds nothing that is looked at any more;
+        // but for the head's, which are kept.
+        const uint32_t whole = end >> index->keys.shift << index->keys.shift;
+        const uint32_t head = end < index->head ? end : index->head;
+        dci_tail_trim(index, whole > head ? whole : head);
+    } else {
+        dci_tail_trim(index, end);
+    }
+    dci_store_trim(&index->places, &index->memory, end);
+    note(index, UINT64_MAX - end);
+    if (index->root == TREE_NONE) {
+        index->ragged = false;
+    }
+}

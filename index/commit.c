@@ -63,6 +63,7 @@ static void commit_join(struct index *index, const struct hit *hit)
     block->unit[at] = entry.unit; // the anchor stays
     block->far[at] = entry.far;
     block->rows[at] = entry.rows;
+    block->reach[at] = entry.reach;
 }
 
 // A draft's tokens are where it says.

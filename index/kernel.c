@@ -18,6 +18,10 @@
 #define DEVIATION_MAX 12.0f
 #define UNIT_LEAST    1.0e-20f
 
+// 2^23 / ln 2, and 2^23 * (127 - 0.0574), see rough16.
+#define ROUGH_SLOPE  12102203.0f
+#define ROUGH_OFFSET 1064871852.0f
+
 // How many deviations above the anchor's score the best of a cell's tokens is hoped to be, and the farthest one.
 #define HOPE_DEVIATIONS 2.0f
 #define FAR_DEVIATIONS  1.5f

@@ -35,6 +35,7 @@ struct dci_block {
     float unit[DCI_LANES];  // cells: root mean square distance of their tokens from the anchor, over sqrt(head_dim)
     float far[DCI_LANES];   // cells: the largest distance, over sqrt(head_dim)
     float rows[DCI_LANES];  // cells: tokens; 0 where a lane is not in use
+    float reach[DCI_LANES]; // cells: deviations that the best of so many tokens is expected to lie above the rest
     uint32_t child[DCI_LANES];
     uint8_t codes[]; // [head_dim / 4][lane][4]
 };
@@ -100,8 +101,12 @@ struct dci_kernel {
     void (*spread16)(uint32_t views, const float *scores, const float *anchors, float weight, float *sums);
     // Scores become exp(score - top[view]), and totals[view][16] are raised by them.
     void (*exp16)(float *scores, uint32_t views, const float *top, float *totals);
+    // totals[view][16] are raised by exp(score - top[view]) to within 4 %, on average right; scores at most the top.
+    void (*rough16)(const float *scores, uint32_t views, const float *top, float *totals);
     // masses[16] = sum over the views of scores[view][16] * inverse[view].
     void (*mix16)(const float *scores, uint32_t views, const float *inverse, float *masses);
+    // Is any score of a view at least its bar?
+    bool (*any16)(const float *scores, uint32_t views, const float *bars);
     // Bit i: x[i] >= bound; x[i] < bound.
     uint32_t (*above16)(const float *x, float bound);
     uint32_t (*below16)(const float *x, float bound);

@@ -10,6 +10,17 @@ LOCAL void NAME(deviations)(const float *unit, float norm, uint32_t part, NAME(f
     NAME(least)(out, &limit, out);
 }
 
+// Log of the mean of exp of n scores of deviation s around 0: s^2/2 while the many carry it; where the largest few
+// would have to, beyond the reach of n tokens, its tangent there.
+LOCAL void NAME(log_means)(const struct dci_block *block, const NAME(floats) * deviation, uint32_t part,
+                           NAME(floats) * out)
+{
+    NAME(floats) reach;
+    NAME(load_lanes)(block->reach, part, &reach);
+    NAME(least)(&reach, deviation, &reach);
+    *out = reach * *deviation - 0.5f * reach * reach;
+}
+
 // exp of at most EXPONENT_MAX.
 LOCAL void NAME(exp_limited)(const NAME(floats) * in, NAME(floats) * out)
 {
@@ -25,11 +36,12 @@ ENTRY void NAME(promise16)(const struct dci_views *views, const struct dci_block
     NAME(centers16)(views, block, centers);
     for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES, tops += DCI_LANES) {
         for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) center, deviation, top;
+            NAME(floats) center, deviation, top, mean;
             NAME(load_lanes)(centers, part, &center);
             NAME(load_lanes)(tops, part, &top);
             NAME(deviations)(block->unit, views->norms[v], part, &deviation);
-            center += 0.5f * deviation * deviation;
+            NAME(log_means)(block, &deviation, part, &mean);
+            center += mean;
             NAME(most)(&top, &center, &top);
             NAME(store_lanes)(tops, part, &top);
         }
@@ -41,12 +53,13 @@ ENTRY void NAME(survey16)(const struct dci_views *views, const struct dci_block 
 {
     for (uint32_t v = 0; v < views->count; v++, centers += DCI_LANES, totals += DCI_LANES, masses += DCI_LANES) {
         for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) center, deviation, rows, total, weight;
+            NAME(floats) center, deviation, rows, total, weight, mean;
             NAME(load_lanes)(centers, part, &center);
             NAME(load_lanes)(block->rows, part, &rows);
             NAME(load_lanes)(totals, part, &total);
             NAME(deviations)(block->unit, views->norms[v], part, &deviation);
-            center = (center - top[v]) + 0.5f * deviation * deviation;
+            NAME(log_means)(block, &deviation, part, &mean);
+            center = (center - top[v]) + mean;
             NAME(exp_lanes)(&center, &weight);
             weight *= rows;
             total += weight;
@@ -90,15 +103,17 @@ ENTRY void NAME(merits16)(const struct dci_views *views, const struct dci_block 
         NAME(load_lanes)(block->unit, part, &unit);
         const NAME(floats) inverse = (PHI_SLOPE / TAIL_MARGIN) / (unit + UNIT_LEAST);
         for (uint32_t v = 0; v < views->count; v++) {
-            NAME(floats) center, deviation, all, above;
+            NAME(floats) center, deviation, all, above, mean, wide_mean;
             const float inverse_norm = 1.0f / (views->norms[v] + UNIT_LEAST);
             NAME(load_lanes)(centers + (size_t)v * DCI_LANES, part, &center);
             NAME(deviations)(block->unit, views->norms[v], part, &deviation);
-            const NAME(floats) variance = deviation * deviation, mu = center - reference[v];
-            const NAME(floats) exponent = mu + 0.5f * variance, wide = variance * (TAIL_MARGIN * TAIL_MARGIN);
-            NAME(floats) reach = ((mu - log_least) + wide) * (inverse * inverse_norm);
+            const NAME(floats) mu = center - reference[v], wide = deviation * TAIL_MARGIN;
+            NAME(log_means)(block, &deviation, part, &mean);
+            NAME(log_means)(block, &wide, part, &wide_mean);
+            const NAME(floats) exponent = mu + mean;
+            NAME(floats) reach = ((mu - log_least) + wide * wide) * (inverse * inverse_norm);
             NAME(least)(&reach, &zero, &reach);
-            reach = (mu + 0.5f * wide) + reach;
+            reach = (mu + wide_mean) + reach;
             NAME(exp_limited)(&exponent, &all);
             NAME(exp_limited)(&reach, &above);
             all *= rows;
@@ -160,6 +175,25 @@ ENTRY void NAME(exp16)(float *scores, uint32_t views, const float *top, float *t
     }
 }
 
+// The bits of a float, read as an integer, are nearly its logarithm to base 2 (Schraudolph, 1999); the offset makes the
+// mean error zero.
+ENTRY void NAME(rough16)(const float *scores, uint32_t views, const float *top, float *totals)
+{
+    const NAME(floats) zero = {0};
+    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES, totals += DCI_LANES) {
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) score, total;
+            NAME(load_lanes)(scores, part, &score);
+            NAME(load_lanes)(totals, part, &total);
+            score = (score - top[v]) * ROUGH_SLOPE + ROUGH_OFFSET;
+            NAME(most)(&score, &zero, &score);
+            const NAME(ints) bits = __builtin_convertvector(score, NAME(ints));
+            total += (NAME(floats))bits;
+            NAME(store_lanes)(totals, part, &total);
+        }
+    }
+}
+
 ENTRY void NAME(mix16)(const float *scores, uint32_t views, const float *inverse, float *masses)
 {
     NAME(floats) sum[KERNEL_PARTS] = {{0}};
@@ -171,6 +205,24 @@ ENTRY void NAME(mix16)(const float *scores, uint32_t views, const float *inverse
         }
     }
     memcpy(masses, sum, sizeof sum);
+}
+
+ENTRY bool NAME(any16)(const float *scores, uint32_t views, const float *bars)
+{
+    NAME(ints) any[KERNEL_PARTS] = {{0}};
+    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES) {
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) score;
+            NAME(load_lanes)(scores, part, &score);
+            any[part] |= (NAME(ints))(score >= bars[v]);
+        }
+    }
+    int32_t lanes[DCI_LANES], found = 0;
+    memcpy(lanes, any, sizeof lanes);
+    for (uint32_t i = 0; i < DCI_LANES; i++) {
+        found |= lanes[i];
+    }
+    return found != 0;
 }
 
 ENTRY uint32_t NAME(above16)(const float *x, float bound)

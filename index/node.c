@@ -65,6 +65,7 @@ void dci_entry_read(const struct index *index, const struct node *parent, uint32
     entry->unit = block->unit[i];
     entry->far = block->far[i];
     entry->rows = block->rows[i];
+    entry->reach = block->reach[i];
     entry->child = block->child[i];
     for (uint32_t group = 0; group < index->head_dim / 4; group++) {
         uint32_t word;
@@ -88,6 +89,7 @@ void dci_block_write(const struct index *index, struct dci_block *block, uint32_
     block->unit[lane] = entry->unit;
     block->far[lane] = entry->far;
     block->rows[lane] = entry->rows;
+    block->reach[lane] = entry->reach;
     block->child[lane] = entry->child;
     for (uint32_t group = 0; group < index->head_dim / 4; group++) {
         uint32_t word;
@@ -105,6 +107,7 @@ void dci_entry_write(const struct index *index, const struct node *parent, uint3
 void dci_cell_summarise(const struct index *index, const struct node *cell, struct entry *entry)
 {
     entry->rows = (float)cell->count;
+    entry->reach = cell->count == 0 ? 0.0f : sqrtf(2.0f * dci_log((float)cell->count));
     entry->unit = cell->count == 0 ? 0.0f : sqrtf(cell->spread2 / (float)cell->count) * index->inverse_root_dim;
 }
 

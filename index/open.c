@@ -105,11 +105,22 @@ float *dci_block_scores(struct index_search *search, uint32_t block)
     return scores;
 }
 
+// Adds a block and scores it. Once bars are known, a block of the tree with no lane that can be selected is dropped: a
+// rough sum of its exponentials is all that is needed of it.
 static void add(struct index_search *search, const struct scored *scored)
 {
-    const uint32_t block = search->block_count++;
+    const struct dci_kernel *kernel = search->index->kernel;
+    const uint32_t block = search->block_count;
+    float *scores = room_for(search, block);
+    score_block(search, scored, scores);
+    if (search->barred && scored->cell != TREE_NONE &&
+        !kernel->any16(scores, search->views, SEARCH_ROOM(search, float, ROOM_BARS))) {
+        kernel->rough16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE),
+                        SEARCH_ROOM(search, float, ROOM_ROUGH));
+        return;
+    }
     *dci_scored(search, block) = *scored;
-    score_block(search, scored, room_for(search, block));
+    search->block_count++;
 }
 
 void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t end)

@@ -26,6 +26,9 @@
 #define HOPE_DEPTH_GROWTH 8.0f
 #define HOPE_DEPTH_MAX    1.0e4f
 
+// Logs of masses that may change between weighing and the end.
+#define BAR_MARGIN 1.0f
+
 // Blocks of anchors that are asked for ahead.
 #define BLOCKS_AHEAD 3u
 #define LINE         64u
@@ -306,9 +309,10 @@ void dci_rank_fix_weights(struct index_search *search)
         search->selected_sum += (double)search->counts[b] * (double)(BUCKET_MEAN * bucket_least(b));
     }
     search->scored_sum = search->waiting_sum = 0.0;
-    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES);
+    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
     for (uint32_t v = 0; v < search->views; v++) {
         search->scored_sum += (double)dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
+        search->scored_sum += search->barred ? (double)dci_sum_lanes(rough + (size_t)v * DCI_LANES) : 0.0;
     }
 }
 
@@ -344,7 +348,7 @@ static bool skips(struct index_search *search, uint32_t block)
 static void note_waiting(struct index_search *search, const float *masses, const float *merits)
 {
     for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-        search->waiting_sum += merits[lane] != SEARCH_TAKEN ? (double)masses[lane] : 0.0;
+        search->waiting_sum += merits[lane] >= 0.0f ? (double)masses[lane] : 0.0;
     }
 }
 
@@ -428,10 +432,26 @@ static bool covers_enough(const struct index_search *search)
            search->ends_sum + search->selected_sum >= coverage * (search->scored_sum + search->waiting_sum);
 }
 
+// A token's mass is at least the worst selected one's only if a view gives it a fair part of that: the bars. The margin
+// is for what the views' units may still change.
+static void fix_bars(struct index_search *search)
+{
+    float *bars = SEARCH_ROOM(search, float, ROOM_BARS);
+    const float least = search->log_least - dci_log((float)search->views) - BAR_MARGIN;
+    for (uint32_t v = 0; v < search->views; v++) {
+        bars[v] = SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] + least;
+    }
+    if (!search->barred) {
+        clear_lanes(search, ROOM_ROUGH);
+    }
+    search->barred = !search->query.page_wise && tokens_missing(search) == 0;
+}
+
 bool dci_rank_pick(struct index_search *search)
 {
     search->to_open = 0;
     search->weighed = true;
+    fix_bars(search);
     if (covers_enough(search) ||
         (search->rounds > 1 && search->query.coverage == 0.0f && tokens_missing(search) == 0)) {
         return false;

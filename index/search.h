@@ -71,9 +71,11 @@ enum room_name {
     ROOM_ZEROS,     // per view: 0, the base of the tail
     ROOM_REFERENCE, // per view: estimated log-sum-exp
     ROOM_SHIFTS,    // per view: reference of the survey, then exp of it less the final one
+    ROOM_BARS,      // per view: a token with no score from here on cannot be selected
     ROOM_INVERSE,   // per view: 1 / sum of all exp(score - top), over the number of views
     ROOM_TOPS,      // per view and lane: largest score so far
     ROOM_LANES,     // per view and lane: sums of exponentials
+    ROOM_ROUGH,     // per view and lane: rough sums of exp(score - reference) of blocks that were dropped
     ROOM_SPREADS,   // per view and lane: promised tops, then sums of squared deviations, at last of what was not opened
     ROOM_UNSEEN,    // per view and lane: largest scores with those that the view does not see; nobody asks for them
     ROOM_ANCHORS,   // per view and lane: scores of one block's anchors
@@ -118,8 +120,8 @@ struct index_search {
     double ends_sum, scored_sum, waiting_sum; // likewise: of sinks and window, of all that is scored, of the rest
     float highest_hope;
     const struct index_selected *sorted;
-    bool begun, everything, weighed; // merits and promises are known
-    float weights[SEARCH_BUCKETS];   // a histogram: sum of merits
+    bool begun, everything, barred, weighed; // merits and promises are known
+    float weights[SEARCH_BUCKETS];           // a histogram: sum of merits
     uint32_t counts[SEARCH_BUCKETS];
 };
 

@@ -45,11 +45,13 @@ void dci_search_fix_inverse(struct index_search *search)
     const float *top = SEARCH_ROOM(search, float, ROOM_TOP), *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
     float *inverse = SEARCH_ROOM(search, float, ROOM_INVERSE);
     const float share = waiting_share(search);
+    const float *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
     for (uint32_t v = 0; v < search->views; v++) {
-        // What was not opened was estimated against the reference, which is not below the top by more than exp can say.
-        const float scale = search->weighed ? share * dci_exp(reference[v] - top[v]) : 0.0f;
-        const float sum =
-            dci_sum_lanes(lanes + (size_t)v * DCI_LANES) + scale * dci_sum_lanes(rest + (size_t)v * DCI_LANES);
+        // These sums are in units of the reference, which is not below the top by more than exp can say.
+        const float unit = dci_exp(reference[v] - top[v]);
+        const float waiting = search->weighed ? share * dci_sum_lanes(rest + (size_t)v * DCI_LANES) : 0.0f;
+        const float dropped = search->barred ? dci_sum_lanes(rough + (size_t)v * DCI_LANES) : 0.0f;
+        const float sum = dci_sum_lanes(lanes + (size_t)v * DCI_LANES) + unit * (waiting + dropped);
         inverse[v] = sum > 0.0f ? 1.0f / (sum * (float)search->views) : 0.0f;
     }
 }

@@ -44,7 +44,7 @@ struct node {
 
 // A node's anchor and what its parent says of it.
 struct entry {
-    float step, norm2, unit, far, rows;
+    float step, norm2, unit, far, rows, reach;
     uint32_t child;
     int8_t codes[INDEX_HEAD_DIM_MAX];
 };

@@ -50,6 +50,7 @@ static void scene_init(struct scene *scene, uint32_t views, uint32_t dim, struct
         block->step[lane] = 0.01f + (float)rng_below(rng, 100) / 100.0f;
         block->norm2[lane] = (float)rng_below(rng, 100000) / 10.0f;
         block->unit[lane] = (float)rng_below(rng, 300) / 100.0f;
+        block->reach[lane] = is_used ? sqrtf(2.0f * logf(block->rows[lane])) : 0.0f;
         block->far[lane] = block->unit[lane] * (1.0f + (float)rng_below(rng, 100) / 50.0f);
         block->child[lane] = is_used ? lane : TREE_NONE;
         rows->positions[lane] = is_used ? rng_below(rng, 1000) : TREE_NONE;
@@ -126,6 +127,8 @@ static void bf16_and_fp32_are_exact(void **state)
 
 // ---- every instruction set against the portable kernels, bit for bit ----
 
+#define SUMS 7
+
 struct results {
     float dot, distance, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
     uint8_t code[INDEX_HEAD_DIM_MAX / 2];
@@ -135,8 +138,9 @@ struct results {
     float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], masses[3][DCI_LANES];
     float centers[VIEWS_MAX * DCI_LANES], promised[VIEWS_MAX * DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
     float scores[VIEWS_MAX * DCI_LANES], weights[VIEWS_MAX * DCI_LANES], estimated[VIEWS_MAX * DCI_LANES];
-    float sums[6][VIEWS_MAX * DCI_LANES];
-    uint32_t above[2];
+    float sums[SUMS][VIEWS_MAX * DCI_LANES];
+    uint32_t above[2], below;
+    bool any[2];
 };
 
 struct vectors {
@@ -174,7 +178,7 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
         kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
     }
     kernel->centers16(&scene->views, scene->block, out->centers);
-    for (uint32_t i = 0; i < 6; i++) {
+    for (uint32_t i = 0; i < SUMS; i++) {
         memcpy(out->sums[i], in->start, views * DCI_LANES * sizeof in->start[0]);
     }
     kernel->promise16(&scene->views, scene->block, out->promised, out->sums[0]);
@@ -191,6 +195,15 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     kernel->mix16(out->weights, views, scene->steps, out->masses[1]);
     out->above[0] = kernel->above16(out->hopes, out->hopes[5]);
     out->above[1] = kernel->above16(out->hopes, 0.5f * DCI_HIDDEN);
+    out->below = kernel->below16(out->hopes, out->hopes[5]);
+    kernel->rough16(out->scores, views, scene->reference, out->sums[6]);
+    float bars[VIEWS_MAX];
+    for (uint32_t v = 0; v < views; v++) {
+        bars[v] = v == views - 1 ? out->scores[v * DCI_LANES + 2] : 1e30f;
+    }
+    out->any[0] = kernel->any16(out->scores, views, bars);
+    bars[views - 1] = 1e30f;
+    out->any[1] = kernel->any16(out->scores, views, bars);
 }
 
 static void vectors_init(struct vectors *in, const struct scene *scene, float size, struct rng *rng)
@@ -478,13 +491,15 @@ static void estimates_follow_their_formulas(void **state)
                 const uint32_t at = v * DCI_LANES + lane;
                 const double center = (double)out.centers[at], reference = (double)scene.reference[v];
                 const double s = (double)block->unit[lane] * (double)scene.norms[v], start = (double)in.start[at];
-                const double all = (double)block->rows[lane] * exp(center - reference + s * s / 2);
+                const double few = fmin(s, (double)block->reach[lane]);
+                const double mean = few * s - few * few / 2;
+                const double all = (double)block->rows[lane] * exp(center - reference + mean);
                 const double above = fmin(1.702 * (-2.0 - (center - reference) - s * s) / s, 600.0);
                 const double reach = fmax(2.0 * (double)block->unit[lane], 1.5 * (double)block->far[lane]);
                 const double score = (double)out.scores[at];
                 const double weight = score > (double)DCI_HIDDEN ? exp(score - reference) : 0.0;
                 const double off = score > (double)DCI_HIDDEN ? score - (double)out.centers[v * DCI_LANES + 3] : 0.0;
-                const double promise = fmax(start, lane == 7 ? start : center + s * s / 2);
+                const double promise = fmax(start, lane == 7 ? start : center + mean);
                 assert_true(out.promised[at] == out.centers[at]);
                 assert_true(fabs((double)out.sums[0][at] - promise) <= 1e-5 * (1.0 + fabs(promise)));
                 assert_true(fabs((double)out.sums[2][at] - start - all) <= 1e-4 * (start + all) + 1e-6);
@@ -494,6 +509,8 @@ static void estimates_follow_their_formulas(void **state)
                 assert_true(fabs((double)out.sums[3][at] - start - waits) <= 1e-4 * (start + waits) + 1e-6);
                 assert_true(fabs((double)out.sums[4][at] - start - 0.7 * off * off) <= 1e-3 * (start + off * off));
                 assert_true(fabs((double)out.weights[at] - weight) <= 1e-4 * weight + 1e-7);
+                const double rough = (double)out.sums[6][at] - start;
+                assert_true(fabs(rough - weight) <= 0.045 * weight + 1e-5 * start + 1e-30);
                 assert_true(fabs((double)out.sums[5][at] - start - 2 * weight) <= 1e-4 * (start + weight) + 1e-6);
                 merit += all / (1.0 + exp(above));
                 mass += all;
@@ -507,10 +524,12 @@ static void estimates_follow_their_formulas(void **state)
                 assert_true(out.merits[lane] <= 1.0001f * lower[lane] && higher[lane] <= 1.0001f * out.merits[lane]);
             }
             assert_true(lane == 7 ? out.hopes[lane] < -1e38f : fabs((double)out.hopes[lane] - hope) <= 1e-4);
+            assert_true(out.any[0] && !out.any[1]);
             assert_true(fabs((double)out.masses[0][lane] - weighed) <= 1e-4 * weighed + 1e-6);
             assert_true(fabs((double)out.masses[1][lane] - mixed) <= 1e-4 * mixed + 1e-9);
             assert_int_equal(out.above[0] >> lane & 1, out.hopes[lane] >= out.hopes[5]);
             assert_int_equal(out.above[1] >> lane & 1, lane != 7);
+            assert_int_equal(out.below >> lane & 1, out.hopes[lane] < out.hopes[5]);
         }
     }
 }

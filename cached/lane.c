@@ -172,7 +172,7 @@ static uint64_t growth_entries(uint64_t count, uint64_t percent)
 uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, uint64_t tokens)
 {
     enum { KEYS_CHUNK = 64, PLACES_CHUNK = 256, PAGES_CHUNK = 64 }; // elements
-    enum { PLACE_BYTES = 4, PAGE_BYTES = 12, CODE_HEAD_BYTES = 24, INDEX_BYTES = 8 << 10 };
+    enum { PLACE_BYTES = 4, PAGE_BYTES = 12, CODE_HEAD_BYTES = 28, INDEX_BYTES = 8 << 10 };
     enum { PAGES_PER_PAGE = 4, TABLE_MIN = 16 };
     const uint64_t page_tokens = sequence->server->config->page_tokens, end = length + tokens;
     const uint64_t code_bytes = sequence->shape.head_dim + CODE_HEAD_BYTES; // of a token

@@ -17,9 +17,7 @@
 
 #define DRAFTS_SHIFT   3u
 
-// What dividing a cell costs for each of its tokens, in work units: about half a microsecond of reading a cold row,
-// rotating, dividing and coding.
-#define DIVIDE_VECTORS 64u
+#define MEMBER_VECTORS 8u // looks at a member in a step of a division
 
 static bool acquire(struct index *index, void *out, size_t bytes)
 {
@@ -355,6 +353,23 @@ static bool settle(struct index *index)
     return dci_nodes_reserve(index, batch->draft_count);
 }
 
+// One step of a hit. A division costs about eight looks at each of the members that the step is about.
+static bool cells_step(struct index *index, struct dci_work *work)
+{
+    struct batch *batch = index->batch;
+    struct hit *hit = &batch->hits[batch->cursor];
+    const uint32_t members = batch->segment_count > 0 ? batch->segments[batch->segment_count - 1].count
+                             : hit->divides           ? index->cell_max
+                                                      : hit->count;
+    bool done;
+    dci_work_spend(work, index, MEMBER_VECTORS * (uint64_t)members);
+    if (!dci_hit_work(index, hit, &done)) {
+        return false;
+    }
+    batch->cursor += done ? 1 : 0;
+    return true;
+}
+
 static bool step(struct index *index, struct dci_work *work, enum dci_progress *progress)
 {
     struct batch *batch = index->batch;
@@ -407,9 +422,7 @@ static bool step(struct index *index, struct dci_work *work, enum dci_progress *
             enter(batch, BATCH_SETTLE);
             return true;
         }
-        dci_work_spend(work, index,
-                       (uint64_t)(batch->hits[batch->cursor].divides ? DIVIDE_VECTORS * index->cell_max : 8));
-        return dci_hit_work(index, &batch->hits[batch->cursor++]);
+        return cells_step(index, work);
     case BATCH_SETTLE:
         enter(batch, BATCH_DONE);
         return settle(index);

@@ -26,6 +26,14 @@ struct spot {
     float scale, spread2;
 };
 
+// Members of a division that are still to be divided, made a cell or cut into the pages of a draft.
+struct segment {
+    uint32_t begin, count, draft;
+};
+
+// Each division takes at least a third away, so the stack of what is left stays short.
+#define BATCH_SEGMENTS_MAX 64u
+
 struct draft {
     uint32_t node;
     struct entry entry;
@@ -36,7 +44,7 @@ struct hit {
     uint32_t first, count; // of the batch's order
     uint32_t need;         // divides: number of its first page among those needed
     uint32_t draft, draft_count;
-    bool divides;
+    bool divides, begun;
     uint32_t run, run_parts; // joins: the longer run that it needs; run_parts 0: none
 };
 
@@ -66,6 +74,8 @@ struct batch {
     uint32_t *member_positions, *member_order;
     const float **vectors;
     float *members, *values;
+    struct segment segments[BATCH_SEGMENTS_MAX];
+    uint32_t segment_count;
     struct dci_list new_pages, released_pages;
     struct dci_store drafts;
     struct index_move *moves;
@@ -83,7 +93,8 @@ static inline const float *dci_item_key(const struct index *index, uint32_t item
 }
 
 // ---- cells.c ----
-INDEX_MUST_CHECK bool dci_hit_work(struct index *index, struct hit *hit); // false: no memory
+// One step; false: no memory. *done: nothing is left to do for this hit.
+INDEX_MUST_CHECK bool dci_hit_work(struct index *index, struct hit *hit, bool *done);
 void dci_hit_discard(struct index *index, const struct hit *hit);
 
 #endif

@@ -169,21 +169,14 @@ static bool page_fill(struct index *index, struct draft *draft, const float *anc
     return true;
 }
 
-// Cuts a cell's members into pages of neighbours, all full but the last.
-static bool pages_fill(struct index *index, const struct dci_division *division, struct draft *draft,
-                       const float *anchor, uint32_t begin, uint32_t n)
+static void push(struct batch *batch, uint32_t begin, uint32_t count, uint32_t draft)
 {
-    const uint32_t pages = (n + index->page_tokens - 1) / index->page_tokens;
-    if (pages == 1) {
-        return page_fill(index, draft, anchor, begin, n);
-    }
-    const uint32_t left = pages / 2 * index->page_tokens;
-    dci_divide_at(division, begin, n, left);
-    return pages_fill(index, division, draft, anchor, begin, left) && // as deep as a cell has pages
-           pages_fill(index, division, draft, anchor, begin + left, n - left);
+    assert(batch->segment_count < BATCH_SEGMENTS_MAX);
+    batch->segments[batch->segment_count++] = (struct segment){begin, count, draft};
 }
 
-static bool cell_create(struct index *index, const struct dci_division *division, uint32_t begin, uint32_t n)
+// A new cell of members order[begin .. begin+n-1], without pages yet.
+static bool cell_create(struct index *index, uint32_t begin, uint32_t n)
 {
     struct batch *batch = index->batch;
     float anchor[INDEX_HEAD_DIM_MAX] = {0};
@@ -202,7 +195,6 @@ static bool cell_create(struct index *index, const struct dci_division *division
         dci_node_release(index, draft->node);
         return false;
     }
-    batch->draft_count++;
     draft->entry.child = draft->node;
     // The mean, or the promoted key, which a division has put first.
     const uint32_t counted = index->policy == INDEX_PROMOTION ? 1 : n;
@@ -213,36 +205,58 @@ static bool cell_create(struct index *index, const struct dci_division *division
         anchor[i] /= (float)counted;
     }
     dci_entry_code(index, anchor, &draft->entry);
-    dci_entry_anchor(index, &draft->entry, anchor);
-    if (!pages_fill(index, division, draft, anchor, begin, n)) {
-        return false;
-    }
-    dci_cell_summarise(index, dci_node(index, draft->node), &draft->entry);
+    push(batch, begin, n, batch->draft_count++);
     return true;
 }
 
-static bool cells_create(struct index *index, const struct dci_division *division, uint32_t begin, uint32_t n)
-{
-    if (n <= index->cell_max) {
-        return cell_create(index, division, begin, n);
-    }
-    const uint32_t left = dci_divide(division, begin, n, 1);
-    return cells_create(index, division, begin, left) && // a third goes away each time: not deep
-           cells_create(index, division, begin + left, n - left);
-}
-
-bool dci_hit_work(struct index *index, struct hit *hit)
+// One step of a division: members that are too many for a cell are divided, others become a cell; a cell's members are
+// cut into pages of neighbours, all full but the last.
+static bool segment_work(struct index *index, const struct hit *hit)
 {
     struct batch *batch = index->batch;
+    const struct segment segment = batch->segments[--batch->segment_count];
+    const struct dci_division division = {index, batch->vectors, batch->member_order, batch->values,
+                                          index->digest ^ hit->cell};
+    uint32_t left = 0;
+    if (segment.draft == TREE_NONE && segment.count <= index->cell_max) {
+        return cell_create(index, segment.begin, segment.count);
+    }
+    if (segment.draft == TREE_NONE) {
+        left = dci_divide(&division, segment.begin, segment.count, 1);
+    } else {
+        const uint32_t pages = (segment.count + index->page_tokens - 1) / index->page_tokens;
+        struct draft *draft = dci_draft(batch, segment.draft);
+        if (pages == 1) {
+            float anchor[INDEX_HEAD_DIM_MAX];
+            dci_entry_anchor(index, &draft->entry, anchor);
+            const bool granted = page_fill(index, draft, anchor, segment.begin, segment.count);
+            dci_cell_summarise(index, dci_node(index, draft->node), &draft->entry);
+            return granted;
+        }
+        left = pages / 2 * index->page_tokens;
+        dci_divide_at(&division, segment.begin, segment.count, left);
+    }
+    push(batch, segment.begin + left, segment.count - left, segment.draft);
+    push(batch, segment.begin, left, segment.draft);
+    return true;
+}
+
+bool dci_hit_work(struct index *index, struct hit *hit, bool *done)
+{
+    struct batch *batch = index->batch;
+    *done = !hit->divides;
     if (!hit->divides) {
         return join(index, hit);
     }
-    const uint32_t n = gather(index, hit);
-    const struct dci_division division = {index, batch->vectors, batch->member_order, batch->values,
-                                          index->digest ^ hit->cell};
-    hit->draft = batch->draft_count;
-    const bool granted = cells_create(index, &division, 0, n);
+    if (!hit->begun) {
+        hit->begun = true;
+        hit->draft = batch->draft_count;
+        push(batch, 0, gather(index, hit), TREE_NONE);
+        return true;
+    }
+    const bool granted = segment_work(index, hit);
     hit->draft_count = batch->draft_count - hit->draft;
+    *done = batch->segment_count == 0;
     return granted;
 }
 

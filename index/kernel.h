@@ -101,12 +101,11 @@ struct dci_kernel {
     void (*spread16)(uint32_t views, const float *scores, const float *anchors, float weight, float *sums);
     // Scores become exp(score - top[view]), and totals[view][16] are raised by them.
     void (*exp16)(float *scores, uint32_t views, const float *top, float *totals);
-    // totals[view][16] are raised by exp(score - top[view]) to within 4 %, on average right; scores at most the top.
-    void (*rough16)(const float *scores, uint32_t views, const float *top, float *totals);
+    // Is every lane's sum over the views of exp(score - reference[view]) below the bound? Then totals[view][16] are
+    // raised by the terms. All to within 4 %, on average right.
+    bool (*drop16)(const float *scores, uint32_t views, const float *reference, float bound, float *totals);
     // masses[16] = sum over the views of scores[view][16] * inverse[view].
     void (*mix16)(const float *scores, uint32_t views, const float *inverse, float *masses);
-    // Is any score of a view at least its bar?
-    bool (*any16)(const float *scores, uint32_t views, const float *bars);
     // Bit i: x[i] >= bound; x[i] < bound.
     uint32_t (*above16)(const float *x, float bound);
     uint32_t (*below16)(const float *x, float bound);

@@ -1,5 +1,41 @@
 // Estimates of what cells hold, and masses from scores: included by kernel_lanes.h once per instruction set, with its
 // macros. No include guard, on purpose.
+ENTRY uint32_t NAME(above16)(const float *x, float bound)
+{
+#if KERNEL_WIDTH == 16
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_GE_OQ);
+#elif KERNEL_WIDTH == 8
+    const __m256 least = _mm256_set1_ps(bound);
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), least, _CMP_GE_OQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8), least, _CMP_GE_OQ));
+    return (uint32_t)low | (uint32_t)high << 8;
+#else
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < DCI_LANES; i++) {
+        bits |= x[i] >= bound ? 1u << i : 0;
+    }
+    return bits;
+#endif
+}
+
+ENTRY uint32_t NAME(below16)(const float *x, float bound)
+{
+#if KERNEL_WIDTH == 16
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_LT_OQ);
+#elif KERNEL_WIDTH == 8
+    const __m256 most = _mm256_set1_ps(bound);
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), most, _CMP_LT_OQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8), most, _CMP_LT_OQ));
+    return (uint32_t)low | (uint32_t)high << 8;
+#else
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < DCI_LANES; i++) {
+        bits |= x[i] < bound ? 1u << i : 0;
+    }
+    return bits;
+#endif
+}
+
 // Deviation of the scores of an entry's tokens, limited so that its square stays in bounds.
 LOCAL void NAME(deviations)(const float *unit, float norm, uint32_t part, NAME(floats) * out)
 {
@@ -176,22 +212,42 @@ ENTRY void NAME(exp16)(float *scores, uint32_t views, const float *top, float *t
 }
 
 // The bits of a float, read as an integer, are nearly its logarithm to base 2 (Schraudolph, 1999); the offset makes the
-// mean error zero.
-ENTRY void NAME(rough16)(const float *scores, uint32_t views, const float *top, float *totals)
+// mean error zero. Not more than exp(80).
+LOCAL void NAME(rough_exp)(const float *scores, float reference, uint32_t part, NAME(floats) * out)
 {
-    const NAME(floats) zero = {0};
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES, totals += DCI_LANES) {
+    const NAME(floats) zero = {0}, limit = zero + (EXPONENT_MAX * ROUGH_SLOPE + ROUGH_OFFSET);
+    NAME(floats) score;
+    NAME(load_lanes)(scores, part, &score);
+    score = (score - reference) * ROUGH_SLOPE + ROUGH_OFFSET;
+    NAME(most)(&score, &zero, &score);
+    NAME(least)(&score, &limit, &score);
+    *out = (NAME(floats)) __builtin_convertvector(score, NAME(ints));
+}
+
+ENTRY bool NAME(drop16)(const float *scores, uint32_t views, const float *reference, float bound, float *totals)
+{
+    NAME(floats) sum[KERNEL_PARTS] = {{0}}, rough;
+    for (uint32_t v = 0; v < views; v++) {
         for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) score, total;
-            NAME(load_lanes)(scores, part, &score);
-            NAME(load_lanes)(totals, part, &total);
-            score = (score - top[v]) * ROUGH_SLOPE + ROUGH_OFFSET;
-            NAME(most)(&score, &zero, &score);
-            const NAME(ints) bits = __builtin_convertvector(score, NAME(ints));
-            total += (NAME(floats))bits;
-            NAME(store_lanes)(totals, part, &total);
+            NAME(rough_exp)(scores + (size_t)v * DCI_LANES, reference[v], part, &rough);
+            sum[part] += rough;
         }
     }
+    float masses[DCI_LANES];
+    memcpy(masses, sum, sizeof masses);
+    if (NAME(above16)(masses, bound) != 0) {
+        return false;
+    }
+    for (uint32_t v = 0; v < views; v++) {
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) total;
+            NAME(rough_exp)(scores + (size_t)v * DCI_LANES, reference[v], part, &rough);
+            NAME(load_lanes)(totals + (size_t)v * DCI_LANES, part, &total);
+            total += rough;
+            NAME(store_lanes)(totals + (size_t)v * DCI_LANES, part, &total);
+        }
+    }
+    return true;
 }
 
 ENTRY void NAME(mix16)(const float *scores, uint32_t views, const float *inverse, float *masses)
@@ -205,60 +261,6 @@ ENTRY void NAME(mix16)(const float *scores, uint32_t views, const float *inverse
         }
     }
     memcpy(masses, sum, sizeof sum);
-}
-
-ENTRY bool NAME(any16)(const float *scores, uint32_t views, const float *bars)
-{
-    NAME(ints) any[KERNEL_PARTS] = {{0}};
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES) {
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) score;
-            NAME(load_lanes)(scores, part, &score);
-            any[part] |= (NAME(ints))(score >= bars[v]);
-        }
-    }
-    int32_t lanes[DCI_LANES], found = 0;
-    memcpy(lanes, any, sizeof lanes);
-    for (uint32_t i = 0; i < DCI_LANES; i++) {
-        found |= lanes[i];
-    }
-    return found != 0;
-}
-
-ENTRY uint32_t NAME(above16)(const float *x, float bound)
-{
-#if KERNEL_WIDTH == 16
-    return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_GE_OQ);
-#elif KERNEL_WIDTH == 8
-    const __m256 least = _mm256_set1_ps(bound);
-    const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), least, _CMP_GE_OQ));
-    const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8), least, _CMP_GE_OQ));
-    return (uint32_t)low | (uint32_t)high << 8;
-#else
-    uint32_t bits = 0;
-    for (uint32_t i = 0; i < DCI_LANES; i++) {
-        bits |= x[i] >= bound ? 1u << i : 0;
-    }
-    return bits;
-#endif
-}
-
-ENTRY uint32_t NAME(below16)(const float *x, float bound)
-{
-#if KERNEL_WIDTH == 16
-    return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_LT_OQ);
-#elif KERNEL_WIDTH == 8
-    const __m256 most = _mm256_set1_ps(bound);
-    const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), most, _CMP_LT_OQ));
-    const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8), most, _CMP_LT_OQ));
-    return (uint32_t)low | (uint32_t)high << 8;
-#else
-    uint32_t bits = 0;
-    for (uint32_t i = 0; i < DCI_LANES; i++) {
-        bits |= x[i] < bound ? 1u << i : 0;
-    }
-    return bits;
-#endif
 }
 
 ENTRY void NAME(weigh16)(const float *scores, uint32_t views, const float *reference, float *totals, float *masses)

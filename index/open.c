@@ -105,8 +105,8 @@ float *dci_block_scores(struct index_search *search, uint32_t block)
     return scores;
 }
 
-// Adds a block and scores it. Once bars are known, a block of the tree with no lane that can be selected is dropped: a
-// rough sum of its exponentials is all that is needed of it.
+// Adds a block and scores it. Once the bar is known, a block of the tree with no lane that can be selected is dropped:
+// a rough sum of its exponentials is all that is needed of it.
 static void add(struct index_search *search, const struct scored *scored)
 {
     const struct dci_kernel *kernel = search->index->kernel;
@@ -114,9 +114,8 @@ static void add(struct index_search *search, const struct scored *scored)
     float *scores = room_for(search, block);
     score_block(search, scored, scores);
     if (search->barred && scored->cell != TREE_NONE &&
-        !kernel->any16(scores, search->views, SEARCH_ROOM(search, float, ROOM_BARS))) {
-        kernel->rough16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE),
-                        SEARCH_ROOM(search, float, ROOM_ROUGH));
+        kernel->drop16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE), search->bar,
+                       SEARCH_ROOM(search, float, ROOM_ROUGH))) {
         return;
     }
     *dci_scored(search, block) = *scored;

@@ -26,8 +26,9 @@
 #define HOPE_DEPTH_GROWTH 8.0f
 #define HOPE_DEPTH_MAX    1.0e4f
 
-// Logs of masses that may change between weighing and the end.
-#define BAR_MARGIN 1.0f
+// Masses may change between weighing and the end, as the shares of the views do: a token below this share of the worst
+// selected one's mass is taken to be out.
+#define BAR_SHARE 0.5f
 
 // Blocks of anchors that are asked for ahead.
 #define BLOCKS_AHEAD 3u
@@ -432,26 +433,15 @@ static bool covers_enough(const struct index_search *search)
            search->ends_sum + search->selected_sum >= coverage * (search->scored_sum + search->waiting_sum);
 }
 
-// A token's mass is at least the worst selected one's only if a view gives it a fair part of that: the bars. The margin
-// is for what the views' units may still change.
-static void fix_bars(struct index_search *search)
-{
-    float *bars = SEARCH_ROOM(search, float, ROOM_BARS);
-    const float least = search->log_least - dci_log((float)search->views) - BAR_MARGIN;
-    for (uint32_t v = 0; v < search->views; v++) {
-        bars[v] = SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] + least;
-    }
-    if (!search->barred) {
-        clear_lanes(search, ROOM_ROUGH);
-    }
-    search->barred = !search->query.page_wise && tokens_missing(search) == 0;
-}
-
 bool dci_rank_pick(struct index_search *search)
 {
     search->to_open = 0;
     search->weighed = true;
-    fix_bars(search);
+    if (!search->barred) {
+        clear_lanes(search, ROOM_ROUGH);
+    }
+    search->bar = BAR_SHARE * search->least;
+    search->barred = !search->query.page_wise && tokens_missing(search) == 0;
     if (covers_enough(search) ||
         (search->rounds > 1 && search->query.coverage == 0.0f && tokens_missing(search) == 0)) {
         return false;

@@ -329,6 +329,20 @@ static bool release_cell(struct index *index, uint32_t cell)
     return true;
 }
 
+// How many entries may find the node that they go to full: those of nodes that are nearly so.
+static uint32_t divisions_max(const struct index *index)
+{
+    const struct batch *batch = index->batch;
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < batch->hit_count; i++) {
+        const struct hit *hit = &batch->hits[i];
+        const uint32_t entries =
+            hit->cell == TREE_NONE ? 0 : dci_node(index, dci_node(index, hit->cell)->parent)->count;
+        count += hit->divides && entries + batch->draft_count > index->node_max ? hit->draft_count : 0;
+    }
+    return count;
+}
+
 static bool settle(struct index *index)
 {
     struct batch *batch = index->batch;
@@ -350,7 +364,7 @@ static bool settle(struct index *index)
             }
         }
     }
-    return dci_nodes_reserve(index, batch->draft_count);
+    return dci_nodes_reserve(index, batch->draft_count, divisions_max(index));
 }
 
 // One step of a hit. A division costs about eight looks at each of the members that the step is about.
@@ -482,6 +496,9 @@ void dci_batch_discard(struct index *index)
         dci_hit_discard(index, &batch->hits[i - 1]);
     }
     index->tree_norm2_max = batch->norm2_max;
+    dci_slab_trim(&index->nodes, &index->memory);
+    dci_slab_trim(&index->cell_blocks, &index->memory);
+    dci_slab_trim(&index->node_blocks, &index->memory);
     free_arrays(index);
     release(index, batch, sizeof *batch);
     index->batch = NULL;

@@ -20,7 +20,7 @@
 #define PAGES_SHIFT  6u
 #define NODES_SHIFT  4u
 #define BLOCKS_SHIFT 2u
-#define RUNS_SHIFT   3u
+#define RUNS_SHIFT   2u
 
 static bool params_are_valid(const struct index_params *params)
 {

@@ -11,6 +11,9 @@
 // A score that does not count: the token is not visible to the query, or the lane is not in use.
 #define DCI_HIDDEN (-3.0e38f)
 
+// The merit of a cell that has been opened: below every hope, also that of a lane not in use.
+#define DCI_TAKEN (-3.2e38f)
+
 // Scores of real tokens are kept below this, so that no sum or difference of them overflows.
 #define DCI_SCORE_MAX 1.0e30f
 
@@ -91,8 +94,9 @@ struct dci_kernel {
     // hopes[16] = largest, over the views, of log mass that the best token may have.
     void (*hopes16)(const struct dci_views *views, const struct dci_block *block, const float *centers,
                     const float *reference, float *hopes);
-    // merits[16] = expected mass, summed over the views, of the tokens whose mass is above exp(log_least);
-    // masses[view][16] = expected sum of exp(score - reference) of all tokens.
+    // merits[16] = expected mass, summed over the views, of the tokens whose mass is above exp(log_least); DCI_TAKEN
+    // where it was that before, and where a lane is not in use. masses[view][16] = expected sum of exp(score -
+    // reference) of all tokens.
     void (*merits16)(const struct dci_views *views, const struct dci_block *block, const float *centers,
                      const float *reference, float log_least, float *merits, float *masses);
     // totals[view][16] += masses[view][16] in lanes whose merit is not negative.

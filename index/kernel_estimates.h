@@ -132,9 +132,9 @@ ENTRY void NAME(hopes16)(const struct dci_views *views, const struct dci_block *
 ENTRY void NAME(merits16)(const struct dci_views *views, const struct dci_block *block, const float *centers,
                           const float *reference, float log_least, float *merits, float *masses)
 {
-    const NAME(floats) zero = {0};
+    const NAME(floats) zero = {0}, taken = zero + DCI_TAKEN;
     for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-        NAME(floats) merit = {0}, rows, unit;
+        NAME(floats) merit = {0}, rows, unit, before;
         NAME(load_lanes)(block->rows, part, &rows);
         NAME(load_lanes)(block->unit, part, &unit);
         const NAME(floats) inverse = (PHI_SLOPE / TAIL_MARGIN) / (unit + UNIT_LEAST);
@@ -157,6 +157,9 @@ ENTRY void NAME(merits16)(const struct dci_views *views, const struct dci_block 
             NAME(store_lanes)(masses + (size_t)v * DCI_LANES, part, &all);
         }
         merit *= rows;
+        NAME(load_lanes)(merits, part, &before);
+        const NAME(ints) waits = (rows > zero) & (before > taken);
+        NAME(choose)(&waits, &merit, &taken, &merit);
         NAME(store_lanes)(merits, part, &merit);
     }
 }

@@ -116,13 +116,16 @@ static struct dci_slab *blocks_of(struct index *index, uint32_t level)
     return level == 2 ? &index->cell_blocks : &index->node_blocks;
 }
 
-bool dci_nodes_reserve(struct index *index, uint32_t n)
+bool dci_nodes_reserve(struct index *index, uint32_t entries, uint32_t divisions)
 {
-    // Every entry may divide one node of each level, and the halves may need a block more each.
-    const uint32_t nodes = n + TREE_LEVELS_MAX, blocks = 3 * nodes;
+    // A division makes a node and moves up to two thirds of the entries before the old blocks go; its entry may divide
+    // the node above, and so on up to a new root.
+    const uint32_t height = index->root == TREE_NONE ? 2 : dci_node(index, index->root)->level + 1;
+    const uint32_t blocks = (index->node_max + DCI_LANES - 1) / DCI_LANES + 1;
+    const uint32_t nodes = divisions * height + 2;
     return dci_slab_reserve(&index->nodes, &index->memory, nodes) &&
-           dci_slab_reserve(&index->cell_blocks, &index->memory, blocks) &&
-           dci_slab_reserve(&index->node_blocks, &index->memory, blocks);
+           dci_slab_reserve(&index->cell_blocks, &index->memory, divisions * blocks + entries + 1) &&
+           dci_slab_reserve(&index->node_blocks, &index->memory, divisions == 0 ? 0 : nodes * blocks);
 }
 
 static uint32_t acquire(struct index *index, struct dci_slab *slab)

@@ -149,7 +149,7 @@ static void line_up_from(struct index_search *search, float bound)
         for (; found != 0; found &= found - 1) {
             const uint32_t lane = (uint32_t)__builtin_ctz(found);
             slots[search->to_open++] = block * DCI_LANES + lane;
-            lanes[lane] = SEARCH_TAKEN;
+            lanes[lane] = DCI_TAKEN;
         }
     }
 }
@@ -340,8 +340,7 @@ static bool skips(struct index_search *search, uint32_t block)
         }
     }
     for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-        kept[lane] =
-            kept[lane] == SEARCH_TAKEN || !(cell_block(search, block)->rows[lane] > 0.0f) ? SEARCH_TAKEN : 0.0f;
+        kept[lane] = kept[lane] == DCI_TAKEN || !(cell_block(search, block)->rows[lane] > 0.0f) ? DCI_TAKEN : 0.0f;
     }
     return true;
 }
@@ -353,31 +352,35 @@ static void note_waiting(struct index_search *search, const float *masses, const
     }
 }
 
-void dci_rank_merits(struct index_search *search, uint32_t block)
+// Page-wise: mass a page.
+static void spread_over_pages(const struct index_search *search, uint32_t block, const float *masses, float *merits)
 {
     const float *rows = cell_block(search, block)->rows;
-    float *kept = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES;
-    float merits[DCI_LANES], masses[DCI_LANES] = {0};
-    const bool skipped = skips(search, block);
-    if (!skipped) {
-        work_out(search, block, merits);
-    }
-    if (search->query.coverage > 0.0f || search->query.page_wise) {
-        const float *promises = promises_of(search, block);
-        for (uint32_t v = 0; v < search->views; v++, promises += DCI_LANES) {
-            search->index->kernel->add(masses, promises, DCI_LANES);
-        }
-    }
-    for (uint32_t lane = 0; !skipped && lane < DCI_LANES; lane++) {
-        const bool waits = kept[lane] != SEARCH_TAKEN && rows[lane] > 0.0f;
-        if (search->query.page_wise) {
+    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+        if (merits[lane] != DCI_TAKEN) {
             merits[lane] = masses[lane] / ceilf(rows[lane] / (float)search->index->page_tokens);
         }
-        kept[lane] = waits ? merits[lane] : SEARCH_TAKEN;
     }
-    if (search->query.coverage > 0.0f) {
-        note_waiting(search, masses, kept);
+}
+
+void dci_rank_merits(struct index_search *search, uint32_t block)
+{
+    float *merits = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES;
+    if (!skips(search, block)) {
+        work_out(search, block, merits);
     }
+    if (search->query.coverage == 0.0f && !search->query.page_wise) {
+        return;
+    }
+    const float *promises = promises_of(search, block);
+    float masses[DCI_LANES] = {0};
+    for (uint32_t v = 0; v < search->views; v++, promises += DCI_LANES) {
+        search->index->kernel->add(masses, promises, DCI_LANES);
+    }
+    if (search->query.page_wise) {
+        spread_over_pages(search, block, masses, merits);
+    }
+    note_waiting(search, masses, merits);
 }
 
 // Merits of at least `floor` by bucket: their sums and their cells' tokens. Returns the tokens.
@@ -474,9 +477,9 @@ bool dci_rank_pick(struct index_search *search)
 
 void dci_rank_rest(struct index_search *search, uint32_t block)
 {
-    float merits[DCI_LANES];
+    float unused[DCI_LANES] = {0};
     if (block >= search->center_blocks) {
-        work_out(search, block, merits);
+        work_out(search, block, unused);
     }
     search->index->kernel->rest16(search->views, promises_of(search, block),
                                   SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES,

@@ -22,9 +22,6 @@
 #define SEARCH_BUCKETS      1024u
 #define SEARCH_BUCKET_SHIFT 21u
 
-// The merit of a cell that has been opened: below every hope, also that of a lane not in use.
-#define SEARCH_TAKEN (-3.2e38f)
-
 enum search_phase {
     SEARCH_ENDS,    // sinks and window
     SEARCH_TAIL,    // head and tail

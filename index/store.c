@@ -127,6 +127,11 @@ bool dci_slab_reserve(struct dci_slab *slab, struct dci_memory *memory, uint32_t
     return dci_store_reserve(&slab->store, memory, (uint64_t)slab->used + n);
 }
 
+void dci_slab_trim(struct dci_slab *slab, struct dci_memory *memory)
+{
+    dci_store_trim(&slab->store, memory, slab->bound);
+}
+
 bool dci_slab_acquire(struct dci_slab *slab, struct dci_memory *memory, uint32_t *out)
 {
     if (slab->free != UINT32_MAX) {

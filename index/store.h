@@ -48,6 +48,8 @@ void dci_slab_init(struct dci_slab *slab, size_t stride, uint32_t shift);
 void dci_slab_fini(struct dci_slab *slab, struct dci_memory *memory);
 // Room for n more elements: acquiring them will not fail.
 INDEX_MUST_CHECK bool dci_slab_reserve(struct dci_slab *slab, struct dci_memory *memory, uint32_t n);
+// Gives back room that no element has been in.
+void dci_slab_trim(struct dci_slab *slab, struct dci_memory *memory);
 INDEX_MUST_CHECK bool dci_slab_acquire(struct dci_slab *slab, struct dci_memory *memory, uint32_t *out);
 void dci_slab_release(struct dci_slab *slab, uint32_t id);
 

@@ -174,8 +174,8 @@ void dci_entry_read(const struct index *index, const struct node *parent, uint32
 void dci_entry_write(const struct index *index, const struct node *parent, uint32_t lane, const struct entry *entry);
 // A cell's unit and rows from its count and spread.
 void dci_cell_summarise(const struct index *index, const struct node *cell, struct entry *entry);
-// Room for n more nodes of each kind, so that hanging n entries into the tree cannot fail.
-INDEX_MUST_CHECK bool dci_nodes_reserve(struct index *index, uint32_t n);
+// Room for hanging so many entries into the tree, so that it cannot fail; at most so many nodes above cells get full.
+INDEX_MUST_CHECK bool dci_nodes_reserve(struct index *index, uint32_t entries, uint32_t divisions);
 // Hangs an entry under a node of the level above its child's, dividing it when full. scratch: (node_max + 1) *
 // head_dim.
 void dci_node_add(struct index *index, uint32_t parent, const struct entry *entry, float *scratch);

@@ -107,9 +107,10 @@ void index_locate(const struct index *index, uint64_t first, uint32_t n, struct 
 uint32_t index_page_positions(const struct index *index, uint32_t page, uint32_t *positions /* page_tokens */);
 
 // ---- forget ----
-// Both take effect at once and void a running build; a plan that is pending counts as dropped, and so do rows given.
-// released: room for index_page_bound entries; gets the ids of pages whose memory may go, *released_count how many.
-// No append may be prepared.
+// Both take effect at once and void a running build, with the rows given to it. A pending plan is void too: the pages
+// it named as new are free again, and memory provided for them is the owner's to take back (they are not in
+// `released`). released: room for index_page_bound entries; gets the ids of pages whose memory may go, *released_count
+// how many. No append may be prepared.
 //
 // Forgets positions length .. index_length-1. The next append continues at `length`.
 void index_truncate(struct index *index, uint64_t length, uint32_t *released, uint32_t *released_count);

@@ -175,8 +175,8 @@ struct index_query {
     float coverage; // in (0, 1]: stop as soon as the estimated mass of sinks, window and selection reaches it, and
                     // select no more than reaches it; 0: spend the budget
     float effort;   // share of the clustered tokens to score, (0, 1]. 0: the default, as many as still promise mass
-                  // that counts. Enough are always scored to fill the budget; a budget of all tokens outside sinks and
-                  // window selects them all, page-wise too
+                  // that counts. Enough are always scored to fill the budget (without coverage); a budget of all tokens
+                  // outside sinks and window selects them all, page-wise too
 };
 
 struct index_selected {

@@ -14,6 +14,7 @@
 // Tokens that are scored before merits are known: this many for each to select, and some.
 #define SCOUT_PER_BUDGET 4u
 #define SCOUT_TOKENS     256u
+#define SCOUT_COVERAGE   1024u // at most, with a coverage target, whose budget is but a bound
 
 // With effort 0, cells are left unopened that together promise less than this share of all mass. (A share of what is
 // selected was no better: it opens most where there is least to find.)
@@ -25,6 +26,9 @@
 #define HOPE_DEPTH        4.0f
 #define HOPE_DEPTH_GROWTH 8.0f
 #define HOPE_DEPTH_MAX    1.0e4f
+
+// A coverage target is taken to be reached with this to spare, as masses settle at the end only.
+#define COVERAGE_MARGIN 1.005f
 
 // Masses may change between weighing and the end, as the shares of the views do: a token below this share of the worst
 // selected one's mass is taken to be out.
@@ -130,10 +134,10 @@ static uint64_t effort_tokens(const struct index_search *search)
     return (uint64_t)ceil(share * search->index->tokens);
 }
 
-// Tokens that must be scored in the tree to fill the budget.
+// Tokens that must be scored in the tree to fill the budget; with a coverage target it need not be filled.
 static uint64_t tokens_missing(const struct index_search *search)
 {
-    const uint32_t budget = search->query.budget;
+    const uint32_t budget = search->query.coverage > 0.0f ? 0 : search->query.budget;
     return budget > search->eligible_scored ? budget - search->eligible_scored : 0;
 }
 
@@ -177,6 +181,9 @@ static uint64_t count_hopes(struct index_search *search, float depth)
 void dci_rank_open_best(struct index_search *search)
 {
     uint64_t wanted = (uint64_t)SCOUT_PER_BUDGET * search->query.budget + SCOUT_TOKENS;
+    if (search->query.coverage > 0.0f && wanted > SCOUT_COVERAGE) {
+        wanted = SCOUT_COVERAGE;
+    }
     const uint64_t most = effort_tokens(search), least = tokens_missing(search);
     wanted = wanted > most ? most : wanted;
     wanted = wanted < least ? least : wanted;
@@ -212,6 +219,7 @@ void dci_rank_begin_weighing(struct index_search *search)
     clear_lanes(search, ROOM_LANES);
     clear_lanes(search, ROOM_SPREADS);
     memset(search->counts, 0, sizeof search->counts);
+    memset(search->weights, 0, sizeof search->weights);
     search->spread_tokens = search->ends_sum = 0.0;
 }
 
@@ -240,13 +248,13 @@ void dci_rank_weigh(struct index_search *search, uint32_t block)
         search->ends_sum += (double)dci_sum_lanes(masses);
         return;
     }
-    if (scored->cell != TREE_NONE) {
+    if (scored->cell != TREE_NONE && !search->barred) { // once blocks are dropped, those that stay are not like all
         measure_spread(search, scored, scores);
     }
-    if (!search->query.page_wise) {
-        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-            search->counts[dci_bucket(masses[lane])]++;
-        }
+    for (uint32_t lane = 0; !search->query.page_wise && lane < DCI_LANES; lane++) {
+        const uint32_t bucket = dci_bucket(masses[lane]);
+        search->counts[bucket]++;
+        search->weights[bucket] += masses[lane];
     }
 }
 
@@ -261,6 +269,7 @@ static void count_pages(struct index_search *search)
             sum += dci_sum_lanes(masses + (size_t)block * DCI_LANES);
         }
         search->counts[dci_bucket(sum)]++;
+        search->weights[dci_bucket(sum)] += sum;
     }
 }
 
@@ -270,7 +279,7 @@ static void fix_spread(struct index_search *search)
     const struct index *index = search->index;
     float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
     const float *spreads = SEARCH_ROOM(search, float, ROOM_SPREADS);
-    for (uint32_t v = 0; v < search->views && search->spread_tokens > 0.0; v++) {
+    for (uint32_t v = 0; v < search->views && search->spread_tokens > 0.0 && !search->barred; v++) {
         const float *vector = query->queries + (size_t)v * index->head_dim;
         const float norm = query->scale * sqrtf(index->kernel->dot(vector, vector, index->head_dim));
         const float mean = dci_sum_lanes(spreads + (size_t)v * DCI_LANES) / (float)search->spread_tokens;
@@ -281,8 +290,7 @@ static void fix_spread(struct index_search *search)
     }
 }
 
-// The smallest float of a bucket; the mean of its floats is about 1.1 times as much.
-#define BUCKET_MEAN     1.1f
+// The smallest float of a bucket.
 #define BUCKET_INFINITE (0x7f800000u >> SEARCH_BUCKET_SHIFT)
 static float bucket_least(uint32_t bucket)
 {
@@ -292,6 +300,21 @@ static float bucket_least(uint32_t bucket)
     return least;
 }
 
+// The bucket of the worst of the best so far: of as many as are to be selected, or as reach the coverage target (the
+// reference makes all masses of a view add up to 1).
+static uint32_t worst_bucket(const struct index_search *search)
+{
+    const double target = (double)search->query.coverage * search->views - search->ends_sum;
+    uint32_t bucket = SEARCH_BUCKETS, count = 0;
+    double sum = 0.0;
+    while (bucket > 0 && count < search->select_max && (search->query.coverage == 0.0f || sum < target)) {
+        bucket--;
+        count += search->counts[bucket];
+        sum += (double)search->weights[bucket];
+    }
+    return bucket < SEARCH_BUCKETS ? bucket : SEARCH_BUCKETS - 1;
+}
+
 // The mass of the worst of the best so far, to a bucket, and the sum of the best.
 void dci_rank_fix_weights(struct index_search *search)
 {
@@ -299,15 +322,12 @@ void dci_rank_fix_weights(struct index_search *search)
     if (search->query.page_wise) {
         count_pages(search);
     }
-    uint32_t bucket = SEARCH_BUCKETS - 1;
-    for (uint32_t count = search->counts[bucket]; bucket > 0 && count < search->select_max;) {
-        count += search->counts[--bucket];
-    }
+    const uint32_t bucket = worst_bucket(search);
     search->least = bucket_least(bucket);
     search->log_least = dci_log(search->least > 0x1p-100f ? search->least : 0x1p-100f);
     search->selected_sum = 0.0;
     for (uint32_t b = bucket; b < BUCKET_INFINITE; b++) {
-        search->selected_sum += (double)search->counts[b] * (double)(BUCKET_MEAN * bucket_least(b));
+        search->selected_sum += (double)search->weights[b];
     }
     search->scored_sum = search->waiting_sum = 0.0;
     const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
@@ -431,7 +451,7 @@ static uint32_t bound_by_tokens(const struct index_search *search, uint64_t toke
 
 static bool covers_enough(const struct index_search *search)
 {
-    const double coverage = (double)search->query.coverage;
+    const double coverage = (double)(COVERAGE_MARGIN * search->query.coverage);
     return coverage > 0.0 && tokens_missing(search) == 0 &&
            search->ends_sum + search->selected_sum >= coverage * (search->scored_sum + search->waiting_sum);
 }
@@ -445,7 +465,7 @@ bool dci_rank_pick(struct index_search *search)
     }
     search->bar = BAR_SHARE * search->least;
     search->barred = !search->query.page_wise && tokens_missing(search) == 0;
-    if (covers_enough(search) ||
+    if ((search->rounds > 1 && covers_enough(search)) ||
         (search->rounds > 1 && search->query.coverage == 0.0f && tokens_missing(search) == 0)) {
         return false;
     }
@@ -463,10 +483,6 @@ bool dci_rank_pick(struct index_search *search)
         floor = floor > 0x1p-100f ? floor * MERIT_STEP : 0.0f;
     }
     uint32_t bound = search->query.effort > 0.0f ? SEARCH_BUCKETS : bound_by_promise(search);
-    if (search->query.coverage > 0.0f) { // not more than as much again, then look whether it is enough
-        const uint32_t gently = bound_by_tokens(search, search->opened_tokens + SCOUT_TOKENS);
-        bound = gently > bound ? gently : bound;
-    }
     const uint32_t needed = bound_by_tokens(search, wanted);
     bound = needed < bound ? needed : bound;
     if (bound < BUCKET_INFINITE) {

@@ -27,6 +27,9 @@
 #define HOPE_DEPTH_GROWTH 8.0f
 #define HOPE_DEPTH_MAX    1.0e4f
 
+// The part of a reference that must be explained before blocks are dropped.
+#define BALANCE_LEAST 0.5f
+
 // A coverage target is taken to be reached with this to spare, as masses settle at the end only.
 #define COVERAGE_MARGIN 1.005f
 
@@ -456,6 +459,36 @@ static bool covers_enough(const struct index_search *search)
            search->ends_sum + search->selected_sum >= coverage * (search->scored_sum + search->waiting_sum);
 }
 
+// Do masses in units of the reference say which tokens have a chance? Not where what was scored, and what unopened
+// cells can add to it without tokens better than the best so far, explain too little of the reference of a view: its
+// promises were too high, and its tokens count for more in the end.
+static bool is_balanced(struct index_search *search)
+{
+    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *top = SEARCH_ROOM(search, float, ROOM_TOPS);
+    const float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
+    const float *merits = SEARCH_ROOM(search, float, ROOM_MERITS);
+    if (search->cell_blocks > search->center_blocks) {
+        return false;
+    }
+    for (uint32_t v = 0; v < search->views; v++) {
+        const float best = dci_exp(dci_max_lanes(top + (size_t)v * DCI_LANES) - reference[v]);
+        float sums[DCI_LANES];
+        memcpy(sums, lanes + (size_t)v * DCI_LANES, sizeof sums);
+        for (uint32_t block = 0; block < search->cell_blocks; block++) {
+            const float *promises = promises_of(search, block) + (size_t)v * DCI_LANES;
+            const float *rows = cell_block(search, block)->rows, *waits = merits + (size_t)block * DCI_LANES;
+            for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+                const float most = rows[lane] * best, own = promises[lane] < most ? promises[lane] : most;
+                sums[lane] += waits[lane] >= 0.0f ? own : 0.0f;
+            }
+        }
+        if (dci_sum_lanes(sums) < BALANCE_LEAST) {
+            return false;
+        }
+    }
+    return true;
+}
+
 bool dci_rank_pick(struct index_search *search)
 {
     search->to_open = 0;
@@ -464,7 +497,7 @@ bool dci_rank_pick(struct index_search *search)
         clear_lanes(search, ROOM_ROUGH);
     }
     search->bar = BAR_SHARE * search->least;
-    search->barred = !search->query.page_wise && tokens_missing(search) == 0;
+    search->barred = search->barred || (!search->query.page_wise && tokens_missing(search) == 0 && is_balanced(search));
     if ((search->rounds > 1 && covers_enough(search)) ||
         (search->rounds > 1 && search->query.coverage == 0.0f && tokens_missing(search) == 0)) {
         return false;

@@ -33,7 +33,7 @@
 enum index_status {
     INDEX_OK = 0,
     INDEX_NO_MEMORY,  // the allocator refused; nothing changed
-    INDEX_NOT_FINITE, // a key or query is NaN, infinite or too large (squared norm above 2^120, or scores above 1e30)
+    INDEX_NOT_FINITE, // a key or query is NaN, infinite or too large (squared norm above 2^116, or scores above 1e30)
     INDEX_INVALID,    // a parameter is out of range; nothing changed
     INDEX_FULL,       // INDEX_TOKENS_MAX reached; nothing changed
 };
@@ -76,8 +76,8 @@ uint64_t index_length(const struct index *index); // tokens appended
 // Positions 0 .. indexed-1 need no clustering any more. The first page of tokens is never clustered: the first tokens
 // are unlike all others. It and the tokens from `indexed` on, the tail, are scanned by every search.
 uint64_t index_indexed(const struct index *index);
-// A digest of the tree. Same seed, keys and indexed count: same version, same tree. 0 while nothing is indexed. Page
-// ids are not part of it: they depend on when appends and commits happened.
+// A digest of the tree. Same seed, keys, indexed count and history of forgetting: same version, same tree. 0 while
+// nothing is indexed. Page ids are not part of it: they depend on when appends and commits happened.
 uint64_t index_version(const struct index *index);
 uint64_t index_bytes(const struct index *index);                    // memory held
 uint32_t index_page_bound(const struct index *index);               // every page id in use is below it
@@ -201,8 +201,9 @@ void index_search_destroy(struct index_search *search); // accepts NULL
 // Makes room for a search with this query on this index. The only call that may allocate.
 INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *search, const struct index *index,
                                                         const struct index_query *query);
-// Begins a search (checks the queries); INDEX_NO_MEMORY where reserve did not make room for this query and this length.
-// The index must not be appended to or committed on until finish; build steps may go on.
+// Begins a search (checks the queries); INDEX_NO_MEMORY where reserve did not make room for this query and this length,
+// or a plan was committed in between. The index must not be appended to or committed on until finish; build steps may
+// go on.
 INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index *index,
                                                       const struct index_query *query);
 // Does about work_units units, at least one item: 16 keys, a cell, or the anchors of 16 cells, against all queries.

@@ -173,7 +173,8 @@ static uint64_t count_hopes(struct index_search *search, float depth)
         for (; found != 0; found &= found - 1) {
             const uint32_t lane = (uint32_t)__builtin_ctz(found);
             const float steps = (highest - lanes[lane]) * ((float)SEARCH_BUCKETS / depth);
-            const uint32_t bucket = steps < (float)(SEARCH_BUCKETS - 1) ? (uint32_t)steps : SEARCH_BUCKETS - 1;
+            const bool is_inside = steps >= 0.0f && steps < (float)(SEARCH_BUCKETS - 1);
+            const uint32_t bucket = is_inside ? (uint32_t)steps : steps < 0.0f ? 0 : SEARCH_BUCKETS - 1;
             search->counts[bucket] += (uint32_t)rows[lane];
             tokens += (uint32_t)rows[lane];
         }
@@ -223,7 +224,8 @@ void dci_rank_begin_weighing(struct index_search *search)
     clear_lanes(search, ROOM_SPREADS);
     memset(search->counts, 0, sizeof search->counts);
     memset(search->weights, 0, sizeof search->weights);
-    search->spread_tokens = search->ends_sum = 0.0;
+    search->ends_sum = 0.0;
+    memset(SEARCH_ROOM(search, float, ROOM_SEEN), 0, search->views * sizeof(float));
 }
 
 static void measure_spread(struct index_search *search, const struct scored *scored, const float *scores)
@@ -236,8 +238,12 @@ static void measure_spread(struct index_search *search, const struct scored *sco
     const float weight = 1.0f / unit * (1.0f / unit);
     search->index->kernel->spread16(search->views, scores, dci_block_centers(search, block) + lane, weight,
                                     SEARCH_ROOM(search, float, ROOM_SPREADS));
-    const uint32_t lanes = search->index->kernel->above16(scores, 0.5f * DCI_HIDDEN);
-    search->spread_tokens += (double)__builtin_popcount(lanes);
+    const size_t heads = search->query.head_count;
+    float *seen = SEARCH_ROOM(search, float, ROOM_SEEN);
+    for (uint32_t q = 0; q < search->query.query_count; q++) { // heads of a query position see the same
+        const uint32_t lanes = search->index->kernel->above16(scores + q * heads * DCI_LANES, 0.5f * DCI_HIDDEN);
+        seen[q] += (float)__builtin_popcount(lanes);
+    }
 }
 
 void dci_rank_weigh(struct index_search *search, uint32_t block)
@@ -261,18 +267,35 @@ void dci_rank_weigh(struct index_search *search, uint32_t block)
     }
 }
 
-// Masses of whole pages into the histogram, and onto the first lane of their first block.
+static void count_page(struct index_search *search, float mass)
+{
+    search->counts[dci_bucket(mass)]++;
+    search->weights[dci_bucket(mass)] += mass;
+}
+
+// Masses of whole pages into the histogram. Lanes of a page follow each other.
 static void count_pages(struct index_search *search)
 {
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
-    for (uint32_t block = search->ends_blocks; block < search->block_count;) {
-        const uint32_t page = dci_scored(search, block)->page;
-        float sum = 0.0f;
-        for (; block < search->block_count && dci_scored(search, block)->page == page; block++) {
-            sum += dci_sum_lanes(masses + (size_t)block * DCI_LANES);
+    uint32_t page = TREE_NONE;
+    float sum = 0.0f;
+    for (uint32_t block = search->ends_blocks; block < search->block_count; block++) {
+        const struct scored *scored = dci_scored(search, block);
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            const float mass = masses[(size_t)block * DCI_LANES + lane];
+            if (!(mass > 0.0f)) { // does not count
+                continue;
+            }
+            const uint32_t own = dci_scored_place(search, scored, lane).page;
+            if (own != page && page != TREE_NONE) {
+                count_page(search, sum);
+            }
+            sum = own == page ? sum + mass : mass;
+            page = own;
         }
-        search->counts[dci_bucket(sum)]++;
-        search->weights[dci_bucket(sum)] += sum;
+    }
+    if (page != TREE_NONE) {
+        count_page(search, sum);
     }
 }
 
@@ -282,10 +305,14 @@ static void fix_spread(struct index_search *search)
     const struct index *index = search->index;
     float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
     const float *spreads = SEARCH_ROOM(search, float, ROOM_SPREADS);
-    for (uint32_t v = 0; v < search->views && search->spread_tokens > 0.0 && !search->barred; v++) {
+    for (uint32_t v = 0; v < search->views && !search->barred; v++) {
+        const float seen = SEARCH_ROOM(search, float, ROOM_SEEN)[v / query->head_count];
+        if (!(seen > 0.0f)) {
+            continue;
+        }
         const float *vector = query->queries + (size_t)v * index->head_dim;
         const float norm = query->scale * sqrtf(index->kernel->dot(vector, vector, index->head_dim));
-        const float mean = dci_sum_lanes(spreads + (size_t)v * DCI_LANES) / (float)search->spread_tokens;
+        const float mean = dci_sum_lanes(spreads + (size_t)v * DCI_LANES) / seen;
         float factor = norm > 0.0f ? sqrtf(mean) / norm : SEARCH_SPREAD_PRIOR;
         factor = factor < SEARCH_SPREAD_LEAST ? SEARCH_SPREAD_LEAST : factor;
         factor = factor > SEARCH_SPREAD_MOST ? SEARCH_SPREAD_MOST : factor;
@@ -329,8 +356,11 @@ void dci_rank_fix_weights(struct index_search *search)
     search->least = bucket_least(bucket);
     search->log_least = dci_log(search->least > 0x1p-100f ? search->least : 0x1p-100f);
     search->selected_sum = 0.0;
-    for (uint32_t b = bucket; b < BUCKET_INFINITE; b++) {
-        search->selected_sum += (double)search->weights[b];
+    uint32_t left = search->select_max;
+    for (uint32_t b = BUCKET_INFINITE; b > bucket && left > 0; b--) { // of the last one only as many as are selected
+        const uint32_t count = search->counts[b - 1], taken = count < left ? count : left;
+        search->selected_sum += count == 0 ? 0.0 : (double)search->weights[b - 1] * taken / count;
+        left -= taken;
     }
     search->scored_sum = search->waiting_sum = 0.0;
     const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
@@ -508,6 +538,9 @@ bool dci_rank_pick(struct index_search *search)
     const uint64_t most = effort_tokens(search);
     if (search->query.effort > 0.0f && most > search->opened_tokens && most - search->opened_tokens > wanted) {
         wanted = most - search->opened_tokens;
+        if (search->query.coverage > 0.0f && wanted > search->opened_tokens + SCOUT_TOKENS) {
+            wanted = search->opened_tokens + SCOUT_TOKENS; // then look whether it is enough
+        }
     }
     // Merits below the floor are not looked at: together they are next to nothing.
     const float cells = (float)(search->cell_blocks * DCI_LANES);

@@ -68,6 +68,7 @@ enum room_name {
     ROOM_ZEROS,     // per view: 0, the base of the tail
     ROOM_REFERENCE, // per view: estimated log-sum-exp
     ROOM_SHIFTS,    // per view: reference of the survey, then exp of it less the final one
+    ROOM_SEEN,      // per query position: tokens whose spread was measured
     ROOM_INVERSE,   // per view: 1 / sum of all exp(score - top), over the number of views
     ROOM_TOPS,      // per view and lane: largest score so far
     ROOM_LANES,     // per view and lane: sums of exponentials
@@ -110,7 +111,6 @@ struct index_search {
     uint64_t opened_tokens; // of the tree
     uint32_t eligible_scored, tokens_scored;
     uint32_t cell_blocks;
-    double spread_tokens;                     // that have been measured
     float bar;                                // a token of less mass cannot be selected
     float least, log_least;                   // mass of the worst selected token (page-wise: page) so far, and its log
     double selected_sum;                      // masses of the best so far, in units of the reference

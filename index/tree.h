@@ -20,8 +20,9 @@
 #define TREE_PARTS_MAX  8u   // pages or blocks of a node
 #define TREE_BEAM       4u   // nodes kept per level on the way down to a token's cell
 
-// Squared norms above this are refused: sums and products of a few of them with steps must stay finite.
-#define TREE_NORM2_MAX (0x1p120f)
+// Squared norms above this are refused: the sum of 256 squared residuals, each of up to twice a norm and coded in 4
+// bits, must stay finite.
+#define TREE_NORM2_MAX (0x1p116f)
 
 enum page_state { PAGE_FREE = 0, PAGE_OPEN, PAGE_PLANNED, PAGE_LEAF };
 

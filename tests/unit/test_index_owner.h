@@ -193,7 +193,7 @@ static inline float key_element(enum keys_kind kind, struct rng *rng, uint32_t p
     case KEYS_HUGE:
         return rng_normal(rng) * 3000.0f;
     case KEYS_LARGEST:
-        return rng_normal(rng) * 0x1p55f;
+        return rng_normal(rng) * 0x1p53f;
     case KEYS_MIXED:
         return ldexpf(rng_normal(rng), 4 * ((int)cluster - 10));
     default:

@@ -299,7 +299,7 @@ static void strided_rows(void **state)
 static void keys_that_are_refused(void **state)
 {
     (void)state;
-    const float bad[] = {NAN, INFINITY, -INFINITY, 3e38f, 0x1.1p60f};
+    const float bad[] = {NAN, INFINITY, -INFINITY, 3e38f, 0x1.1p58f};
     for (uint32_t dtype = INDEX_BF16; dtype <= INDEX_FP32; dtype++) {
         struct heap heap = {0};
         const struct index_params params = {
@@ -324,12 +324,43 @@ static void keys_that_are_refused(void **state)
         }
         if (dtype != INDEX_FP16) { // exactly at the bound
             unsigned char row[32 * 4] = {0};
-            element_store(params.dtype, row, 0x1p60f);
+            element_store(params.dtype, row, 0x1p58f);
             assert_int_equal(index_append_prepare(owner.index, row, owner.row_bytes, 1, places), INDEX_OK);
             index_append_drop(owner.index);
         }
         assert_int_equal(owner_append(&owner, 160), INDEX_OK);
         owner_verify(&owner);
+        owner_end(&owner);
+        free(keys);
+    }
+}
+
+// Sums over a whole page of keys that are just not refused stay finite.
+static void keys_at_the_bound(void **state)
+{
+    (void)state;
+    for (uint32_t policy = 0; policy < 2; policy++) {
+        enum { DIM = 16, TOKENS = 700 };
+        struct heap heap = {0};
+        struct rng rng = {8 + policy};
+        const struct index_params params = {
+            .head_dim = DIM, .dtype = INDEX_FP32, .page_tokens = 256, .policy = (enum index_policy)policy, .seed = 6};
+        unsigned char *keys = keys_make(KEYS_GAUSSIAN, params.dtype, DIM, TOKENS, &rng);
+        float *elements = (float *)(void *)keys;
+        for (uint32_t t = 0; t < TOKENS; t++) {
+            double norm2 = 0.0;
+            for (uint32_t j = 0; j < DIM; j++) {
+                norm2 += (double)elements[t * DIM + j] * (double)elements[t * DIM + j];
+            }
+            for (uint32_t j = 0; j < DIM; j++) {
+                elements[t * DIM + j] = (float)((double)elements[t * DIM + j] / sqrt(norm2) * 0x1.ffp57);
+            }
+        }
+        struct owner owner = owner_begin(&params, &heap, keys);
+        assert_int_equal(owner_append(&owner, TOKENS), INDEX_OK);
+        owner_build(&owner, 1000);
+        owner_verify(&owner);
+        assert_true(index_indexed(owner.index) > 256);
         owner_end(&owner);
         free(keys);
     }
@@ -473,6 +504,7 @@ int main(void)
         cmocka_unit_test(append_is_all_or_nothing),
         cmocka_unit_test(strided_rows),
         cmocka_unit_test(keys_that_are_refused),
+        cmocka_unit_test(keys_at_the_bound),
         cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

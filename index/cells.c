@@ -152,14 +152,10 @@ static bool page_fill(struct index *index, struct draft *draft, const float *anc
     dci_rows_clear(index, node, part);
     for (uint32_t row = 0; row < n; row++) {
         const uint32_t member = batch->member_order[begin + row], lane = row % DCI_LANES;
-        struct dci_rows *rows = dci_rows_of(index, node, part, row);
         uint8_t code[INDEX_HEAD_DIM_MAX / 2];
         float spread2;
-        rows->scales[lane] = code_residual(index, batch->vectors[member], anchor, code, &spread2);
-        for (uint32_t group = 0; group < index->head_dim / 8; group++) {
-            memcpy(rows->codes + ((size_t)group * DCI_LANES + lane) * 4, code + (size_t)4 * group, 4);
-        }
-        rows->positions[lane] = batch->member_positions[member];
+        const float scale = code_residual(index, batch->vectors[member], anchor, code, &spread2);
+        dci_row_write(index, dci_rows_of(index, node, part, row), lane, batch->member_positions[member], code, scale);
         node->spread2 += spread2;
         const float far = sqrtf(spread2) * index->inverse_root_dim;
         draft->entry.far = far > draft->entry.far ? far : draft->entry.far;
@@ -222,7 +218,7 @@ static bool segment_work(struct index *index, const struct hit *hit)
         return cell_create(index, segment.begin, segment.count);
     }
     if (segment.draft == TREE_NONE) {
-        left = dci_divide(&division, segment.begin, segment.count, 1);
+        left = dci_divide(&division, segment.begin, segment.count);
     } else {
         const uint32_t pages = (segment.count + index->page_tokens - 1) / index->page_tokens;
         struct draft *draft = dci_draft(batch, segment.draft);

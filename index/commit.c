@@ -36,8 +36,6 @@ static void commit_join(struct index *index, const struct hit *hit)
     for (uint32_t i = 0; i < hit->count; i++) {
         const uint32_t item = batch->order[hit->first + i], position = batch->positions[item];
         const struct spot *spot = &batch->spots[item];
-        const uint32_t lane = spot->row % DCI_LANES;
-        struct dci_rows *rows = dci_rows_of(index, cell, spot->part, spot->row);
         const uint8_t *code = batch->codes + (size_t)item * index->head_dim / 2;
         struct page *page = dci_page(index, spot->page);
         if (page->state == PAGE_PLANNED && page->rows == 0) {
@@ -46,11 +44,8 @@ static void commit_join(struct index *index, const struct hit *hit)
             cell->parts[cell->part_count++] = spot->page;
             dci_rows_clear(index, cell, spot->part);
         }
-        for (uint32_t group = 0; group < index->head_dim / 8; group++) {
-            memcpy(rows->codes + ((size_t)group * DCI_LANES + lane) * 4, code + (size_t)4 * group, 4);
-        }
-        rows->scales[lane] = spot->scale;
-        rows->positions[lane] = position;
+        dci_row_write(index, dci_rows_of(index, cell, spot->part, spot->row), spot->row % DCI_LANES, position, code,
+                      spot->scale);
         page->rows++;
         cell->count++;
         cell->spread2 += spot->spread2;

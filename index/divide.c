@@ -159,11 +159,11 @@ static uint32_t divide(const struct dci_division *division, uint32_t begin, uint
     return near_a;
 }
 
-uint32_t dci_divide(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t least)
+uint32_t dci_divide(const struct dci_division *division, uint32_t begin, uint32_t n)
 {
     float a[INDEX_HEAD_DIM_MAX], b[INDEX_HEAD_DIM_MAX];
     uint32_t left = divide(division, begin, n, ROUNDS, a, b);
-    least = least > n / LEAST_SHARE ? least : n / LEAST_SHARE;
+    const uint32_t least = n / LEAST_SHARE > 1 ? n / LEAST_SHARE : 1;
     left = left < least ? least : left > n - least ? n - least : left;
     select_left(division, begin, n, left);
     if (division->index->policy == INDEX_PROMOTION) {

@@ -55,7 +55,7 @@ static void stores_init(struct index *index)
     dci_store_init(&index->places, sizeof(uint32_t), PLACES_SHIFT);
     dci_store_init(&index->pages, sizeof(struct page), PAGES_SHIFT);
     dci_slab_init(&index->nodes, sizeof(struct node), NODES_SHIFT);
-    const size_t block_bytes = sizeof(struct dci_block) + (size_t)index->head_dim * DCI_LANES;
+    const size_t block_bytes = dci_block_bytes(index);
     dci_slab_init(&index->cell_blocks, block_bytes, BLOCKS_SHIFT);
     dci_slab_init(&index->node_blocks, block_bytes, BLOCKS_SHIFT);
     dci_store_init(&index->tail, block_bytes, TAIL_SHIFT);

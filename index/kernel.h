@@ -85,7 +85,8 @@ struct dci_kernel {
     // low <= position < low + span. tops[view][16] are raised to them.
     void (*tokens16)(const struct dci_views *views, const struct dci_rows *rows, const float *anchors, uint32_t low,
                      uint32_t span, float *scores, float *tops);
-    // centers16, and tops[view][16] are raised to the scores plus half the variance of their tokens' scores.
+    // centers16, and tops[view][16] are raised to the scores plus the log of the mean of exp of how far
+    // their tokens' scores lie from them.
     void (*promise16)(const struct dci_views *views, const struct dci_block *block, float *centers, float *tops);
     // masses[view][16] = expected sums of exp(score - top[view]) of the tokens, and totals[view][16] are raised by
     // them.

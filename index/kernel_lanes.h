@@ -174,34 +174,6 @@ LOCAL void NAME(dot_parts)(const float *a, const float *b, uint32_t n, NAME(floa
     }
 }
 
-#if KERNEL_WIDTH == 16
-// 16 times sum_lanes at once: at each step of the tree two vectors share one addition.
-LOCAL void NAME(sum_rows)(const NAME(floats) rows[DCI_LANES][KERNEL_PARTS], float *sums)
-{
-    __m512 x[DCI_LANES];
-    memcpy(x, rows, sizeof x);
-    for (uint32_t i = 0; i < 8; i++) { // 8 and 8
-        x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
-    }
-    for (uint32_t i = 0; i < 4; i++) { // 4 and 4
-        x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 4], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd));
-    }
-    for (uint32_t i = 0; i < 2; i++) { // 2 and 2
-        x[i] = _mm512_add_ps(_mm512_shuffle_ps(x[i], x[i + 2], 0x44), _mm512_shuffle_ps(x[i], x[i + 2], 0xee));
-    }
-    const __m512 mixed = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x88), _mm512_shuffle_ps(x[0], x[1], 0xdd));
-    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-    _mm512_storeu_ps(sums, _mm512_permutexvar_ps(order, mixed));
-}
-#else
-LOCAL void NAME(sum_rows)(const NAME(floats) rows[DCI_LANES][KERNEL_PARTS], float *sums)
-{
-    for (uint32_t i = 0; i < DCI_LANES; i++) {
-        sums[i] = NAME(sum_lanes)(rows[i]);
-    }
-}
-#endif
-
 LOCAL float NAME(dot_lanes)(const float *a, const float *b, uint32_t n)
 {
     NAME(floats) sum[KERNEL_PARTS];
@@ -227,19 +199,6 @@ ENTRY float NAME(distance2)(const float *a, const float *b, uint32_t n)
         }
     }
     return NAME(sum_lanes)(sum);
-}
-
-LOCAL void NAME(weights)(const float *scores, float base, NAME(floats) * weights)
-{
-    const NAME(floats) zero = {0};
-    for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-        NAME(floats) s;
-        memcpy(&s, scores + part * KERNEL_WIDTH, sizeof s);
-        const NAME(ints) visible = s > zero + 0.5f * DCI_HIDDEN;
-        const NAME(floats) below = s - base;
-        NAME(exp_lanes)(&below, &weights[part]);
-        weights[part] = (NAME(floats))(visible & (NAME(ints))weights[part]);
-    }
 }
 
 ENTRY float NAME(exp_one)(float x)

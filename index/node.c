@@ -30,6 +30,16 @@ float dci_code_spread2(const struct index *index, const struct dci_rows *rows, u
     return rows->scales[lane] * rows->scales[lane] * (0.25f * (float)sum);
 }
 
+void dci_row_write(const struct index *index, struct dci_rows *rows, uint32_t lane, uint32_t position,
+                   const uint8_t *code, float scale)
+{
+    for (uint32_t group = 0; group < index->head_dim / 8; group++) {
+        memcpy(rows->codes + ((size_t)group * DCI_LANES + lane) * 4, code + (size_t)4 * group, 4);
+    }
+    rows->scales[lane] = scale;
+    rows->positions[lane] = position;
+}
+
 void dci_entry_code(const struct index *index, const float *anchor, struct entry *entry)
 {
     float off[INDEX_HEAD_DIM_MAX];
@@ -256,7 +266,7 @@ static void divide(struct index *index, uint32_t id, const struct entry *added, 
         order[lane] = lane;
     }
     const struct dci_division division = {index, anchors, order, values, index->digest ^ id};
-    const uint32_t left = dci_divide(&division, 0, full + 1, 1);
+    const uint32_t left = dci_divide(&division, 0, full + 1);
     bool added_moves = false;
     uint32_t moved[TREE_NODE_MAX + 1], count = 0;
     for (uint32_t i = left; i <= full; i++) {

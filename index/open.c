@@ -8,7 +8,6 @@
 // Cells ahead whose node, and whose codes, are asked for while one is scored.
 #define NODES_AHEAD 12u
 #define CODES_AHEAD 3u
-#define LINE        64u
 
 uint32_t dci_scored_position(const struct index_search *search, const struct scored *scored, uint32_t lane)
 {
@@ -165,30 +164,23 @@ static const struct node *lined_up(const struct index_search *search, uint32_t a
     return dci_node(search->index, cell_at(search->index, SEARCH_ROOM(search, uint32_t, ROOM_TO_OPEN)[at]));
 }
 
-static void prefetch(const void *memory, size_t bytes)
-{
-    for (size_t i = 0; i < bytes; i += LINE) {
-        __builtin_prefetch((const unsigned char *)memory + i, 0, 2);
-    }
-}
-
 static void prefetch_codes(const struct index_search *search, uint32_t at)
 {
     const struct index *index = search->index;
     const struct node *cell = lined_up(search, at);
-    prefetch(dci_rows(index, cell, 0), cell->part_count * index->page_blocks * index->rows_stride);
+    dci_prefetch(dci_rows(index, cell, 0), cell->part_count * index->page_blocks * index->rows_stride);
 }
 
 static void look_ahead(const struct index_search *search, uint32_t at)
 {
     for (uint32_t i = 0; at == 0 && i < NODES_AHEAD && i < search->to_open; i++) {
-        prefetch(lined_up(search, i), sizeof(struct node));
+        dci_prefetch(lined_up(search, i), sizeof(struct node));
     }
     for (uint32_t i = 0; at == 0 && i < CODES_AHEAD && i < search->to_open; i++) {
         prefetch_codes(search, i);
     }
     if (at + NODES_AHEAD < search->to_open) {
-        prefetch(lined_up(search, at + NODES_AHEAD), sizeof(struct node));
+        dci_prefetch(lined_up(search, at + NODES_AHEAD), sizeof(struct node));
     }
 }
 
@@ -222,7 +214,7 @@ uint32_t dci_open_cell(struct index_search *search, uint32_t at)
     uint32_t asked = 0;
     for (uint32_t block = 0; block < blocks; block++) {
         for (; asked < (block + 1) * later_blocks / blocks; asked++) {
-            prefetch(dci_rows(index, later, asked), index->rows_stride);
+            dci_prefetch(dci_rows(index, later, asked), index->rows_stride);
         }
         add(search,
             &(struct scored){cell->parts[block / index->page_blocks], id, slot, 0, DCI_LANES, block, TREE_NONE});

@@ -39,7 +39,6 @@
 
 // Blocks of anchors that are asked for ahead.
 #define BLOCKS_AHEAD 3u
-#define LINE         64u
 
 // A block of cells with no hope within this of the worst selected token's log mass is not looked at more closely.
 #define HOPELESS 3.0f
@@ -70,11 +69,7 @@ static float *promises_of(struct index_search *search, uint32_t block)
 void dci_rank_centers(struct index_search *search, uint32_t block)
 {
     if (block + BLOCKS_AHEAD < search->cell_blocks) {
-        const unsigned char *ahead = (const unsigned char *)cell_block(search, block + BLOCKS_AHEAD);
-        const size_t bytes = sizeof(struct dci_block) + (size_t)search->index->head_dim * DCI_LANES;
-        for (size_t i = 0; i < bytes; i += LINE) {
-            __builtin_prefetch(ahead + i, 0, 2);
-        }
+        dci_prefetch(cell_block(search, block + BLOCKS_AHEAD), dci_block_bytes(search->index));
     }
     const bool is_kept = block < search->center_blocks;
     float *centers = is_kept ? SEARCH_ROOM(search, float, ROOM_CENTERS) + (size_t)block * search->views * DCI_LANES
@@ -212,13 +207,11 @@ void dci_rank_begin_weighing(struct index_search *search)
 {
     const float *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
     float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
-    for (uint32_t v = 0; v < search->views; v++) {
+    for (uint32_t v = 0; search->rounds == 1 && v < search->views; v++) { // fixed from then on
         const float top = dci_max_lanes(tops + (size_t)v * DCI_LANES);
         float *shift = &SEARCH_ROOM(search, float, ROOM_SHIFTS)[v];
-        if (search->rounds == 1) { // fixed from now on
-            reference[v] = top > reference[v] ? top : reference[v];
-            *shift = dci_exp(*shift - reference[v]);
-        }
+        reference[v] = top > reference[v] ? top : reference[v];
+        *shift = dci_exp(*shift - reference[v]);
     }
     clear_lanes(search, ROOM_LANES);
     clear_lanes(search, ROOM_SPREADS);
@@ -305,7 +298,7 @@ static void fix_spread(struct index_search *search)
     const struct index *index = search->index;
     float *norms = SEARCH_ROOM(search, float, ROOM_NORMS);
     const float *spreads = SEARCH_ROOM(search, float, ROOM_SPREADS);
-    for (uint32_t v = 0; v < search->views && !search->barred; v++) {
+    for (uint32_t v = 0; v < search->views; v++) {
         const float seen = SEARCH_ROOM(search, float, ROOM_SEEN)[v / query->head_count];
         if (!(seen > 0.0f)) {
             continue;
@@ -348,7 +341,9 @@ static uint32_t worst_bucket(const struct index_search *search)
 // The mass of the worst of the best so far, to a bucket, and the sum of the best.
 void dci_rank_fix_weights(struct index_search *search)
 {
-    fix_spread(search);
+    if (!search->barred) {
+        fix_spread(search);
+    }
     if (search->query.page_wise) {
         count_pages(search);
     }

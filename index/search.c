@@ -9,7 +9,6 @@
 #include <string.h>
 
 #define ROOM_BYTES_MIN  64u
-#define LINE            64u
 #define PREFETCH_TOKENS 128u // of the tail
 
 enum index_status index_search_create(const struct index_allocator *allocator, struct index_search **out)
@@ -78,7 +77,6 @@ static void room_sizes(const struct index *index, const struct index_query *quer
         sizes[i] = views * DCI_LANES * sizeof(float);
     }
     sizes[ROOM_CODES] = views * index->head_dim;
-    sizes[ROOM_ROTATED] = views * index->head_dim * sizeof(float);
     sizes[ROOM_SCORED] = blocks * sizeof(struct scored);
     sizes[ROOM_SCORES] = kept * views * DCI_LANES * sizeof(float);
     sizes[ROOM_MASSES] = blocks * DCI_LANES * sizeof(float);
@@ -142,7 +140,7 @@ static void view_encode(struct index_search *search, uint32_t v, const float *ve
 {
     const struct index *index = search->index;
     const uint32_t dim = index->head_dim;
-    float *rotated = SEARCH_ROOM(search, float, ROOM_ROTATED) + (size_t)v * dim;
+    float rotated[INDEX_HEAD_DIM_MAX];
     int8_t *codes = SEARCH_ROOM(search, int8_t, ROOM_CODES) + (size_t)v * dim;
     memcpy(rotated, vector, dim * sizeof rotated[0]);
     dci_rotate(index, rotated);
@@ -206,13 +204,9 @@ static void bounds_init(struct index_search *search)
 // Head and tail are scored first: asked for early, they are there when the queries are ready.
 static void look_ahead(const struct index *index)
 {
-    const size_t bytes = sizeof(struct dci_block) + (size_t)index->head_dim * DCI_LANES;
     const uint32_t newest = index->length > PREFETCH_TOKENS ? index->length - PREFETCH_TOKENS : 0;
     for (uint32_t p = index->indexed > newest ? index->indexed : newest; p < index->length; p += DCI_LANES) {
-        const unsigned char *block = (const unsigned char *)dci_tail_block(index, p);
-        for (size_t i = 0; i < bytes; i += LINE) {
-            __builtin_prefetch(block + i, 0, 2);
-        }
+        dci_prefetch(dci_tail_block(index, p), dci_block_bytes(index));
     }
 }
 

@@ -78,7 +78,6 @@ enum room_name {
     ROOM_ANCHORS,   // per view and lane: scores of one block's anchors
     ROOM_BLOCK,     // per view and lane: scores of one block
     ROOM_CODES,     // per view: codes of the rotated query
-    ROOM_ROTATED,   // per view: the rotated query
     ROOM_SCORED,    // struct scored, per block
     ROOM_SCORES,    // scores of the first blocks
     ROOM_MASSES,    // per block and lane
@@ -124,6 +123,14 @@ struct index_search {
 
 #define SEARCH_ROOM(search, type, name) ((type *)(search)->rooms[name].block)
 
+// Asks for memory that will be read soon.
+static inline void dci_prefetch(const void *memory, size_t bytes)
+{
+    const size_t line = 64;
+    for (size_t i = 0; i < bytes; i += line) {
+        __builtin_prefetch((const unsigned char *)memory + i, 0, 2);
+    }
+}
 static inline struct scored *dci_scored(const struct index_search *search, uint32_t block)
 {
     return SEARCH_ROOM(search, struct scored, ROOM_SCORED) + block;

@@ -139,6 +139,10 @@ void dci_tail_trim(struct index *index, uint32_t length); // what lies behind
 uint32_t dci_open_begin(const struct index *index, uint32_t position);
 
 // ---- node.c ----
+static inline size_t dci_block_bytes(const struct index *index)
+{
+    return sizeof(struct dci_block) + (size_t)index->head_dim * DCI_LANES;
+}
 static inline struct node *dci_node(const struct index *index, uint32_t node)
 {
     return dci_slab_at(&index->nodes, node);
@@ -164,8 +168,11 @@ static inline struct dci_block *dci_node_block(const struct index *index, const 
     return dci_block(index, node->level, node->parts[lane / DCI_LANES]);
 }
 float dci_code_spread2(const struct index *index, const struct dci_rows *rows, uint32_t lane); // of one row's code
-void dci_rows_clear(const struct index *index, const struct node *cell, uint32_t part);        // no row in use
-void dci_block_clear(const struct index *index, struct dci_block *block);                      // no lane in use
+// Writes a row: its token, and its code (in groups of 4 bytes) with the scale.
+void dci_row_write(const struct index *index, struct dci_rows *rows, uint32_t lane, uint32_t position,
+                   const uint8_t *code, float scale);
+void dci_rows_clear(const struct index *index, const struct node *cell, uint32_t part); // no row in use
+void dci_block_clear(const struct index *index, struct dci_block *block);               // no lane in use
 void dci_block_write(const struct index *index, struct dci_block *block, uint32_t lane, const struct entry *entry);
 // Codes an anchor: fills codes, step and norm2.
 void dci_entry_code(const struct index *index, const float *anchor, struct entry *entry);
@@ -197,7 +204,7 @@ void dci_route(const struct index *index, const float *key, uint32_t avoid, stru
                struct dci_work *work);
 
 // ---- divide.c ----
-// Divides n vectors in two, none with less than n / 3 of them (or than `least`); permutes `order`. Returns the first
+// Divides n vectors in two, none with less than n / 3 of them; permutes `order`. Returns the first
 // part's count. values: room for n.
 struct dci_division {
     const struct index *index;
@@ -206,7 +213,7 @@ struct dci_division {
     float *values;
     uint64_t seed;
 };
-uint32_t dci_divide(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t least);
+uint32_t dci_divide(const struct dci_division *division, uint32_t begin, uint32_t n);
 // The same at exactly `left`: the nearest ones to one side.
 void dci_divide_at(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t left);
 

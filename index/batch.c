@@ -48,7 +48,7 @@ static bool begin(struct index *index, uint32_t item_room)
            acquire(index, &batch->cells, item_room * sizeof batch->cells[0]) &&
            acquire(index, &batch->order, item_room * sizeof batch->order[0]) &&
            acquire(index, &batch->keys, (size_t)item_room * index->head_dim * sizeof batch->keys[0]) &&
-           acquire(index, &batch->codes, (size_t)item_room * index->head_dim / 2) &&
+           acquire(index, &batch->codes, (size_t)item_room * index->code_bytes) &&
            acquire(index, &batch->spots, item_room * sizeof batch->spots[0]) &&
            acquire(index, &batch->hits, (item_room + 1) * sizeof batch->hits[0]) &&
            acquire(index, &batch->scratch, ((size_t)index->node_max + 1) * index->head_dim * sizeof batch->scratch[0]);
@@ -465,7 +465,7 @@ static void free_arrays(struct index *index)
     release(index, batch->cells, items * sizeof batch->cells[0]);
     release(index, batch->order, items * sizeof batch->order[0]);
     release(index, batch->keys, items * index->head_dim * sizeof batch->keys[0]);
-    release(index, batch->codes, items * index->head_dim / 2);
+    release(index, batch->codes, items * index->code_bytes);
     release(index, batch->spots, items * sizeof batch->spots[0]);
     release(index, batch->hits, (items + 1) * sizeof batch->hits[0]);
     release(index, batch->scratch, ((size_t)index->node_max + 1) * index->head_dim * sizeof batch->scratch[0]);

@@ -31,7 +31,7 @@ static float code_residual(const struct index *index, const float *key, const fl
     for (uint32_t i = 0; i < index->head_dim; i++) {
         residual[i] = key[i] - anchor[i];
     }
-    return index->kernel->encode4(residual, index->head_dim, code, spread2);
+    return index->kernel->encode5(residual, index->head_dim, code, spread2);
 }
 
 // ---- joining ----
@@ -93,7 +93,7 @@ static bool join(struct index *index, struct hit *hit)
         const uint32_t item = batch->order[hit->first + i];
         struct spot *spot = &batch->spots[item];
         spot->scale = code_residual(index, dci_item_key(index, item), anchor,
-                                    batch->codes + (size_t)item * index->head_dim / 2, &spot->spread2);
+                                    batch->codes + (size_t)item * index->code_bytes, &spot->spread2);
         add_move(index, batch->positions[item], spot->page, spot->row);
     }
     return true;
@@ -151,11 +151,12 @@ static bool page_fill(struct index *index, struct draft *draft, const float *anc
     dci_page(index, page)->rows = (uint16_t)n;
     dci_rows_clear(index, node, part);
     for (uint32_t row = 0; row < n; row++) {
-        const uint32_t member = batch->member_order[begin + row], lane = row % DCI_LANES;
-        uint8_t code[INDEX_HEAD_DIM_MAX / 2];
+        const uint32_t member = batch->member_order[begin + row];
+        uint8_t code[INDEX_HEAD_DIM_MAX];
         float spread2;
         const float scale = code_residual(index, batch->vectors[member], anchor, code, &spread2);
-        dci_row_write(index, dci_rows_of(index, node, part, row), lane, batch->member_positions[member], code, scale);
+        const struct dci_row token = {batch->member_positions[member], code, scale};
+        dci_row_write(index, node, part, row, &token);
         node->spread2 += spread2;
         const float far = sqrtf(spread2) * index->inverse_root_dim;
         draft->entry.far = far > draft->entry.far ? far : draft->entry.far;

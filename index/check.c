@@ -92,7 +92,7 @@ static bool check_cell(const struct index *index, uint32_t id, const struct entr
                 return wrong(report, "token %u is in row %u of page %u and elsewhere", position, row,
                              cell->parts[part]);
             }
-            const float own = dci_code_spread2(index, rows, row % DCI_LANES);
+            const float own = dci_code_spread2(index, cell, part, row);
             spread2 += own;
             far = own > far ? own : far;
             in_page++;

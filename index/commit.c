@@ -17,11 +17,13 @@ static void lengthen(struct index *index, struct node *cell, const struct hit *h
     if (hit->run_parts == 0) {
         return;
     }
-    const size_t bytes = (size_t)cell->part_count * index->page_blocks * index->rows_stride;
-    memcpy(dci_slab_at(&index->runs[hit->run_parts - 1], hit->run), dci_rows(index, cell, 0), bytes);
-    dci_slab_release(&index->runs[cell->run_parts - 1], cell->run);
+    const struct node old = *cell;
+    const size_t blocks = (size_t)cell->part_count * index->page_blocks;
     cell->run = hit->run;
     cell->run_parts = hit->run_parts;
+    memcpy(dci_rows(index, cell, 0), dci_rows(index, &old, 0), blocks * index->rows_stride);
+    memcpy(dci_lows(index, cell, 0), dci_lows(index, &old, 0), blocks * DCI_LANES * index->code_row_bytes);
+    dci_slab_release(&index->runs[old.run_parts - 1], old.run);
 }
 
 static void commit_join(struct index *index, const struct hit *hit)
@@ -36,7 +38,7 @@ static void commit_join(struct index *index, const struct hit *hit)
     for (uint32_t i = 0; i < hit->count; i++) {
         const uint32_t item = batch->order[hit->first + i], position = batch->positions[item];
         const struct spot *spot = &batch->spots[item];
-        const uint8_t *code = batch->codes + (size_t)item * index->head_dim / 2;
+        const struct dci_row token = {position, batch->codes + (size_t)item * index->code_bytes, spot->scale};
         struct page *page = dci_page(index, spot->page);
         if (page->state == PAGE_PLANNED && page->rows == 0) {
             page->owner = hit->cell;
@@ -44,8 +46,7 @@ static void commit_join(struct index *index, const struct hit *hit)
             cell->parts[cell->part_count++] = spot->page;
             dci_rows_clear(index, cell, spot->part);
         }
-        dci_row_write(index, dci_rows_of(index, cell, spot->part, spot->row), spot->row % DCI_LANES, position, code,
-                      spot->scale);
+        dci_row_write(index, cell, spot->part, spot->row, &token);
         page->rows++;
         cell->count++;
         cell->spread2 += spot->spread2;

@@ -28,7 +28,7 @@ static void measure(const struct index *index, struct node *cell, struct entry *
             const struct dci_rows *rows = dci_rows_of(index, cell, part, row);
             const uint32_t lane = row % DCI_LANES;
             if (rows->positions[lane] != TREE_NONE) {
-                const float spread2 = dci_code_spread2(index, rows, lane);
+                const float spread2 = dci_code_spread2(index, cell, part, row);
                 cell->spread2 += spread2;
                 far2 = spread2 > far2 ? spread2 : far2;
             }
@@ -58,8 +58,10 @@ static void drop_part(struct index *index, struct node *cell, uint32_t part, str
     const uint32_t page = cell->parts[part];
     cell->part_count--;
     for (uint32_t i = part; i < cell->part_count; i++) {
-        memcpy(dci_rows_of(index, cell, i, 0), dci_rows_of(index, cell, i + 1, 0),
-               index->page_blocks * index->rows_stride);
+        const uint32_t number = i * index->page_blocks, next = number + index->page_blocks;
+        memcpy(dci_rows(index, cell, number), dci_rows(index, cell, next), index->page_blocks * index->rows_stride);
+        memcpy(dci_lows(index, cell, number), dci_lows(index, cell, next),
+               (size_t)index->page_blocks * DCI_LANES * index->code_row_bytes);
         cell->parts[i] = cell->parts[i + 1];
         dci_page(index, cell->parts[i])->part = (uint8_t)i;
     }

@@ -13,7 +13,7 @@
 #define FANOUT_MIN          8u
 // Entries of a node with the default policy, and tokens of a cell as far as whole pages allow. Nodes are divided when
 // they are full, so they hold two thirds of it on average.
-#define NODE_ENTRIES 64u
+#define NODE_ENTRIES 128u
 #define KEYS_SHIFT   6u // of the same tokens as a chunk of the tail
 #define TAIL_SHIFT   2u
 #define PLACES_SHIFT 8u
@@ -60,7 +60,7 @@ static void stores_init(struct index *index)
     dci_slab_init(&index->node_blocks, block_bytes, BLOCKS_SHIFT);
     dci_store_init(&index->tail, block_bytes, TAIL_SHIFT);
     for (uint32_t parts = 1; parts <= index->cell_parts; parts++) {
-        dci_slab_init(&index->runs[parts - 1], parts * index->page_blocks * index->rows_stride, RUNS_SHIFT);
+        dci_slab_init(&index->runs[parts - 1], dci_run_bytes(index, parts), RUNS_SHIFT);
     }
 }
 
@@ -88,7 +88,9 @@ enum index_status index_create(const struct index_params *params, const struct i
     index->policy = params->policy;
     index->seed = params->seed;
     index->row_bytes = index->head_dim * (index->dtype == INDEX_FP32 ? sizeof(float) : sizeof(uint16_t));
-    index->rows_stride = sizeof(struct dci_rows) + (size_t)index->head_dim / 2 * DCI_LANES;
+    index->rows_stride = sizeof(struct dci_rows) + (size_t)index->head_dim / 8 * DCI_LANES;
+    index->code_row_bytes = dci_row_bytes(index->head_dim);
+    index->code_bytes = dci_code_bytes(index->head_dim);
     index->inverse_root_dim = 1.0f / sqrtf((float)index->head_dim);
     index->free_page = index->root = TREE_NONE;
     index->digest = dci_mix(index->seed);

@@ -18,10 +18,6 @@
 #define DEVIATION_MAX 12.0f
 #define UNIT_LEAST    1.0e-20f
 
-// 2^23 / ln 2, and 2^23 * (127 - 0.0574), see rough16.
-#define ROUGH_SLOPE  12102203.0f
-#define ROUGH_OFFSET 1064871852.0f
-
 // How many deviations above the anchor's score the best of a cell's tokens is hoped to be, and the farthest one.
 #define HOPE_DEVIATIONS 2.0f
 #define FAR_DEVIATIONS  1.5f
@@ -33,17 +29,37 @@
 // deviation this much larger.
 #define TAIL_MARGIN 1.15f
 
-// Step of a 4-bit code in root mean squares of the coordinates (Max, 1960: 16 levels for a normal distribution), and
-// the squared norm that counts as nothing.
-#define CODE_STEP        0.3352f
+// Step of a 5-bit code, and the squared norm that counts as nothing.
+#define CODE_STEP        DCI_CODE_STEP
 #define CODE_NORM2_LEAST 0x1p-60f
 #define CODE_LEAST       0x1p-100f // the largest element of what an 8-bit code takes as nothing
 
-#define DOTS_PORTABLE    0
-#define DOTS_AVX2        1
-#define DOTS_VNNI        2
+// The largest sum of the sizes of four table codes, before they are rounded.
+#define TABLE_SUM_MAX 125.0f
 
-#define KERNEL_SET       portable
+#define DOTS_PORTABLE 0
+#define DOTS_AVX2     1
+#define DOTS_VNNI     2
+
+void dci_code_pack(const uint8_t *codes, uint32_t n, uint8_t *code)
+{
+    const uint32_t half = dci_row_bytes(n);
+    memset(code, 0, half);
+    for (uint32_t i = 0; i < half && i < n; i++) {
+        code[i] = codes[i] & 15;
+    }
+    for (uint32_t i = half; i < n; i++) {
+        code[i - half] |= (uint8_t)(codes[i] << 4);
+    }
+    uint8_t *signs = code + half;
+    for (uint32_t i = 0; i < n; i += 8) {
+        uint64_t word; // bit 4 of each byte
+        memcpy(&word, codes + i, sizeof word);
+        signs[i / 8] = (uint8_t)((((word >> 4) & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
+    }
+}
+
+#define KERNEL_SET portable
 #define KERNEL_TARGET
 #define KERNEL_WIDTH 4
 #define KERNEL_DOTS  DOTS_PORTABLE
@@ -105,6 +121,54 @@ const struct dci_kernel *dci_kernel_best(void)
         best = dci_kernel_at(i);
     }
     return best;
+}
+
+// Codes of a group of four elements.
+static void group_codes(const float *x, float inverse, int32_t *codes)
+{
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    for (uint32_t i = 0; i < 4; i++) {
+        codes[i] = (int32_t)((x[i] * inverse + round) - round);
+    }
+}
+
+// A group's table: for 4 bits, the sum of the codes whose bit is set, less that of the negative ones, which is
+// returned.
+static int32_t table_fill(const int32_t *codes, uint8_t *table)
+{
+    int32_t negative = 0;
+    for (uint32_t i = 0; i < 4; i++) {
+        negative += codes[i] < 0 ? codes[i] : 0;
+    }
+    table[0] = (uint8_t)-negative;
+    for (uint32_t i = 0; i < 4; i++) {
+        for (uint32_t bits = 0; bits < 1u << i; bits++) {
+            table[(1u << i) + bits] = (uint8_t)(table[bits] + codes[i]);
+        }
+    }
+    return negative;
+}
+
+float dci_tables_make(const float *x, uint32_t n, uint8_t *tables, int32_t *zero)
+{
+    // The first and the third group of 16 elements are read from the low halves of two bytes.
+    static const uint32_t order[4] = {0, 2, 1, 3};
+    float largest = 0.0f;
+    for (uint32_t i = 0; i < n; i += 4) {
+        const float sum = (fabsf(x[i]) + fabsf(x[i + 1])) + (fabsf(x[i + 2]) + fabsf(x[i + 3]));
+        largest = sum > largest ? sum : largest;
+    }
+    const float step = largest > CODE_LEAST ? largest / TABLE_SUM_MAX : 0.0f,
+                inverse = step > 0.0f ? 1.0f / step : 0.0f;
+    int32_t negative = 0, all = 0;
+    for (uint32_t i = 0; i < n; i += 4) {
+        int32_t codes[4];
+        group_codes(x + i, inverse, codes);
+        negative += table_fill(codes, tables + (size_t)(i / 16 * 4 + order[i / 4 % 4]) * 16);
+        all += codes[0] + codes[1] + codes[2] + codes[3];
+    }
+    *zero = all - 2 * negative;
+    return step;
 }
 
 float dci_exp(float x)

@@ -6,6 +6,8 @@
 
 #include "index/index.h"
 
+#include <string.h>
+
 #define DCI_LANES 16u
 
 // A score that does not count: the token is not visible to the query, or the lane is not in use.
@@ -17,8 +19,19 @@
 // Scores of real tokens are kept below this, so that no sum or difference of them overflows.
 #define DCI_SCORE_MAX 1.0e30f
 
-// What an 8-bit code stores for 0; 4-bit codes stand for the odd numbers -15 .. 15, in halves.
+// What an 8-bit code stores for 0; 5-bit codes stand for -15.5 .. 15.5.
 #define DCI_CODE_ZERO 128
+
+// rough exp: 2^23 / ln 2, and 2^23 * (127 - 0.0574).
+#define DCI_ROUGH_SLOPE  12102203.0f
+#define DCI_ROUGH_OFFSET 1064871852.0f
+
+// What the top bits alone say of a residual r with root mean square m: r is taken as +-m / DCI_SIGN_MEAN in each
+// coordinate (the mean of |x| of a normal distribution; RaBitQ, arXiv 2405.12497), which leaves an error of
+// DCI_SIGN_NOISE * m |q| in its product with q. Steps of a 5-bit code in m (Max, 1960: 32 levels).
+#define DCI_CODE_STEP  0.1881f
+#define DCI_SIGN_MEAN  0.79788456f
+#define DCI_SIGN_NOISE 0.7555f
 
 // Queries as codes see them: in int8, and what turns an inner product of codes into a score.
 struct dci_views {
@@ -28,6 +41,12 @@ struct dci_views {
     const float *steps;  // per view: softmax scale * step of the codes
     const float *bases;  // per view: score of the index's base
     const float *norms;  // per view: deviation of the scores for an isotropic deviation of 1 of the keys
+    // As the codes of tokens see them.
+    uint32_t row_bytes;         // dci_row_bytes(head_dim)
+    const int8_t *fine;         // [view][2][row_bytes]: the same codes where rows have their low bits, 0 in between
+    const uint8_t *tables;      // [view][head_dim / 16][4][16]: for 4 top bits, the sum of the query's table codes
+    const int32_t *table_zeros; // per view: what twice the sum of table entries is too much
+    const float *table_steps;   // per view: softmax scale * step of the table codes
 };
 
 // 16 entries of a node above the cells: their anchors in 8 bits, less the index's base, with what ranks them. Lane i of
@@ -43,13 +62,63 @@ struct dci_block {
     uint8_t codes[]; // [head_dim / 4][lane][4]
 };
 
-// 16 rows of a page: keys in 4 bits, less their cell's anchor. Lane i of group g holds coordinates 8g .. 8g+7 of row i:
-// byte j coordinate 8g+j in its low half and 8g+4+j in its high half. Unused rows have position UINT32_MAX.
+// 16 rows of a page: what is looked at first of them. The code of a coordinate is 16 b + low - 15.5; the top bits b of
+// 8 coordinates are a byte, those of coordinates 8p .. 8p+3 in its low half. Unused rows have position UINT32_MAX.
 struct dci_rows {
     uint32_t positions[DCI_LANES];
-    float scales[DCI_LANES];
-    uint8_t codes[]; // [head_dim / 8][lane][4]
+    uint16_t scales[DCI_LANES]; // the upper halves of floats
+    uint8_t signs[];            // [head_dim / 8][lane]
 };
+
+// The low bits of a row's code: byte j holds coordinate j in its low half and coordinate dci_row_bytes + j in its high
+// half.
+static inline uint32_t dci_row_bytes(uint32_t head_dim)
+{
+    return (head_dim / 2 + 15) / 16 * 16;
+}
+// A code on its way: the low bits, then the top bits.
+static inline uint32_t dci_code_bytes(uint32_t head_dim)
+{
+    return dci_row_bytes(head_dim) + head_dim / 8;
+}
+void dci_code_pack(const uint8_t *codes, uint32_t n, uint8_t *code);
+
+// 16 rows of cells, not necessarily of one.
+struct dci_lanes {
+    const uint8_t *rows[DCI_LANES]; // low bits; also where a lane is not live
+    float scales[DCI_LANES];
+    float live[DCI_LANES]; // 0: the lane does not count, and gets DCI_HIDDEN
+    const int16_t *signs;  // [view][16]: from signs16
+    const float *anchors;  // [view][16]: scores of the cells' anchors
+};
+
+// A first look at rows of one cell: which may have a mass of at least `bar`?
+struct dci_sieve {
+    uint32_t low, span; // positions that count: low .. low + span - 1
+    float bar;
+    // Per view: the bits of a term (dci_rough_exp) are sign sum * scale * factor + offset; terms times the weight are
+    // without bias.
+    const float *factors, *offsets, *weights;
+};
+
+// The upper half of a float, to nearest.
+static inline uint16_t dci_scale_narrow(float scale)
+{
+    uint32_t bits;
+    memcpy(&bits, &scale, sizeof bits);
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+static inline float dci_scale_widen(uint16_t narrow)
+{
+    const uint32_t bits = (uint32_t)narrow << 16;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return scale;
+}
+static inline float dci_scale_round(float scale)
+{
+    return dci_scale_widen(dci_scale_narrow(scale));
+}
 
 // A key in search of its cell.
 struct dci_probe {
@@ -72,19 +141,24 @@ struct dci_kernel {
     // Codes of n elements: nearest integers to x / step, -127 .. 127. Returns the step; 0, and codes 0, where all
     // elements are next to 0. *sum gets the sum of the codes.
     float (*encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum);
-    // 4-bit code of a residual: writes n / 2 bytes in groups of 4 as in dci_rows, returns the scale (score of the code
-    // = scale * sum of code halves * q). *spread2 gets the squared norm of what the code stands for.
-    float (*encode4)(const float *residual, uint32_t n, uint8_t *code, float *spread2);
+    // 5-bit code of a residual: writes dci_code_bytes, returns the scale (score of the code = scale * sum of code * q),
+    // a float of 16 bits. *spread2 gets the squared norm of what the code stands for.
+    float (*encode5)(const float *residual, uint32_t n, uint8_t *code, float *spread2);
     float (*exp_one)(float x);
 
     // Distances of a probe to 16 entries: squared, or of their images under T_K. FLT_MAX where a lane is not in use.
     void (*near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances);
     // centers[view][16] = score of the anchor; DCI_HIDDEN where a lane is not in use.
     void (*centers16)(const struct dci_views *views, const struct dci_block *block, float *centers);
-    // scores[view][16] of rows of a cell whose anchor scores anchors[view * DCI_LANES]; DCI_HIDDEN unless
-    // low <= position < low + span. tops[view][16] are raised to them.
-    void (*tokens16)(const struct dci_views *views, const struct dci_rows *rows, const float *anchors, uint32_t low,
-                     uint32_t span, float *scores, float *tops);
+    // signs[view][16]: twice the sum of the query's table codes over the coordinates whose top bit is set, less the sum
+    // over all.
+    void (*signs16)(const struct dci_views *views, const struct dci_rows *rows, int16_t *signs);
+    // scores[view][16]; tops[view][16] are raised to them.
+    void (*score16)(const struct dci_views *views, const struct dci_lanes *lanes, float *scores, float *tops);
+    // signs16; bit i: row i may have the mass; bit 16 + i: it counts. The terms of those that count and have not, times
+    // their weight, are added to totals[view][16]. terms: room for [view][16].
+    uint32_t (*sift16)(const struct dci_views *views, const struct dci_rows *rows, const struct dci_sieve *sieve,
+                       int16_t *signs, float *terms, float *totals);
     // centers16, and tops[view][16] are raised to the scores plus the log of the mean of exp of how far
     // their tokens' scores lie from them.
     void (*promise16)(const struct dci_views *views, const struct dci_block *block, float *centers, float *tops);
@@ -102,13 +176,15 @@ struct dci_kernel {
                      const float *reference, float log_least, float *merits, float *masses);
     // totals[view][16] += masses[view][16] in lanes whose merit is not negative.
     void (*rest16)(uint32_t views, const float *masses, const float *merits, float *totals);
+    // The same, but no more than rows[16] times best[view].
+    void (*balance16)(uint32_t views, const float *masses, const float *merits, const float *rows, const float *best,
+                      float *totals);
     // sums[view][16] += weight * (score - anchor)^2 of what is not hidden.
     void (*spread16)(uint32_t views, const float *scores, const float *anchors, float weight, float *sums);
     // Scores become exp(score - top[view]), and totals[view][16] are raised by them.
     void (*exp16)(float *scores, uint32_t views, const float *top, float *totals);
-    // Is every lane's sum over the views of exp(score - reference[view]) below the bound? Then totals[view][16] are
-    // raised by the terms. All to within 4 %, on average right.
-    bool (*drop16)(const float *scores, uint32_t views, const float *reference, float bound, float *totals);
+    // masses[16] = sum over the views of exp(score - reference[view]), to within 4 %.
+    void (*rough16)(const float *scores, uint32_t views, const float *reference, float *masses);
     // masses[16] = sum over the views of scores[view][16] * inverse[view].
     void (*mix16)(const float *scores, uint32_t views, const float *inverse, float *masses);
     // Bit i: x[i] >= bound; x[i] < bound.
@@ -122,6 +198,11 @@ struct dci_kernel {
 const struct dci_kernel *dci_kernel_best(void);
 // All that this machine can run, for tests: NULL past the end. 0 is the portable one.
 const struct dci_kernel *dci_kernel_at(uint32_t number);
+
+// Tables of a query for the top bits of codes, see dci_views: codes of n elements, so small that the sum of a group of
+// four fits in 7 bits. Returns the codes' step. *zero: what twice the sum of table entries is too much for the inner
+// product with signs +-1.
+float dci_tables_make(const float *x, uint32_t n, uint8_t *tables, int32_t *zero);
 
 float dci_exp(float x);                  // 0 below -87, limited to exp(88)
 float dci_log(float x);                  // of a normal positive number

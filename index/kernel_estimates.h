@@ -57,6 +57,17 @@ LOCAL void NAME(log_means)(const struct dci_block *block, const NAME(floats) * d
     *out = reach * *deviation - 0.5f * reach * reach;
 }
 
+// The bits of a float, read as an integer, are nearly its logarithm to base 2 (Schraudolph, 1999); the offset makes the
+// mean error zero. `x` is in units of those bits. Not more than exp(80).
+LOCAL void NAME(rough_exp)(const NAME(floats) * x, NAME(floats) * out)
+{
+    const NAME(floats) zero = {0}, limit = zero + (EXPONENT_MAX * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET);
+    NAME(floats) bits;
+    NAME(most)(x, &zero, &bits);
+    NAME(least)(&bits, &limit, &bits);
+    *out = (NAME(floats)) __builtin_convertvector(bits, NAME(ints));
+}
+
 // exp of at most EXPONENT_MAX.
 LOCAL void NAME(exp_limited)(const NAME(floats) * in, NAME(floats) * out)
 {
@@ -95,8 +106,8 @@ ENTRY void NAME(survey16)(const struct dci_views *views, const struct dci_block 
             NAME(load_lanes)(totals, part, &total);
             NAME(deviations)(block->unit, views->norms[v], part, &deviation);
             NAME(log_means)(block, &deviation, part, &mean);
-            center = (center - top[v]) + mean;
-            NAME(exp_lanes)(&center, &weight);
+            center = ((center - top[v]) + mean) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
+            NAME(rough_exp)(&center, &weight);
             weight *= rows;
             total += weight;
             NAME(store_lanes)(totals, part, &total);
@@ -146,12 +157,12 @@ ENTRY void NAME(merits16)(const struct dci_views *views, const struct dci_block 
             const NAME(floats) mu = center - reference[v], wide = deviation * TAIL_MARGIN;
             NAME(log_means)(block, &deviation, part, &mean);
             NAME(log_means)(block, &wide, part, &wide_mean);
-            const NAME(floats) exponent = mu + mean;
+            const NAME(floats) exponent = (mu + mean) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
             NAME(floats) reach = ((mu - log_least) + wide * wide) * (inverse * inverse_norm);
             NAME(least)(&reach, &zero, &reach);
-            reach = (mu + wide_mean) + reach;
-            NAME(exp_limited)(&exponent, &all);
-            NAME(exp_limited)(&reach, &above);
+            reach = ((mu + wide_mean) + reach) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
+            NAME(rough_exp)(&exponent, &all);
+            NAME(rough_exp)(&reach, &above);
             all *= rows;
             merit += above;
             NAME(store_lanes)(masses + (size_t)v * DCI_LANES, part, &all);
@@ -179,6 +190,41 @@ ENTRY void NAME(rest16)(uint32_t views, const float *masses, const float *merits
             NAME(store_lanes)(totals, part, &total);
         }
     }
+}
+
+ENTRY void NAME(balance16)(uint32_t views, const float *masses, const float *merits, const float *rows,
+                           const float *best, float *totals)
+{
+    const NAME(floats) zero = {0};
+    for (uint32_t v = 0; v < views; v++, masses += DCI_LANES, totals += DCI_LANES) {
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) mass, merit, total, most;
+            NAME(load_lanes)(masses, part, &mass);
+            NAME(load_lanes)(merits, part, &merit);
+            NAME(load_lanes)(rows, part, &most);
+            NAME(load_lanes)(totals, part, &total);
+            most = most * best[v];
+            NAME(least)(&mass, &most, &mass);
+            const NAME(ints) waits = merit >= zero;
+            NAME(choose)(&waits, &mass, &zero, &mass);
+            total += mass;
+            NAME(store_lanes)(totals, part, &total);
+        }
+    }
+}
+
+ENTRY void NAME(rough16)(const float *scores, uint32_t views, const float *reference, float *masses)
+{
+    NAME(floats) sum[KERNEL_PARTS] = {{0}}, term;
+    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES) {
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(load_lanes)(scores, part, &term);
+            term = (term - reference[v]) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
+            NAME(rough_exp)(&term, &term);
+            sum[part] += term;
+        }
+    }
+    memcpy(masses, sum, sizeof sum);
 }
 
 ENTRY void NAME(spread16)(uint32_t views, const float *scores, const float *anchors, float weight, float *sums)
@@ -212,45 +258,6 @@ ENTRY void NAME(exp16)(float *scores, uint32_t views, const float *top, float *t
             NAME(store_lanes)(totals, part, &total);
         }
     }
-}
-
-// The bits of a float, read as an integer, are nearly its logarithm to base 2 (Schraudolph, 1999); the offset makes the
-// mean error zero. Not more than exp(80).
-LOCAL void NAME(rough_exp)(const float *scores, float reference, uint32_t part, NAME(floats) * out)
-{
-    const NAME(floats) zero = {0}, limit = zero + (EXPONENT_MAX * ROUGH_SLOPE + ROUGH_OFFSET);
-    NAME(floats) score;
-    NAME(load_lanes)(scores, part, &score);
-    score = (score - reference) * ROUGH_SLOPE + ROUGH_OFFSET;
-    NAME(most)(&score, &zero, &score);
-    NAME(least)(&score, &limit, &score);
-    *out = (NAME(floats)) __builtin_convertvector(score, NAME(ints));
-}
-
-ENTRY bool NAME(drop16)(const float *scores, uint32_t views, const float *reference, float bound, float *totals)
-{
-    NAME(floats) sum[KERNEL_PARTS] = {{0}}, rough;
-    for (uint32_t v = 0; v < views; v++) {
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(rough_exp)(scores + (size_t)v * DCI_LANES, reference[v], part, &rough);
-            sum[part] += rough;
-        }
-    }
-    float masses[DCI_LANES];
-    memcpy(masses, sum, sizeof masses);
-    if (NAME(above16)(masses, bound) != 0) {
-        return false;
-    }
-    for (uint32_t v = 0; v < views; v++) {
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) total;
-            NAME(rough_exp)(scores + (size_t)v * DCI_LANES, reference[v], part, &rough);
-            NAME(load_lanes)(totals + (size_t)v * DCI_LANES, part, &total);
-            total += rough;
-            NAME(store_lanes)(totals + (size_t)v * DCI_LANES, part, &total);
-        }
-    }
-    return true;
 }
 
 ENTRY void NAME(mix16)(const float *scores, uint32_t views, const float *inverse, float *masses)

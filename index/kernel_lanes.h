@@ -14,6 +14,7 @@ typedef int32_t NAME(ints) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint32_t NAME(words) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint8_t NAME(bytes) __attribute__((vector_size(KERNEL_WIDTH)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * KERNEL_WIDTH)));
+typedef int16_t NAME(shorts) __attribute__((vector_size(2 * KERNEL_WIDTH)));
 typedef float NAME(eight) __attribute__((vector_size(32)));
 typedef float NAME(four) __attribute__((vector_size(16)));
 
@@ -297,48 +298,8 @@ ENTRY void NAME(centers16)(const struct dci_views *views, const struct dci_block
     }
 }
 
-ENTRY void NAME(tokens16)(const struct dci_views *views, const struct dci_rows *rows, const float *anchors,
-                          uint32_t low, uint32_t span, float *scores, float *tops)
-{
-    const NAME(floats) zero = {0};
-    const NAME(floats) hidden = zero + DCI_HIDDEN;
-    uint32_t count;
-    for (uint32_t first = 0; first < views->count; first += count) {
-        int32_t dots[DOTS_VIEWS * DCI_LANES];
-        const int8_t *query = views->codes + (size_t)first * views->head_dim;
-        count = NAME(group_of)(views->count - first);
-        if (count == DOTS_VIEWS) {
-            NAME(dots4)(rows->codes, query, views->head_dim, DOTS_VIEWS, dots);
-        } else if (count == 2) {
-            NAME(dots4)(rows->codes, query, views->head_dim, 2, dots);
-        } else {
-            NAME(dots4)(rows->codes, query, views->head_dim, 1, dots);
-        }
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) scale;
-            NAME(words) position;
-            memcpy(&position, rows->positions + part * KERNEL_WIDTH, sizeof position);
-            NAME(load_lanes)(rows->scales, part, &scale);
-            const NAME(ints) counts = (NAME(ints))(position - low < span);
-            for (uint32_t v = 0; v < count; v++) {
-                NAME(ints) dot;
-                NAME(floats) top;
-                memcpy(&dot, dots + v * DCI_LANES + part * KERNEL_WIDTH, sizeof dot);
-                const NAME(floats) halves =
-                    __builtin_convertvector(2 * dot - 15 * views->sums[first + v], NAME(floats));
-                NAME(floats)
-                score = halves * (scale * (0.5f * views->steps[first + v])) + anchors[(size_t)(first + v) * DCI_LANES];
-                NAME(choose)(&counts, &score, &hidden, &score);
-                NAME(store_lanes)(scores + (size_t)(first + v) * DCI_LANES, part, &score);
-                NAME(load_lanes)(tops + (size_t)(first + v) * DCI_LANES, part, &top);
-                NAME(most)(&top, &score, &top);
-                NAME(store_lanes)(tops + (size_t)(first + v) * DCI_LANES, part, &top);
-            }
-        }
-    }
-}
-
 #include "index/kernel_estimates.h"
+#include "index/kernel_rows.h"
 
 ENTRY void NAME(add)(float *sum, const float *x, uint32_t n)
 {
@@ -448,39 +409,35 @@ ENTRY float NAME(encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *su
 
 // Sixteen equal steps of the width that is best for normal coordinates; the scale is chosen so that inner products are
 // right on average (RaBitQ, arXiv 2405.12497, section 3.2).
-ENTRY float NAME(encode4)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
+ENTRY float NAME(encode5)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
 {
     const NAME(floats) zero = {0};
-    const NAME(floats) least = zero, most = zero + 15.0f;
+    const NAME(floats) least = zero, most = zero + 31.0f;
     const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
     const float norm2 = NAME(dot_lanes)(residual, residual, n);
-    uint8_t codes[INDEX_HEAD_DIM_MAX];
+    uint8_t codes[INDEX_HEAD_DIM_MAX] = {0};
     float values[INDEX_HEAD_DIM_MAX];
     *spread2 = 0.0f;
     if (!(norm2 > CODE_NORM2_LEAST)) {
-        memset(code, 0x77, n / 2);
+        memset(codes, 15, n);
+        dci_code_pack(codes, n, code);
         return 0.0f;
     }
     const float inverse = 1.0f / (CODE_STEP * sqrtf(norm2 / (float)n));
     for (uint32_t i = 0; i < n; i += KERNEL_WIDTH) {
         NAME(floats) x;
         memcpy(&x, residual + i, sizeof x);
-        x = x * inverse + 7.5f;
+        x = x * inverse + 15.5f;
         NAME(most)(&x, &least, &x);
         NAME(least)(&x, &most, &x);
         x = (x + round) - round;
         const NAME(bytes) narrow = __builtin_convertvector(__builtin_convertvector(x, NAME(ints)), NAME(bytes));
         memcpy(codes + i, &narrow, sizeof narrow);
-        x = x - 7.5f;
+        x = x - 15.5f;
         memcpy(values + i, &x, sizeof x);
     }
-    for (uint32_t i = 0; i < n; i += 8) {
-        uint32_t words[2];
-        memcpy(words, codes + i, sizeof words);
-        words[0] |= words[1] << 4;
-        memcpy(code + i / 2, words, sizeof words[0]);
-    }
-    const float scale = norm2 / NAME(dot_lanes)(values, residual, n);
+    dci_code_pack(codes, n, code);
+    const float scale = dci_scale_round(norm2 / NAME(dot_lanes)(values, residual, n));
     *spread2 = scale * scale * NAME(dot_lanes)(values, values, n);
     return scale;
 }
@@ -494,17 +451,20 @@ static const struct dci_kernel NAME(kernel) = {
     .dot = NAME(dot),
     .distance2 = NAME(distance2),
     .rest16 = NAME(rest16),
+    .balance16 = NAME(balance16),
+    .rough16 = NAME(rough16),
     .add = NAME(add),
     .hadamard = NAME(hadamard),
-    .encode4 = NAME(encode4),
+    .encode5 = NAME(encode5),
     .exp_one = NAME(exp_one),
     .near16 = NAME(near16),
     .centers16 = NAME(centers16),
-    .tokens16 = NAME(tokens16),
+    .signs16 = NAME(signs16),
+    .score16 = NAME(score16),
+    .sift16 = NAME(sift16),
     .survey16 = NAME(survey16),
     .hopes16 = NAME(hopes16),
     .merits16 = NAME(merits16),
-    .drop16 = NAME(drop16),
     .above16 = NAME(above16),
     .below16 = NAME(below16),
     .encode8 = NAME(encode8),

@@ -10,34 +10,43 @@
 
 void dci_rows_clear(const struct index *index, const struct node *cell, uint32_t part)
 {
+    const uint32_t first = part * index->page_blocks;
     for (uint32_t sub = 0; sub < index->page_blocks; sub++) {
-        struct dci_rows *rows = dci_rows(index, cell, part * index->page_blocks + sub);
+        struct dci_rows *rows = dci_rows(index, cell, first + sub);
         memset(rows, 0, index->rows_stride);
         memset(rows->positions, 0xff, sizeof rows->positions);
     }
+    memset(dci_lows(index, cell, first), 0, (size_t)index->page_blocks * DCI_LANES * index->code_row_bytes);
 }
 
-float dci_code_spread2(const struct index *index, const struct dci_rows *rows, uint32_t lane)
+float dci_code_spread2(const struct index *index, const struct node *cell, uint32_t part, uint32_t row)
 {
-    int32_t sum = 0; // of (2 code - 15)^2
-    for (uint32_t group = 0; group < index->head_dim / 8; group++) {
-        const uint8_t *bytes = rows->codes + ((size_t)group * DCI_LANES + lane) * 4;
-        for (uint32_t j = 0; j < 4; j++) {
-            const int32_t low = 2 * (bytes[j] & 15) - 15, high = 2 * (bytes[j] >> 4) - 15;
-            sum += low * low + high * high;
-        }
+    const struct dci_rows *rows = dci_rows_of(index, cell, part, row);
+    const uint32_t lane = row % DCI_LANES, half = index->code_row_bytes;
+    const uint8_t *low = dci_lows(index, cell, part * index->page_blocks + row / DCI_LANES) + (size_t)lane * half;
+    int32_t sum = 0; // of (2 code - 31)^2
+    for (uint32_t i = 0; i < index->head_dim; i++) {
+        const int32_t bits = i < half ? low[i] & 15 : low[i - half] >> 4;
+        const int32_t top = rows->signs[i / 8 * DCI_LANES + lane] >> (i % 8) & 1;
+        const int32_t value = 2 * (16 * top + bits) - 31;
+        sum += value * value;
     }
-    return rows->scales[lane] * rows->scales[lane] * (0.25f * (float)sum);
+    const float scale = dci_scale_widen(rows->scales[lane]);
+    return scale * scale * (0.25f * (float)sum);
 }
 
-void dci_row_write(const struct index *index, struct dci_rows *rows, uint32_t lane, uint32_t position,
-                   const uint8_t *code, float scale)
+void dci_row_write(const struct index *index, const struct node *cell, uint32_t part, uint32_t row,
+                   const struct dci_row *token)
 {
-    for (uint32_t group = 0; group < index->head_dim / 8; group++) {
-        memcpy(rows->codes + ((size_t)group * DCI_LANES + lane) * 4, code + (size_t)4 * group, 4);
+    struct dci_rows *rows = dci_rows_of(index, cell, part, row);
+    const uint32_t lane = row % DCI_LANES, half = index->code_row_bytes;
+    uint8_t *low = dci_lows(index, cell, part * index->page_blocks + row / DCI_LANES) + (size_t)lane * half;
+    memcpy(low, token->code, half);
+    for (uint32_t i = 0; i < index->head_dim / 8; i++) {
+        rows->signs[i * DCI_LANES + lane] = token->code[half + i];
     }
-    rows->scales[lane] = scale;
-    rows->positions[lane] = position;
+    rows->scales[lane] = dci_scale_narrow(token->scale);
+    rows->positions[lane] = token->position;
 }
 
 void dci_entry_code(const struct index *index, const float *anchor, struct entry *entry)

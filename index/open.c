@@ -3,14 +3,25 @@
 // Thread ownership: that of the search context. No allocation.
 #include "index/search.h"
 
+#include <math.h>
 #include <string.h>
 
 // Cells ahead whose node, and whose codes, are asked for while one is scored.
 #define NODES_AHEAD 12u
 #define CODES_AHEAD 3u
 
+// Positions ahead, likewise, where sinks and window lie in the tree.
+#define ONES_AHEAD 4u
+
+// How many deviations the sieve allows for, and the largest one that it takes the mean of exponentials of.
+#define SIEVE_MARGIN 1.0f
+#define DOUBT_MOST   4.0f
+
 uint32_t dci_scored_position(const struct index_search *search, const struct scored *scored, uint32_t lane)
 {
+    if (scored->cell == SEARCH_LOOSE) {
+        return SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[scored->number].positions[lane];
+    }
     if (scored->cell != TREE_NONE) {
         return dci_rows(search->index, dci_node(search->index, scored->cell), scored->number)->positions[lane];
     }
@@ -21,6 +32,10 @@ struct index_place dci_scored_place(const struct index_search *search, const str
 {
     if (scored->cell == TREE_NONE) {
         return dci_place_of(search->index, scored->place + lane);
+    }
+    if (scored->cell == SEARCH_LOOSE) {
+        const struct loose *loose = &SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[scored->number];
+        return (struct index_place){loose->pages[lane], loose->rows[lane]};
     }
     return (struct index_place){scored->page, scored->number % search->index->page_blocks * DCI_LANES + lane};
 }
@@ -66,25 +81,49 @@ static void score_neighbours(struct index_search *search, const struct scored *s
     raise_tops(search, scores);
 }
 
-static void score_block(struct index_search *search, const struct scored *scored, float *scores)
+// Does every view see all that may be selected?
+static bool all_is_seen(const struct index_search *search)
+{
+    return search->high <= search->query.first_position + 1;
+}
+
+// Returns how many tokens of the tree count.
+static uint32_t score_block(struct index_search *search, const struct scored *scored, float *scores)
 {
     const struct index *index = search->index;
     if (scored->cell == TREE_NONE) {
         score_neighbours(search, scored, scores);
-        return;
+        return 0;
     }
-    const struct dci_rows *rows = dci_rows(index, dci_node(index, scored->cell), scored->number);
-    const float *anchors = dci_block_centers(search, scored->place / DCI_LANES) + scored->place % DCI_LANES;
+    uint32_t count = 0;
+    const struct node *cell = dci_node(index, scored->cell);
+    const struct dci_rows *rows = dci_rows(index, cell, scored->number);
+    const float *centers = dci_block_centers(search, scored->place / DCI_LANES) + scored->place % DCI_LANES;
+    float *anchors = SEARCH_ROOM(search, float, ROOM_ANCHORS_OF_LANES);
+    int16_t *signs = SEARCH_ROOM(search, int16_t, ROOM_SIGNS_OF_LANES);
+    for (size_t i = 0; i < (size_t)search->views * DCI_LANES; i++) {
+        anchors[i] = centers[i - i % DCI_LANES];
+    }
     const bool is_one = scored->only != TREE_NONE;
     const uint32_t low = is_one ? scored->only : search->low, span = is_one ? 1 : search->high - search->low;
-    if ((uint64_t)low + span <= search->query.first_position + 1) { // every view sees all of it
-        index->kernel->tokens16(&search->seen, rows, anchors, low, span, scores, SEARCH_ROOM(search, float, ROOM_TOPS));
-        return;
+    struct dci_lanes lanes = {.signs = signs, .anchors = anchors};
+    const uint8_t *lows = dci_lows(index, cell, scored->number);
+    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+        lanes.rows[lane] = lows + (size_t)lane * index->code_row_bytes;
+        lanes.scales[lane] = dci_scale_widen(rows->scales[lane]);
+        const bool is_live = rows->positions[lane] - low < span;
+        lanes.live[lane] = is_live ? 1.0f : 0.0f;
+        count += is_live ? 1 : 0;
     }
-    float *unseen = SEARCH_ROOM(search, float, ROOM_UNSEEN);
-    index->kernel->tokens16(&search->seen, rows, anchors, low, span, scores, unseen);
-    hide(search, scored, scores);
-    raise_tops(search, scores);
+    index->kernel->signs16(&search->seen, rows, signs);
+    const bool is_seen = (uint64_t)low + span <= search->query.first_position + 1;
+    index->kernel->score16(&search->seen, &lanes, scores,
+                           SEARCH_ROOM(search, float, is_seen ? ROOM_TOPS : ROOM_UNSEEN));
+    if (!is_seen) {
+        hide(search, scored, scores);
+        raise_tops(search, scores);
+    }
+    return count;
 }
 
 static float *room_for(struct index_search *search, uint32_t block)
@@ -99,33 +138,174 @@ float *dci_block_scores(struct index_search *search, uint32_t block)
 {
     float *scores = room_for(search, block);
     if (!dci_search_is_kept(search, block)) {
-        score_block(search, dci_scored(search, block), scores);
+        (void)score_block(search, dci_scored(search, block), scores);
     }
     return scores;
 }
 
-// Adds a block and scores it. Once the bar is known, a block of the tree with no lane that can be selected is dropped:
-// a rough sum of its exponentials is all that is needed of it.
-static void add(struct index_search *search, const struct scored *scored)
+static uint32_t add(struct index_search *search, const struct scored *scored)
 {
-    const struct dci_kernel *kernel = search->index->kernel;
-    const uint32_t block = search->block_count;
-    float *scores = room_for(search, block);
-    score_block(search, scored, scores);
-    if (search->barred && scored->cell != TREE_NONE &&
-        kernel->drop16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE), search->bar,
-                       SEARCH_ROOM(search, float, ROOM_ROUGH))) {
+    const uint32_t count = score_block(search, scored, room_for(search, search->block_count));
+    *dci_scored(search, search->block_count++) = *scored;
+    return count;
+}
+
+// ---- the sieve ----
+
+// Scores a loose block that has waited.
+static void settle(struct index_search *search, struct waiting *waiting)
+{
+    if (waiting->count == 0) {
         return;
     }
-    *dci_scored(search, block) = *scored;
-    search->block_count++;
+    for (uint32_t lane = waiting->count; lane < DCI_LANES; lane++) {
+        waiting->lanes.rows[lane] = waiting->lanes.rows[0];
+        waiting->lanes.live[lane] = 0.0f;
+        SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[waiting->loose].positions[lane] = TREE_NONE;
+    }
+    const struct dci_kernel *kernel = search->index->kernel;
+    float *scores = room_for(search, search->block_count), masses[DCI_LANES];
+    kernel->score16(&search->seen, &waiting->lanes, scores, SEARCH_ROOM(search, float, ROOM_TOPS));
+    if (search->barred) {
+        kernel->rough16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE), masses);
+        dci_rank_raise_bar(search, masses, waiting->count);
+    }
+    *dci_scored(search, search->block_count++) =
+        (struct scored){TREE_NONE, SEARCH_LOOSE, 0, 0, (uint16_t)waiting->count, waiting->loose, TREE_NONE};
+    waiting->count = 0;
+}
+
+void dci_open_flush(struct index_search *search)
+{
+    settle(search, &search->waiting[1 - search->filling]);
+    settle(search, &search->waiting[search->filling]);
+}
+
+// A block of rows under the sieve.
+struct source {
+    const struct dci_rows *rows;
+    const uint8_t *lows;
+    const float *anchors; // [view][16]: the first lane's
+    uint32_t page, first; // its first row in the page
+};
+
+static void source_init(const struct index_search *search, const struct node *cell, uint32_t number,
+                        struct source *source)
+{
+    const struct index *index = search->index;
+    source->rows = dci_rows(index, cell, number);
+    source->lows = dci_lows(index, cell, number);
+    source->page = cell->parts[number / index->page_blocks];
+    source->first = number % index->page_blocks * DCI_LANES;
+}
+
+// A row that passed: its low bits are asked for, and it waits.
+static void keep(struct index_search *search, const struct source *source, uint32_t lane)
+{
+    const size_t views_lanes = (size_t)search->views * DCI_LANES;
+    struct waiting *waiting = &search->waiting[search->filling];
+    float *anchors = SEARCH_ROOM(search, float, ROOM_ANCHORS_OF_LANES) + (1 + search->filling) * views_lanes;
+    int16_t *signs = SEARCH_ROOM(search, int16_t, ROOM_SIGNS_OF_LANES);
+    const int16_t *from = signs + lane;
+    signs += (1 + search->filling) * views_lanes;
+    if (waiting->count == 0) {
+        waiting->loose = search->loose_count++;
+        waiting->lanes.anchors = anchors;
+        waiting->lanes.signs = signs;
+    }
+    const uint8_t *low = source->lows + (size_t)lane * search->index->code_row_bytes;
+    dci_prefetch(low, search->index->code_row_bytes);
+    const uint32_t at = waiting->count++;
+    for (size_t v = 0; v < views_lanes; v += DCI_LANES) {
+        anchors[v + at] = source->anchors[v];
+        signs[v + at] = from[v];
+    }
+    waiting->lanes.rows[at] = low;
+    waiting->lanes.scales[at] = dci_scale_widen(source->rows->scales[lane]);
+    waiting->lanes.live[at] = 1.0f;
+    struct loose *loose = &SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[waiting->loose];
+    loose->positions[at] = source->rows->positions[lane];
+    loose->pages[at] = source->page;
+    loose->rows[at] = (uint16_t)(source->first + lane);
+    if (waiting->count == DCI_LANES) {
+        search->filling = 1 - search->filling;
+        settle(search, &search->waiting[search->filling]);
+    }
+}
+
+// As the kernel's terms are.
+static float rough_exp(float x)
+{
+    const float bits = x * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
+    const int32_t word = bits > 0.0f ? (int32_t)bits : 0;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+// What the top bits say of a score, e, is the score t and an error. Around an anchor, t is spread with a deviation that
+// the search has measured, so that t given e is w e on average, with w the spread's part of the variance of e, and is
+// left with the deviation sqrt(w) of the error's.
+void dci_open_begin_sieve(struct index_search *search)
+{
+    const float *norms = SEARCH_ROOM(search, float, ROOM_NORMS), *noises = SEARCH_ROOM(search, float, ROOM_NOISES);
+    const float *scales = SEARCH_ROOM(search, float, ROOM_SCALES_OF_SIGNS);
+    for (uint32_t v = 0; v < search->views; v++) {
+        const float spread2 = norms[v] * norms[v], noise2 = noises[v] * noises[v];
+        const float share = spread2 + noise2 > 0.0f ? spread2 / (spread2 + noise2) : 0.0f;
+        SEARCH_ROOM(search, float, ROOM_FACTORS)[v] = share * scales[v];
+        SEARCH_ROOM(search, float, ROOM_DOUBTS)[v] = sqrtf(share) * noises[v];
+    }
+}
+
+static void sieve_init(struct index_search *search, uint32_t slot, const float *centers, struct dci_sieve *sieve)
+{
+    const struct dci_block *block = dci_slab_at(&search->index->cell_blocks, slot / DCI_LANES);
+    const float *doubts = SEARCH_ROOM(search, float, ROOM_DOUBTS),
+                *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
+    float *offsets = SEARCH_ROOM(search, float, ROOM_OFFSETS), *weights = SEARCH_ROOM(search, float, ROOM_WEIGHTS);
+    const float unit = block->unit[slot % DCI_LANES];
+    for (uint32_t v = 0; v < search->views; v++) {
+        const float doubt = doubts[v] * unit, limited = doubt < DOUBT_MOST ? doubt : DOUBT_MOST;
+        const float margin = SIEVE_MARGIN * doubt;
+        offsets[v] = ((centers[(size_t)v * DCI_LANES] - reference[v]) + margin) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
+        weights[v] = rough_exp(0.5f * limited * limited - margin);
+    }
+    *sieve = (struct dci_sieve){.low = search->low,
+                                .span = search->high - search->low,
+                                .factors = SEARCH_ROOM(search, float, ROOM_FACTORS),
+                                .offsets = offsets,
+                                .weights = weights};
+}
+
+// Of 16; no instruction for it is sure to be there.
+static uint32_t count_bits(uint32_t bits)
+{
+    bits = bits - ((bits >> 1) & 0x5555u);
+    bits = (bits & 0x3333u) + ((bits >> 2) & 0x3333u);
+    bits = (bits + (bits >> 4)) & 0x0f0fu;
+    return (bits + (bits >> 8)) & 0x1fu;
+}
+
+// Looks at the top bits of a cell's blocks, and keeps the rows that may be selected; a rough sum of exponentials is all
+// that is needed of the others. Returns how many count.
+static uint32_t sift(struct index_search *search, struct source *source, struct dci_sieve *sieve)
+{
+    sieve->bar = search->bar;
+    const uint32_t lanes = search->index->kernel->sift16(
+        &search->seen, source->rows, sieve, SEARCH_ROOM(search, int16_t, ROOM_SIGNS_OF_LANES),
+        SEARCH_ROOM(search, float, ROOM_TERMS), SEARCH_ROOM(search, float, ROOM_ROUGH));
+    for (uint32_t passed = lanes & ((1u << DCI_LANES) - 1); passed != 0; passed &= passed - 1) {
+        keep(search, source, (uint32_t)__builtin_ctz(passed));
+    }
+    return count_bits(lanes >> DCI_LANES);
 }
 
 void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t end)
 {
     for (uint32_t p = first - first % DCI_LANES; p < end; p += DCI_LANES) {
         const uint32_t lane = p < first ? first - p : 0, lane_end = end - p < DCI_LANES ? end - p : DCI_LANES;
-        add(search, &(struct scored){TREE_NONE, TREE_NONE, p, (uint16_t)lane, (uint16_t)lane_end, 0, TREE_NONE});
+        (void)add(search, &(struct scored){TREE_NONE, TREE_NONE, p, (uint16_t)lane, (uint16_t)lane_end, 0, TREE_NONE});
         uint32_t live = 0;
         for (uint32_t i = lane; i < lane_end; i++) {
             live += dci_tail_block(search->index, p)->rows[i] > 0.0f ? 1 : 0;
@@ -140,17 +320,47 @@ static uint32_t slot_of(const struct index *index, const struct node *cell)
     return dci_node(index, cell->parent)->parts[cell->lane / DCI_LANES] * DCI_LANES + cell->lane % DCI_LANES;
 }
 
+// Asks for what dci_open_one will read of positions to come: their pages, then their cells, then their codes.
+static void ahead_of_one(const struct index *index, uint32_t position)
+{
+    const uint32_t pages = position + 3 * ONES_AHEAD, cells = position + 2 * ONES_AHEAD, codes = position + ONES_AHEAD;
+    if (pages >= index->indexed) {
+        return;
+    }
+    const uint32_t page = dci_place_of(index, pages).page, owned = dci_place_of(index, cells).page;
+    const struct index_place place = dci_place_of(index, codes);
+    if (page != TREE_NONE) {
+        dci_prefetch(dci_page(index, page), sizeof(struct page));
+    }
+    if (owned != TREE_NONE) {
+        dci_prefetch(dci_node(index, dci_page(index, owned)->owner), sizeof(struct node));
+    }
+    if (place.page != TREE_NONE) {
+        const struct page *leaf = dci_page(index, place.page);
+        dci_prefetch(dci_rows_of(index, dci_node(index, leaf->owner), leaf->part, place.row), index->rows_stride);
+    }
+}
+
 void dci_open_one(struct index_search *search, uint32_t position)
 {
     const struct index *index = search->index;
+    ahead_of_one(index, position);
     const struct index_place place = dci_place_of(index, position);
     if (place.page == TREE_NONE) {
         return;
     }
     const struct page *page = dci_page(index, place.page);
+    const struct node *cell = dci_node(index, page->owner);
+    const uint32_t number = page->part * index->page_blocks + place.row / DCI_LANES, slot = slot_of(index, cell);
     search->tokens_scored++;
-    add(search, &(struct scored){place.page, page->owner, slot_of(index, dci_node(index, page->owner)), 0, DCI_LANES,
-                                 page->part * index->page_blocks + place.row / DCI_LANES, position});
+    if (search->query.query_count > 1 || search->block_count + SEARCH_LOOSE_MOST >= search->sieve_blocks) {
+        (void)add(search, &(struct scored){place.page, page->owner, slot, 0, DCI_LANES, number, position});
+        return;
+    }
+    struct source source = {.anchors = dci_block_centers(search, slot / DCI_LANES) + slot % DCI_LANES};
+    source_init(search, cell, number, &source);
+    index->kernel->signs16(&search->seen, source.rows, SEARCH_ROOM(search, int16_t, ROOM_SIGNS_OF_LANES));
+    keep(search, &source, place.row % DCI_LANES);
 }
 
 static uint32_t cell_at(const struct index *index, uint32_t slot)
@@ -168,7 +378,11 @@ static void prefetch_codes(const struct index_search *search, uint32_t at)
 {
     const struct index *index = search->index;
     const struct node *cell = lined_up(search, at);
-    dci_prefetch(dci_rows(index, cell, 0), cell->part_count * index->page_blocks * index->rows_stride);
+    const uint32_t blocks = cell->part_count * index->page_blocks;
+    dci_prefetch(dci_rows(index, cell, 0), blocks * index->rows_stride);
+    if (!search->barred) {
+        dci_prefetch(dci_lows(index, cell, 0), (size_t)blocks * DCI_LANES * index->code_row_bytes);
+    }
 }
 
 static void look_ahead(const struct index_search *search, uint32_t at)
@@ -184,22 +398,6 @@ static void look_ahead(const struct index_search *search, uint32_t at)
     }
 }
 
-static uint32_t eligible_tokens(const struct index_search *search, const struct node *cell)
-{
-    const struct index *index = search->index;
-    if (search->low <= index->head && search->high >= index->indexed) {
-        return cell->count;
-    }
-    uint32_t count = 0;
-    for (uint32_t part = 0; part < cell->part_count; part++) {
-        for (uint32_t row = 0; row < index->page_tokens; row++) {
-            const uint32_t position = dci_rows_of(index, cell, part, row)->positions[row % DCI_LANES];
-            count += position >= search->low && position < search->high ? 1 : 0;
-        }
-    }
-    return count;
-}
-
 uint32_t dci_open_cell(struct index_search *search, uint32_t at)
 {
     const struct index *index = search->index;
@@ -211,15 +409,29 @@ uint32_t dci_open_cell(struct index_search *search, uint32_t at)
     // processor's queue of misses full, and this cell's own reads would wait behind them.
     const struct node *later = at + CODES_AHEAD < search->to_open ? lined_up(search, at + CODES_AHEAD) : NULL;
     const uint32_t later_blocks = later == NULL ? 0 : later->part_count * index->page_blocks;
-    uint32_t asked = 0;
-    for (uint32_t block = 0; block < blocks; block++) {
-        for (; asked < (block + 1) * later_blocks / blocks; asked++) {
-            dci_prefetch(dci_rows(index, later, asked), index->rows_stride);
-        }
-        add(search,
-            &(struct scored){cell->parts[block / index->page_blocks], id, slot, 0, DCI_LANES, block, TREE_NONE});
+    uint32_t asked = 0, eligible = 0;
+    const bool sifts = search->barred && all_is_seen(search) &&
+                       search->block_count + blocks + SEARCH_LOOSE_MOST < search->sieve_blocks;
+    struct dci_sieve sieve;
+    struct source source = {.anchors = dci_block_centers(search, slot / DCI_LANES) + slot % DCI_LANES};
+    if (sifts) {
+        sieve_init(search, slot, source.anchors, &sieve);
     }
-    const uint32_t eligible = eligible_tokens(search, cell);
+    for (uint32_t block = 0; block < blocks; block++) {
+        for (; asked * blocks < (block + 1) * later_blocks; asked++) {
+            dci_prefetch(dci_rows(index, later, asked), index->rows_stride);
+            if (!sifts) {
+                dci_prefetch(dci_lows(index, later, asked), (size_t)DCI_LANES * index->code_row_bytes);
+            }
+        }
+        if (sifts) {
+            source_init(search, cell, block, &source);
+            eligible += sift(search, &source, &sieve);
+        } else {
+            eligible += add(search, &(struct scored){cell->parts[block / index->page_blocks], id, slot, 0, DCI_LANES,
+                                                     block, TREE_NONE});
+        }
+    }
     search->eligible_scored += eligible;
     search->tokens_scored += eligible;
     search->opened_tokens += cell->count;

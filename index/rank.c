@@ -27,7 +27,7 @@
 #define HOPE_DEPTH_GROWTH 8.0f
 #define HOPE_DEPTH_MAX    1.0e4f
 
-// The part of a reference that must be explained before blocks are dropped.
+// The part of a reference that must be explained; its inverse is how much may be.
 #define BALANCE_LEAST 0.5f
 
 // A coverage target is taken to be reached with this to spare, as masses settle at the end only.
@@ -207,7 +207,7 @@ void dci_rank_begin_weighing(struct index_search *search)
 {
     const float *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
     float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
-    for (uint32_t v = 0; search->rounds == 1 && v < search->views; v++) { // fixed from then on
+    for (uint32_t v = 0; search->rounds == 1 && !search->balanced && v < search->views; v++) {
         const float top = dci_max_lanes(tops + (size_t)v * DCI_LANES);
         float *shift = &SEARCH_ROOM(search, float, ROOM_SHIFTS)[v];
         reference[v] = top > reference[v] ? top : reference[v];
@@ -315,7 +315,7 @@ static void fix_spread(struct index_search *search)
 
 // The smallest float of a bucket.
 #define BUCKET_INFINITE (0x7f800000u >> SEARCH_BUCKET_SHIFT)
-static float bucket_least(uint32_t bucket)
+float dci_bucket_least(uint32_t bucket)
 {
     const uint32_t bits = bucket << SEARCH_BUCKET_SHIFT;
     float least;
@@ -348,7 +348,13 @@ void dci_rank_fix_weights(struct index_search *search)
         count_pages(search);
     }
     const uint32_t bucket = worst_bucket(search);
-    search->least = bucket_least(bucket);
+    search->least = dci_bucket_least(bucket);
+    memcpy(search->tokens_of, search->counts, sizeof search->counts);
+    search->bar_bucket = bucket;
+    search->above_bar = 0;
+    for (uint32_t b = bucket + 1; b < SEARCH_BUCKETS; b++) {
+        search->above_bar += search->counts[b];
+    }
     search->log_least = dci_log(search->least > 0x1p-100f ? search->least : 0x1p-100f);
     search->selected_sum = 0.0;
     uint32_t left = search->select_max;
@@ -365,6 +371,19 @@ void dci_rank_fix_weights(struct index_search *search)
     }
 }
 
+void dci_rank_raise_bar(struct index_search *search, const float *masses, uint32_t count)
+{
+    for (uint32_t lane = 0; lane < count; lane++) {
+        const uint32_t bucket = dci_bucket(masses[lane]);
+        search->tokens_of[bucket]++;
+        search->above_bar += bucket > search->bar_bucket ? 1 : 0;
+    }
+    while (search->above_bar >= search->select_max && search->above_bar > 0) {
+        search->above_bar -= search->tokens_of[++search->bar_bucket];
+        search->bar = BAR_SHARE * dci_bucket_least(search->bar_bucket);
+    }
+}
+
 static void work_out(struct index_search *search, uint32_t block, float *merits)
 {
     search->index->kernel->merits16(&search->seen, cell_block(search, block), dci_block_centers(search, block),
@@ -376,7 +395,7 @@ static void work_out(struct index_search *search, uint32_t block, float *merits)
 static bool skips(struct index_search *search, uint32_t block)
 {
     float *kept = SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES;
-    if (search->rounds > 1 || search->query.page_wise || block >= search->center_blocks ||
+    if (search->rounds > 1 || search->balanced || search->query.page_wise || block >= search->center_blocks ||
         search->index->kernel->above16(kept, search->log_least - HOPELESS) != 0) {
         return false;
     }
@@ -484,48 +503,57 @@ static bool covers_enough(const struct index_search *search)
            search->ends_sum + search->selected_sum >= coverage * (search->scored_sum + search->waiting_sum);
 }
 
-// Do masses in units of the reference say which tokens have a chance? Not where what was scored, and what unopened
-// cells can add to it without tokens better than the best so far, explain too little of the reference of a view: its
-// promises were too high, and its tokens count for more in the end.
-static bool is_balanced(struct index_search *search)
+// Do masses in units of the references say which tokens have a chance? A view's reference is right when what was
+// scored, and what unopened cells can add to it without tokens better than the best so far, make up 1. Where a
+// reference is far off (its promises were too high), its view's tokens count for more or less in the end than they seem
+// to; it is put right.
+static bool balance(struct index_search *search)
 {
-    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *top = SEARCH_ROOM(search, float, ROOM_TOPS);
-    const float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
-    const float *merits = SEARCH_ROOM(search, float, ROOM_MERITS);
-    if (search->cell_blocks > search->center_blocks) {
-        return false;
+    const float *top = SEARCH_ROOM(search, float, ROOM_TOPS);
+    const float *scored = SEARCH_ROOM(search, float, ROOM_LANES), *merits = SEARCH_ROOM(search, float, ROOM_MERITS);
+    float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE), *best = SEARCH_ROOM(search, float, ROOM_WEIGHTS);
+    float *sums = SEARCH_ROOM(search, float, ROOM_TERMS);
+    bool is_right = true;
+    for (uint32_t v = 0; v < search->views; v++) {
+        best[v] = dci_exp(dci_max_lanes(top + (size_t)v * DCI_LANES) - reference[v]);
+    }
+    memcpy(sums, scored, search->views * DCI_LANES * sizeof sums[0]);
+    for (uint32_t block = 0; block < search->cell_blocks; block++) {
+        search->index->kernel->balance16(search->views, promises_of(search, block), merits + (size_t)block * DCI_LANES,
+                                         cell_block(search, block)->rows, best, sums);
     }
     for (uint32_t v = 0; v < search->views; v++) {
-        const float best = dci_exp(dci_max_lanes(top + (size_t)v * DCI_LANES) - reference[v]);
-        float sums[DCI_LANES];
-        memcpy(sums, lanes + (size_t)v * DCI_LANES, sizeof sums);
-        for (uint32_t block = 0; block < search->cell_blocks; block++) {
-            const float *promises = promises_of(search, block) + (size_t)v * DCI_LANES;
-            const float *rows = cell_block(search, block)->rows, *waits = merits + (size_t)block * DCI_LANES;
-            for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-                const float most = rows[lane] * best, own = promises[lane] < most ? promises[lane] : most;
-                sums[lane] += waits[lane] >= 0.0f ? own : 0.0f;
-            }
-        }
-        if (dci_sum_lanes(sums) < BALANCE_LEAST) {
-            return false;
-        }
+        const float sum = dci_sum_lanes(sums + (size_t)v * DCI_LANES);
+        is_right = is_right && !(sum > 0.0f && (sum < BALANCE_LEAST || sum > 1.0f / BALANCE_LEAST));
     }
-    return true;
+    for (uint32_t v = 0; !is_right && v < search->views; v++) {
+        const float sum = dci_sum_lanes(sums + (size_t)v * DCI_LANES);
+        reference[v] += sum > 0.0f ? dci_log(sum) : 0.0f;
+    }
+    return is_right;
 }
 
-bool dci_rank_pick(struct index_search *search)
+enum dci_pick dci_rank_pick(struct index_search *search)
 {
     search->to_open = 0;
     search->weighed = true;
+    if (!search->balanced && search->cell_blocks <= search->center_blocks) {
+        search->balanced = true;
+        if (!balance(search)) {
+            return PICK_AGAIN;
+        }
+    }
     if (!search->barred) {
         clear_lanes(search, ROOM_ROUGH);
     }
-    search->bar = BAR_SHARE * search->least;
-    search->barred = search->barred || (!search->query.page_wise && tokens_missing(search) == 0 && is_balanced(search));
+    if (!search->barred && search->balanced && !search->query.page_wise && tokens_missing(search) == 0) {
+        search->barred = true;
+        search->bar = BAR_SHARE * search->least;
+        dci_open_begin_sieve(search);
+    }
     if ((search->rounds > 1 && covers_enough(search)) ||
         (search->rounds > 1 && search->query.coverage == 0.0f && tokens_missing(search) == 0)) {
-        return false;
+        return PICK_NONE;
     }
     // What is missing, and as much again where tokens that do not count lie among them.
     uint64_t wanted = tokens_missing(search);
@@ -547,9 +575,9 @@ bool dci_rank_pick(struct index_search *search)
     const uint32_t needed = bound_by_tokens(search, wanted);
     bound = needed < bound ? needed : bound;
     if (bound < BUCKET_INFINITE) {
-        line_up_from(search, bound == 0 ? 0.0f : bucket_least(bound));
+        line_up_from(search, bound == 0 ? 0.0f : dci_bucket_least(bound));
     }
-    return search->to_open > 0;
+    return search->to_open > 0 ? PICK_SOME : PICK_NONE;
 }
 
 void dci_rank_rest(struct index_search *search, uint32_t block)

@@ -1,4 +1,5 @@
-// A search: sinks, window, head and tail, then the cells that are worth it, then the mass of all that was scored.
+// A search: anchors, sinks, window, head and tail, then the cells that are worth it, then the mass of all that was
+// scored.
 //
 // Each phase works in items (a block of 16 lanes, a cell, the anchors of 16 cells, against all queries), and an item is
 // never cut, so a search gives the same result however it is sliced. Thread ownership: that of the search context. Only
@@ -63,7 +64,7 @@ static void room_sizes(const struct index *index, const struct index_query *quer
     const size_t views = (size_t)query->query_count * query->head_count, n = index->length;
     const size_t tail = (n - index->indexed + index->head) / DCI_LANES + 4;
     const size_t ends = (size_t)(query->sinks < n ? query->sinks : n) + (query->window < n ? query->window : n);
-    const size_t blocks = (size_t)index->leaf_pages * index->page_blocks + tail + ends + 4;
+    const size_t blocks = (size_t)index->leaf_pages * index->page_blocks + tail + ends + 2 * SEARCH_LOOSE_MOST;
     const size_t cell_blocks = index->cell_blocks.bound;
     const size_t scores_max = blocks_max(SEARCH_SCORES_MAX, views), centers_max = blocks_max(SEARCH_CENTERS_MAX, views);
     const size_t kept = blocks < scores_max ? blocks : scores_max;
@@ -73,11 +74,16 @@ static void room_sizes(const struct index *index, const struct index_query *quer
     for (enum room_name i = ROOM_NORMS; i <= ROOM_INVERSE; i++) {
         sizes[i] = views * sizeof(float);
     }
-    for (enum room_name i = ROOM_TOPS; i <= ROOM_BLOCK; i++) {
+    for (enum room_name i = ROOM_TOPS; i <= ROOM_TERMS; i++) {
         sizes[i] = views * DCI_LANES * sizeof(float);
     }
+    sizes[ROOM_ANCHORS_OF_LANES] = 3 * views * DCI_LANES * sizeof(float);
+    sizes[ROOM_SIGNS_OF_LANES] = 3 * views * DCI_LANES * sizeof(int16_t);
     sizes[ROOM_CODES] = views * index->head_dim;
+    sizes[ROOM_FINE] = views * 2 * index->code_row_bytes;
+    sizes[ROOM_TABLES] = views * index->head_dim * 4;
     sizes[ROOM_SCORED] = blocks * sizeof(struct scored);
+    sizes[ROOM_LOOSE] = blocks * sizeof(struct loose);
     sizes[ROOM_SCORES] = kept * views * DCI_LANES * sizeof(float);
     sizes[ROOM_MASSES] = blocks * DCI_LANES * sizeof(float);
     sizes[ROOM_CENTERS] = kept_centers * views * DCI_LANES * sizeof(float);
@@ -113,67 +119,10 @@ enum index_status index_search_reserve(struct index_search *search, const struct
     return INDEX_OK;
 }
 
-static uint32_t blocks_kept(const struct index_search *search, enum room_name room, size_t elements_max)
+// How many blocks a room of this size keeps.
+static uint32_t blocks_kept(const struct index_search *search, size_t bytes)
 {
-    const size_t held = search->rooms[room].bytes / (search->views * DCI_LANES * sizeof(float));
-    const size_t limit = blocks_max(elements_max, search->views);
-    return (uint32_t)(held < limit ? held : limit);
-}
-
-static void seen_init(struct index_search *search)
-{
-    search->seen = (struct dci_views){
-        .count = search->views,
-        .head_dim = search->index->head_dim,
-        .codes = SEARCH_ROOM(search, int8_t, ROOM_CODES),
-        .sums = SEARCH_ROOM(search, int32_t, ROOM_SUMS),
-        .steps = SEARCH_ROOM(search, float, ROOM_STEPS),
-        .bases = SEARCH_ROOM(search, float, ROOM_BASES),
-        .norms = SEARCH_ROOM(search, float, ROOM_NORMS),
-    };
-    search->plain = search->seen;
-    search->plain.bases = SEARCH_ROOM(search, float, ROOM_ZEROS);
-}
-
-// The query as codes see it.
-static void view_encode(struct index_search *search, uint32_t v, const float *vector)
-{
-    const struct index *index = search->index;
-    const uint32_t dim = index->head_dim;
-    float rotated[INDEX_HEAD_DIM_MAX];
-    int8_t *codes = SEARCH_ROOM(search, int8_t, ROOM_CODES) + (size_t)v * dim;
-    memcpy(rotated, vector, dim * sizeof rotated[0]);
-    dci_rotate(index, rotated);
-    const float step = index->kernel->encode8(rotated, dim, codes, &SEARCH_ROOM(search, int32_t, ROOM_SUMS)[v]);
-    SEARCH_ROOM(search, float, ROOM_STEPS)[v] = search->query.scale * step;
-    SEARCH_ROOM(search, float, ROOM_BASES)[v] = search->query.scale * index->kernel->dot(rotated, index->base, dim);
-}
-
-// False when a query is not finite, or so large that scores would not be.
-static bool views_init(struct index_search *search)
-{
-    const struct index *index = search->index;
-    const struct index_query *query = &search->query;
-    const float key_norm_max = sqrtf(index->norm2_max);
-    for (uint32_t v = 0; v < search->views; v++) {
-        const float *vector = query->queries + (size_t)v * index->head_dim;
-        const float norm2 = index->kernel->dot(vector, vector, index->head_dim);
-        const float norm = query->scale * sqrtf(norm2);
-        if (!(norm2 <= TREE_NORM2_MAX) || !(norm <= DCI_SCORE_MAX) || !(norm * key_norm_max <= DCI_SCORE_MAX)) {
-            return false;
-        }
-        SEARCH_ROOM(search, float, ROOM_NORMS)[v] = norm * SEARCH_SPREAD_PRIOR;
-        SEARCH_ROOM(search, float, ROOM_TOP)[v] = DCI_HIDDEN;
-        SEARCH_ROOM(search, float, ROOM_ZEROS)[v] = 0.0f;
-        SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] = 0.0f;
-        view_encode(search, v, vector);
-    }
-    float *tops = SEARCH_ROOM(search, float, ROOM_TOPS), *spreads = SEARCH_ROOM(search, float, ROOM_SPREADS);
-    float *unseen = SEARCH_ROOM(search, float, ROOM_UNSEEN);
-    for (size_t i = 0; i < (size_t)search->views * DCI_LANES; i++) {
-        tops[i] = spreads[i] = unseen[i] = DCI_HIDDEN;
-    }
-    return true;
+    return (uint32_t)(bytes / (search->views * DCI_LANES * sizeof(float)));
 }
 
 static void bounds_init(struct index_search *search)
@@ -232,11 +181,11 @@ enum index_status index_search_begin(struct index_search *search, const struct i
     search->index = index;
     search->query = *query;
     search->views = query->query_count * query->head_count;
-    search->score_blocks = blocks_kept(search, ROOM_SCORES, SEARCH_SCORES_MAX);
-    search->center_blocks = blocks_kept(search, ROOM_CENTERS, SEARCH_CENTERS_MAX);
+    // Not what the rooms hold, which depends on earlier searches.
+    search->score_blocks = search->sieve_blocks = blocks_kept(search, sizes[ROOM_SCORES]);
+    search->center_blocks = blocks_kept(search, sizes[ROOM_CENTERS]);
     look_ahead(index);
-    seen_init(search);
-    if (!views_init(search)) {
+    if (!dci_views_init(search)) {
         return INDEX_NOT_FINITE;
     }
     bounds_init(search);
@@ -266,6 +215,7 @@ static void ends_item(struct index_search *search)
     const uint32_t first = window_begin(search);
     const uint32_t count = search->sinks_end + (search->visible - first);
     if (search->cursor == count) {
+        dci_open_flush(search);
         search->ends_blocks = search->block_count;
         enter(search, SEARCH_TAIL);
         search->cursor = search->low;
@@ -288,25 +238,6 @@ static void ends_item(struct index_search *search)
     search->cursor += end - position;
 }
 
-// Head and tail between low and high.
-static void tail_item(struct index_search *search)
-{
-    const struct index *index = search->index;
-    uint32_t at = search->cursor;
-    if (at >= index->head && at < index->indexed) {
-        at = index->indexed;
-    }
-    if (at >= search->high) {
-        enter(search, SEARCH_CENTERS);
-        return;
-    }
-    uint32_t end = at - at % DCI_LANES + DCI_LANES;
-    end = at < index->head && end > index->head && index->indexed > 0 ? index->head : end;
-    end = end < search->high ? end : search->high;
-    dci_open_neighbours(search, at, end);
-    search->cursor = end;
-}
-
 void dci_search_begin_totals(struct index_search *search)
 {
     float *top = SEARCH_ROOM(search, float, ROOM_TOP);
@@ -325,6 +256,30 @@ static void enter_totals(struct index_search *search)
     enter(search, SEARCH_TOTALS);
 }
 
+// Head and tail between low and high.
+static void tail_item(struct index_search *search)
+{
+    const struct index *index = search->index;
+    uint32_t at = search->cursor;
+    if (at >= index->head && at < index->indexed) {
+        at = index->indexed;
+    }
+    if (at >= search->high && search->cell_blocks == 0) {
+        enter_totals(search);
+        return;
+    }
+    if (at >= search->high) {
+        dci_rank_begin_survey(search);
+        enter(search, SEARCH_SURVEY);
+        return;
+    }
+    uint32_t end = at - at % DCI_LANES + DCI_LANES;
+    end = at < index->head && end > index->head && index->indexed > 0 ? index->head : end;
+    end = end < search->high ? end : search->high;
+    dci_open_neighbours(search, at, end);
+    search->cursor = end;
+}
+
 static bool every_cell(struct index_search *search, uint32_t *cursor)
 {
     *cursor = search->cursor++;
@@ -333,6 +288,7 @@ static bool every_cell(struct index_search *search, uint32_t *cursor)
 
 static void opened(struct index_search *search)
 {
+    dci_open_flush(search);
     search->rounds++;
     const bool again =
         search->rounds == 1 || search->query.coverage > 0.0f || search->eligible_scored < search->query.budget;
@@ -344,6 +300,18 @@ static void opened(struct index_search *search)
     }
 }
 
+static void picked(struct index_search *search, enum dci_pick pick)
+{
+    if (pick == PICK_SOME) {
+        enter(search, SEARCH_OPEN);
+    } else if (pick == PICK_AGAIN) {
+        dci_rank_begin_weighing(search);
+        enter(search, SEARCH_WEIGH);
+    } else {
+        enter_totals(search);
+    }
+}
+
 // Phases that walk over the blocks of anchors. False: the phase is another one.
 static bool anchors_item(struct index_search *search)
 {
@@ -352,11 +320,8 @@ static bool anchors_item(struct index_search *search)
     case SEARCH_CENTERS:
         if (every_cell(search, &block)) {
             dci_rank_centers(search, block);
-        } else if (search->cell_blocks == 0) {
-            enter_totals(search);
         } else {
-            dci_rank_begin_survey(search);
-            enter(search, SEARCH_SURVEY);
+            enter(search, SEARCH_ENDS);
         }
         return true;
     case SEARCH_SURVEY:
@@ -378,10 +343,8 @@ static bool anchors_item(struct index_search *search)
     case SEARCH_MERITS:
         if (every_cell(search, &block)) {
             dci_rank_merits(search, block);
-        } else if (dci_rank_pick(search)) {
-            enter(search, SEARCH_OPEN);
         } else {
-            enter_totals(search);
+            picked(search, dci_rank_pick(search));
         }
         return true;
     case SEARCH_REST:

@@ -23,9 +23,9 @@
 #define SEARCH_BUCKET_SHIFT 21u
 
 enum search_phase {
+    SEARCH_CENTERS, // scores of all anchors, and the largest that they promise
     SEARCH_ENDS,    // sinks and window
     SEARCH_TAIL,    // head and tail
-    SEARCH_CENTERS, // scores of all anchors, and the largest that they promise
     SEARCH_SURVEY,  // estimated mass of the tree, per view
     SEARCH_HOPES,   // the most that a cell's best token may have; the best cells are opened to begin with
     SEARCH_OPEN,    // cells' tokens are scored
@@ -40,11 +40,23 @@ enum search_phase {
 // A block of scored lanes.
 struct scored {
     uint32_t page;       // of the tree
-    uint32_t cell;       // TREE_NONE: of head or tail
+    uint32_t cell;       // TREE_NONE: of head or tail; SEARCH_LOOSE: loose rows
     uint32_t place;      // head and tail: position of lane 0; else the cell's slot
     uint16_t begin, end; // head and tail: the lanes that count
-    uint32_t number;     // which block of the cell's run
+    uint32_t number;     // which block of the cell's run; which loose block
     uint32_t only;       // the one position that counts (sinks and window in the tree); TREE_NONE: all eligible ones
+};
+
+// 16 rows that passed the sieve, each of any cell.
+struct loose {
+    uint32_t positions[DCI_LANES], pages[DCI_LANES];
+    uint16_t rows[DCI_LANES];
+};
+
+// A loose block on its way: it is scored when the next one is full, so that its rows have had time to arrive.
+struct waiting {
+    struct dci_lanes lanes;
+    uint32_t loose, count;
 };
 
 struct candidate {
@@ -54,37 +66,56 @@ struct candidate {
     uint32_t lane;
 };
 
+#define SEARCH_LOOSE (TREE_NONE - 1)
+
+// Blocks of loose rows that may wait. What passes the sieve must be kept, so there is no sieve without room for them.
+#define SEARCH_LOOSE_MOST 3u
+
 // Blocks of memory and their sizes, grown by reserve only.
 struct room {
     void *block;
     size_t bytes;
 };
 enum room_name {
-    ROOM_NORMS,     // per view: scale * |q|, times the spread
-    ROOM_STEPS,     // per view: dci_views
-    ROOM_SUMS,      // per view: dci_views
-    ROOM_BASES,     // per view: dci_views
-    ROOM_TOP,       // per view: largest score so far
-    ROOM_ZEROS,     // per view: 0, the base of the tail
-    ROOM_REFERENCE, // per view: estimated log-sum-exp
-    ROOM_SHIFTS,    // per view: reference of the survey, then exp of it less the final one
-    ROOM_SEEN,      // per query position: tokens whose spread was measured
-    ROOM_INVERSE,   // per view: 1 / sum of all exp(score - top), over the number of views
-    ROOM_TOPS,      // per view and lane: largest score so far
-    ROOM_LANES,     // per view and lane: sums of exponentials
-    ROOM_ROUGH,     // per view and lane: rough sums of exp(score - reference) of blocks that were dropped
-    ROOM_SPREADS,   // per view and lane: promised tops, then sums of squared deviations, at last of what was not opened
-    ROOM_UNSEEN,    // per view and lane: largest scores with those that the view does not see; nobody asks for them
-    ROOM_ANCHORS,   // per view and lane: scores of one block's anchors
-    ROOM_BLOCK,     // per view and lane: scores of one block
-    ROOM_CODES,     // per view: codes of the rotated query
-    ROOM_SCORED,    // struct scored, per block
-    ROOM_SCORES,    // scores of the first blocks
-    ROOM_MASSES,    // per block and lane
-    ROOM_CENTERS,   // scores of the first blocks of anchors
-    ROOM_PROMISES,  // expected masses of the first blocks of anchors
-    ROOM_MERITS,    // per slot: hope, then merit
-    ROOM_TO_OPEN,   // slots
+    ROOM_NORMS,           // per view: scale * |q|, times the spread
+    ROOM_STEPS,           // per view: dci_views
+    ROOM_SUMS,            // per view: dci_views
+    ROOM_BASES,           // per view: dci_views
+    ROOM_TOP,             // per view: largest score so far
+    ROOM_ZEROS,           // per view: 0, the base of the tail
+    ROOM_REFERENCE,       // per view: estimated log-sum-exp
+    ROOM_ZEROS_OF_TABLES, // per view: dci_views
+    ROOM_STEPS_OF_TABLES, // per view: dci_views
+    ROOM_SCALES_OF_SIGNS, // per view: what turns a sum of signs, times a row's scale, into the bits of a term
+    ROOM_FACTORS,         // per view: dci_sieve
+    ROOM_OFFSETS,         // per view: dci_sieve
+    ROOM_WEIGHTS,         // per view: dci_sieve
+    ROOM_NOISES,          // per view: deviation of what the top bits say, for an isotropic deviation of 1 of the keys
+    ROOM_DOUBTS,          // per view: the deviation that is left when it is known how scores spread around anchors
+    ROOM_SHIFTS,          // per view: reference of the survey, then exp of it less the final one
+    ROOM_SEEN,            // per query position: tokens whose spread was measured
+    ROOM_INVERSE,         // per view: 1 / sum of all exp(score - top), over the number of views
+    ROOM_TOPS,            // per view and lane: largest score so far
+    ROOM_LANES,           // per view and lane: sums of exponentials
+    ROOM_ROUGH,           // per view and lane: rough sums of exp(score - reference) of blocks that were dropped
+    ROOM_SPREADS, // per view and lane: promised tops, then sums of squared deviations, at last of what was not opened
+    ROOM_UNSEEN,  // per view and lane: largest scores with those that the view does not see; nobody asks for them
+    ROOM_ANCHORS, // per view and lane: scores of one block's anchors
+    ROOM_BLOCK,   // per view and lane: scores of one block
+    ROOM_TERMS,   // per view and lane: dci_kernel.sift16
+    ROOM_ANCHORS_OF_LANES, // per view and lane: dci_lanes, of one block; then of the two that wait
+    ROOM_SIGNS_OF_LANES,   // likewise
+    ROOM_CODES,            // per view: codes of the rotated query
+    ROOM_FINE,             // per view: dci_views
+    ROOM_TABLES,           // per view: dci_views
+    ROOM_SCORED,           // struct scored, per block
+    ROOM_LOOSE,            // struct loose, per block
+    ROOM_SCORES,           // scores of the first blocks
+    ROOM_MASSES,           // per block and lane
+    ROOM_CENTERS,          // scores of the first blocks of anchors
+    ROOM_PROMISES,         // expected masses of the first blocks of anchors
+    ROOM_MERITS,           // per slot: hope, then merit
+    ROOM_TO_OPEN,          // slots
     ROOM_CANDIDATES,
     ROOM_SELECTED,
     ROOM_SORTED,
@@ -106,10 +137,15 @@ struct index_search {
     uint32_t block_count, ends_blocks;    // scored; those of sinks and window come first
     uint32_t settled;                     // blocks whose masses are known
     uint32_t score_blocks, center_blocks; // how many fit
+    uint32_t sieve_blocks;                // up to how many there may be loose ones
     uint32_t to_open, rounds;
     uint64_t opened_tokens; // of the tree
     uint32_t eligible_scored, tokens_scored;
     uint32_t cell_blocks;
+    uint32_t loose_count;
+    struct waiting waiting[2];
+    uint32_t filling;                         // which of them
+    uint32_t bar_bucket, above_bar;           // of the worst token that may be selected; how many are in higher ones
     float bar;                                // a token of less mass cannot be selected
     float least, log_least;                   // mass of the worst selected token (page-wise: page) so far, and its log
     double selected_sum;                      // masses of the best so far, in units of the reference
@@ -117,8 +153,10 @@ struct index_search {
     float highest_hope;
     const struct index_selected *sorted;
     bool begun, everything, barred, weighed; // merits and promises are known
+    bool balanced;                           // the references are worth something
     float weights[SEARCH_BUCKETS];           // a histogram: sum of merits
     uint32_t counts[SEARCH_BUCKETS];
+    uint32_t tokens_of[SEARCH_BUCKETS]; // of scored tokens, while the sieve works
 };
 
 #define SEARCH_ROOM(search, type, name) ((type *)(search)->rooms[name].block)
@@ -140,6 +178,10 @@ static inline bool dci_search_is_kept(const struct index_search *search, uint32_
     return block < search->score_blocks;
 }
 
+// ---- view.c ----
+// The queries as codes see them. False when one is not finite, or so large that scores would not be.
+bool dci_views_init(struct index_search *search);
+
 // ---- search.c ----
 void dci_search_begin_totals(struct index_search *search);
 
@@ -149,6 +191,8 @@ void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t e
 void dci_open_one(struct index_search *search, uint32_t position); // a token of sinks or window
 // Opens number `at` of the cells that are lined up. Returns blocks scored.
 uint32_t dci_open_cell(struct index_search *search, uint32_t at);
+void dci_open_begin_sieve(struct index_search *search); // when the bar and the spread are known
+void dci_open_flush(struct index_search *search);       // scores what waits
 // Scores of a block: kept ones, else computed into ROOM_BLOCK.
 float *dci_block_scores(struct index_search *search, uint32_t block);
 uint32_t dci_scored_position(const struct index_search *search, const struct scored *scored, uint32_t lane);
@@ -167,7 +211,12 @@ void dci_rank_begin_weighing(struct index_search *search);
 void dci_rank_weigh(struct index_search *search, uint32_t block);
 void dci_rank_fix_weights(struct index_search *search);
 void dci_rank_merits(struct index_search *search, uint32_t block);
-bool dci_rank_pick(struct index_search *search); // lines up the cells worth opening; false: none
+// Lines up the cells worth opening.
+enum dci_pick { PICK_NONE, PICK_SOME, PICK_AGAIN }; // again: the references were wrong; weigh once more
+enum dci_pick dci_rank_pick(struct index_search *search);
+// More tokens have been scored, with these masses: the worst that may be selected has at least that of the bar.
+void dci_rank_raise_bar(struct index_search *search, const float *masses, uint32_t count);
+float dci_bucket_least(uint32_t bucket); // the smallest float of a bucket
 void dci_rank_rest(struct index_search *search, uint32_t block);
 uint32_t dci_bucket(float positive);
 

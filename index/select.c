@@ -334,6 +334,7 @@ void index_search_finish(struct index_search *search, struct index_selection *se
     search->begun = false;
     *selection = (struct index_selection){.partial = search->phase != SEARCH_DONE};
     if (selection->partial) {
+        dci_open_flush(search);
         settle_partial(search);
     }
     const uint32_t begin = search->phase == SEARCH_ENDS ? search->block_count : search->ends_blocks;

@@ -60,12 +60,13 @@ struct index {
     uint32_t head_dim, page_tokens;
     uint32_t page_blocks;                    // blocks of 16 rows of a page
     uint32_t row_shift;                      // bits of a row in a place
+    uint32_t code_row_bytes, code_bytes;     // of a token's low bits; of its whole code on its way
     uint32_t cell_max, cell_parts, node_max; // tokens and pages of a cell, entries of a node above
     uint32_t head;                           // tokens at the beginning that are never clustered
     enum index_dtype dtype;
     enum index_policy policy;
     uint64_t seed;
-    size_t row_bytes, rows_stride; // of a key; of 16 rows in a run
+    size_t row_bytes, rows_stride; // of a key; of the top bits of 16 rows
     float inverse_root_dim;
     float signs[2][INDEX_HEAD_DIM_MAX]; // of the rotation
 
@@ -151,11 +152,27 @@ static inline struct dci_block *dci_block(const struct index *index, uint32_t le
 {
     return dci_slab_at(level == 2 ? &index->cell_blocks : &index->node_blocks, block);
 }
-// Block `number` of 16 rows of a cell's run; each page has page_blocks of them.
+// A cell's codes are a run of memory: the top bits of all its pages, in blocks of 16 rows, then the low bits of all
+// their rows. Where the latter begin, and the run's bytes, for so many pages.
+static inline size_t dci_run_lows(const struct index *index, uint32_t parts)
+{
+    return ((size_t)parts * index->page_blocks * index->rows_stride + 63) / 64 * 64;
+}
+static inline size_t dci_run_bytes(const struct index *index, uint32_t parts)
+{
+    return dci_run_lows(index, parts) + (size_t)parts * index->page_blocks * DCI_LANES * index->code_row_bytes;
+}
+// Block `number` of 16 rows of a cell; each page has page_blocks of them.
 static inline struct dci_rows *dci_rows(const struct index *index, const struct node *cell, uint32_t number)
 {
     return (struct dci_rows *)(void *)((unsigned char *)dci_slab_at(&index->runs[cell->run_parts - 1], cell->run) +
                                        number * index->rows_stride);
+}
+// The low bits of its first row; those of the others follow.
+static inline uint8_t *dci_lows(const struct index *index, const struct node *cell, uint32_t number)
+{
+    return (uint8_t *)dci_slab_at(&index->runs[cell->run_parts - 1], cell->run) + dci_run_lows(index, cell->run_parts) +
+           (size_t)number * DCI_LANES * index->code_row_bytes;
 }
 // The block that holds a row of one of a cell's pages.
 static inline struct dci_rows *dci_rows_of(const struct index *index, const struct node *cell, uint32_t part,
@@ -167,10 +184,16 @@ static inline struct dci_block *dci_node_block(const struct index *index, const 
 {
     return dci_block(index, node->level, node->parts[lane / DCI_LANES]);
 }
-float dci_code_spread2(const struct index *index, const struct dci_rows *rows, uint32_t lane); // of one row's code
-// Writes a row: its token, and its code (in groups of 4 bytes) with the scale.
-void dci_row_write(const struct index *index, struct dci_rows *rows, uint32_t lane, uint32_t position,
-                   const uint8_t *code, float scale);
+// Squared norm of what the code of a row of one of a cell's pages stands for.
+float dci_code_spread2(const struct index *index, const struct node *cell, uint32_t part, uint32_t row);
+// A token on its way to a row.
+struct dci_row {
+    uint32_t position;
+    const uint8_t *code;
+    float scale;
+};
+void dci_row_write(const struct index *index, const struct node *cell, uint32_t part, uint32_t row,
+                   const struct dci_row *token);
 void dci_rows_clear(const struct index *index, const struct node *cell, uint32_t part); // no row in use
 void dci_block_clear(const struct index *index, struct dci_block *block);               // no lane in use
 void dci_block_write(const struct index *index, struct dci_block *block, uint32_t lane, const struct entry *entry);

@@ -112,17 +112,18 @@ static void rotation_keeps_inner_products(void **state)
     }
 }
 
-// What a 4-bit code stands for, in coordinates.
-static void decode4(const uint8_t *code, float scale, uint32_t n, float *out)
+// What a 5-bit code stands for, in coordinates.
+static void decode5(const uint8_t *code, float scale, uint32_t n, float *out)
 {
+    const uint32_t half = dci_row_bytes(n);
     for (uint32_t i = 0; i < n; i++) {
-        const uint8_t byte = code[i / 8 * 4 + i % 4];
-        out[i] = scale * 0.5f * (float)(2 * (i % 8 < 4 ? byte & 15 : byte >> 4) - 15);
+        const int32_t low = i < half ? code[i] & 15 : code[i - half] >> 4, top = code[half + i / 8] >> (i % 8) & 1;
+        out[i] = scale * 0.5f * (float)(2 * (16 * top + low) - 31);
     }
 }
 
 // Inner products with a code are right on average and never far off.
-static void codes_of_4_bits_are_unbiased(void **state)
+static void codes_of_5_bits_are_unbiased(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(81);
@@ -132,18 +133,18 @@ static void codes_of_4_bits_are_unbiased(void **state)
         double bias = 0.0, along = 0.0, square = 0.0, worst = 0.0;
         for (uint32_t round = 0; round < rounds; round++) {
             float residual[256], query[256], decoded[256], spread2;
-            uint8_t code[128];
+            uint8_t code[160];
             const float size = powf(10.0f, (float)rng_below(&rng, 20) - 8.0f);
             for (uint32_t i = 0; i < n; i++) {
                 residual[i] = size * rng_normal(&rng);
                 query[i] = rng_normal(&rng);
             }
-            const float scale = dci_kernel_best()->encode4(residual, n, code, &spread2);
-            decode4(code, scale, n, decoded);
+            const float scale = dci_kernel_best()->encode5(residual, n, code, &spread2);
+            decode5(code, scale, n, decoded);
             const double norm = sqrt(dot_of(residual, residual, n)), query_norm = sqrt(dot_of(query, query, n));
             assert_true(fabs((double)spread2 - dot_of(decoded, decoded, n)) <= 1e-4 * norm * norm);
-            // The residual itself is met exactly: that is how the scale is chosen.
-            assert_true(fabs(dot_of(decoded, residual, n) - norm * norm) <= 1e-4 * norm * norm);
+            // The residual itself is met, but for the rounding of the scale: that is how the scale is chosen.
+            assert_true(fabs(dot_of(decoded, residual, n) - norm * norm) <= 4e-3 * norm * norm);
             // In units of the deviation of an inner product with a random query.
             const double off = (dot_of(decoded, query, n) - dot_of(residual, query, n)) / (norm * query_norm) * sqrt(n);
             double off2 = 0.0;
@@ -158,32 +159,32 @@ static void codes_of_4_bits_are_unbiased(void **state)
         printf("%u: bias %.4f, slope %.4f, deviation %.4f, farthest %.4f\n", n, bias, along, sqrt(square), worst);
         const double noise = sqrt(square / rounds);
         assert_true(fabs(bias) < 5.0 * noise && fabs(along) < 6.0 * noise);
-        assert_true(sqrt(square) < 0.13);
-        assert_true(worst < 0.35);
+        assert_true(sqrt(square) < 0.075);
+        assert_true(worst < 0.25);
     }
 }
 
-static void codes_of_4_bits_at_the_limits(void **state)
+static void codes_of_5_bits_at_the_limits(void **state)
 {
     (void)state;
     float residual[64] = {0}, decoded[64], spread2 = 1.0f;
-    uint8_t code[32];
+    uint8_t code[40];
     for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
         memset(residual, 0, sizeof residual);
-        assert_true(dci_kernel_at(k)->encode4(residual, 64, code, &spread2) == 0.0f);
+        assert_true(dci_kernel_at(k)->encode5(residual, 64, code, &spread2) == 0.0f);
         assert_true(spread2 == 0.0f);
         residual[7] = 1e-12f; // counts as nothing
-        assert_true(dci_kernel_at(k)->encode4(residual, 64, code, &spread2) == 0.0f);
+        assert_true(dci_kernel_at(k)->encode5(residual, 64, code, &spread2) == 0.0f);
         assert_true(spread2 == 0.0f);
         residual[7] = 0x1p61f; // all in one coordinate, as large as keys can be apart
-        const float scale = dci_kernel_at(k)->encode4(residual, 64, code, &spread2);
+        const float scale = dci_kernel_at(k)->encode5(residual, 64, code, &spread2);
         assert_true(isfinite(scale) && isfinite(spread2) && scale > 0.0f);
-        decode4(code, scale, 64, decoded);
+        decode5(code, scale, 64, decoded);
         assert_true(decoded[7] > 0.5f * residual[7] && decoded[7] < 2.0f * residual[7]);
         for (uint32_t i = 0; i < 64; i++) {
             residual[i] = i % 2 == 0 ? 0x1p58f : -0x1p58f;
         }
-        assert_true(isfinite(dci_kernel_at(k)->encode4(residual, 64, code, &spread2)) && isfinite(spread2));
+        assert_true(isfinite(dci_kernel_at(k)->encode5(residual, 64, code, &spread2)) && isfinite(spread2));
     }
 }
 
@@ -284,17 +285,19 @@ static void codes_stand_for_the_keys(void **state)
             const struct index *index = owner.index;
             for (uint32_t p = 24; p < index_indexed(index); p++) {
                 float key[INDEX_HEAD_DIM_MAX], anchor[INDEX_HEAD_DIM_MAX], decoded[INDEX_HEAD_DIM_MAX];
-                uint8_t code[INDEX_HEAD_DIM_MAX / 2];
+                uint8_t code[INDEX_HEAD_DIM_MAX];
                 struct entry entry;
                 const struct index_place place = dci_place_of(index, p);
                 const struct page *page = dci_page(index, place.page);
                 const struct node *cell = dci_node(index, page->owner);
                 const struct dci_rows *rows = dci_rows_of(index, cell, page->part, place.row);
-                const uint32_t lane = place.row % DCI_LANES;
-                for (uint32_t group = 0; group < 10; group++) {
-                    memcpy(code + 4 * group, rows->codes + ((size_t)group * DCI_LANES + lane) * 4, 4);
+                const uint32_t lane = place.row % DCI_LANES, half = index->code_row_bytes;
+                const uint32_t number = page->part * index->page_blocks + place.row / DCI_LANES;
+                memcpy(code, dci_lows(index, cell, number) + (size_t)lane * half, half);
+                for (uint32_t i = 0; i < 10; i++) {
+                    code[half + i] = rows->signs[i * DCI_LANES + lane];
                 }
-                decode4(code, rows->scales[lane], 80, decoded);
+                decode5(code, dci_scale_widen(rows->scales[lane]), 80, decoded);
                 dci_entry_read(index, dci_node(index, cell->parent), cell->lane, &entry);
                 dci_entry_anchor(index, &entry, anchor);
                 memcpy(key, keys + (size_t)p * 320, 320);
@@ -304,7 +307,7 @@ static void codes_stand_for_the_keys(void **state)
                     residual2 += pow((double)key[i] - (double)anchor[i], 2);
                     off2 += pow((double)key[i] - (double)anchor[i] - (double)decoded[i], 2);
                 }
-                assert_true(sqrt(off2) <= 0.35 * sqrt(residual2) + 1e-7);
+                assert_true(sqrt(off2) <= 0.25 * sqrt(residual2) + 1e-7);
                 assert_true(sqrt(residual2) <= 1.5 * (double)entry.far / (double)index->inverse_root_dim + 1e-7);
             }
             owner_end(&owner);
@@ -317,8 +320,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(codes_are_the_nearest),         cmocka_unit_test(hadamard_keeps_inner_products),
-        cmocka_unit_test(rotation_keeps_inner_products), cmocka_unit_test(codes_of_4_bits_are_unbiased),
-        cmocka_unit_test(codes_of_4_bits_at_the_limits), cmocka_unit_test(index_check_finds_what_is_wrong),
+        cmocka_unit_test(rotation_keeps_inner_products), cmocka_unit_test(codes_of_5_bits_are_unbiased),
+        cmocka_unit_test(codes_of_5_bits_at_the_limits), cmocka_unit_test(index_check_finds_what_is_wrong),
         cmocka_unit_test(codes_stand_for_the_keys),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -16,7 +16,12 @@ struct scene {
     int32_t sums[VIEWS_MAX];
     float steps[VIEWS_MAX], bases[VIEWS_MAX], norms[VIEWS_MAX], reference[VIEWS_MAX];
     _Alignas(64) unsigned char block_room[sizeof(struct dci_block) + DCI_LANES * INDEX_HEAD_DIM_MAX];
-    _Alignas(64) unsigned char rows_room[sizeof(struct dci_rows) + DCI_LANES * INDEX_HEAD_DIM_MAX / 2];
+    _Alignas(64) unsigned char rows_room[sizeof(struct dci_rows) + DCI_LANES * INDEX_HEAD_DIM_MAX / 8];
+    uint8_t lows[DCI_LANES * INDEX_HEAD_DIM_MAX / 2];
+    int8_t fine[VIEWS_MAX * INDEX_HEAD_DIM_MAX];
+    int32_t table_codes[VIEWS_MAX * INDEX_HEAD_DIM_MAX], table_sums[VIEWS_MAX], table_zeros[VIEWS_MAX];
+    uint8_t tables[VIEWS_MAX * INDEX_HEAD_DIM_MAX * 4];
+    float table_steps[VIEWS_MAX];
 };
 
 static int32_t block_code(const struct scene *scene, uint32_t lane, uint32_t element)
@@ -24,11 +29,47 @@ static int32_t block_code(const struct scene *scene, uint32_t lane, uint32_t ele
     return (int32_t)scene->block->codes[(element / 4 * DCI_LANES + lane) * 4 + element % 4] - DCI_CODE_ZERO;
 }
 
-// Twice a 4-bit code's value: odd, -15 .. 15.
-static int32_t row_code(const struct scene *scene, uint32_t lane, uint32_t element)
+static uint32_t top_bit(const struct scene *scene, uint32_t lane, uint32_t element)
 {
-    const uint8_t byte = scene->rows->codes[(element / 8 * DCI_LANES + lane) * 4 + element % 4];
-    return 2 * (element % 8 < 4 ? byte & 15 : byte >> 4) - 15;
+    return scene->rows->signs[element / 8 * DCI_LANES + lane] >> (element % 8) & 1;
+}
+
+static uint32_t low_bits(const struct scene *scene, uint32_t lane, uint32_t element)
+{
+    const uint32_t half = scene->views.row_bytes;
+    const uint8_t byte = scene->lows[lane * half + element % half];
+    return element < half ? byte & 15 : byte >> 4;
+}
+
+// The lanes of the scene's rows, as one cell's.
+static void lanes_init(const struct scene *scene, const int16_t *signs, const float *anchors, struct dci_lanes *lanes)
+{
+    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+        lanes->rows[lane] = scene->lows + (size_t)lane * scene->views.row_bytes;
+        lanes->scales[lane] = dci_scale_widen(scene->rows->scales[lane]);
+        lanes->live[lane] = lane == 7 || lane == 9 ? 0.0f : 1.0f;
+    }
+    lanes->signs = signs;
+    lanes->anchors = anchors;
+}
+
+// A query of whole numbers, whose table codes are itself: some group reaches the largest sum.
+static void tables_init(struct scene *scene, uint32_t v, uint32_t dim, struct rng *rng)
+{
+    float x[INDEX_HEAD_DIM_MAX];
+    int32_t *codes = scene->table_codes + (size_t)v * dim;
+    scene->table_sums[v] = 0;
+    for (uint32_t i = 0; i < dim; i++) {
+        codes[i] = (int32_t)rng_below(rng, 63) - 31;
+        if (i < 4) {
+            codes[i] = i == 0 ? -32 : v % 2 == 0 ? 31 : -31;
+        }
+        x[i] = (float)codes[i];
+        scene->table_sums[v] += codes[i];
+    }
+    const float step = dci_tables_make(x, dim, scene->tables + (size_t)v * dim * 4, &scene->table_zeros[v]);
+    assert_true(step == 1.0f);
+    scene->table_steps[v] = 1e-6f * (1.0f + (float)rng_below(rng, 10));
 }
 
 // Codes at their limits in some lanes and views, random ones in the others; lane 7 is not in use.
@@ -40,9 +81,15 @@ static void scene_init(struct scene *scene, uint32_t views, uint32_t dim, struct
         const uint32_t lane = i / 4 % DCI_LANES;
         block->codes[i] = (uint8_t)(lane == 0 ? 255 : lane == 1 ? 1 : lane == 2 ? 128 : 1 + rng_below(rng, 255));
     }
-    for (uint32_t i = 0; i < DCI_LANES * dim / 2; i++) {
-        const uint32_t lane = i / 4 % DCI_LANES;
-        rows->codes[i] = (uint8_t)(lane == 0 ? 255 : lane == 1 ? 0 : lane == 2 ? 0xf0 : rng_below(rng, 256));
+    const uint32_t half = dci_row_bytes(dim);
+    for (uint32_t i = 0; i < DCI_LANES * dim / 8; i++) {
+        const uint32_t lane = i % DCI_LANES;
+        rows->signs[i] = (uint8_t)(lane == 0 ? 255 : lane == 1 ? 0 : rng_below(rng, 256));
+    }
+    for (uint32_t i = 0; i < DCI_LANES * half; i++) {
+        const uint32_t lane = i / half, unused = i % half + half >= dim ? 15 : 255; // bits of no coordinate are 0
+        const uint32_t byte = lane == 0 ? 255 : lane == 1 ? 0 : lane == 2 ? 0xf0 : rng_below(rng, 256);
+        scene->lows[i] = (uint8_t)(byte & unused);
     }
     for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
         const bool is_used = lane != 7;
@@ -54,7 +101,7 @@ static void scene_init(struct scene *scene, uint32_t views, uint32_t dim, struct
         block->far[lane] = block->unit[lane] * (1.0f + (float)rng_below(rng, 100) / 50.0f);
         block->child[lane] = is_used ? lane : TREE_NONE;
         rows->positions[lane] = is_used ? rng_below(rng, 1000) : TREE_NONE;
-        rows->scales[lane] = (float)rng_below(rng, 100) / 100.0f;
+        rows->scales[lane] = dci_scale_narrow((float)rng_below(rng, 100) / 100.0f);
     }
     for (uint32_t v = 0; v < views; v++) {
         scene->sums[v] = 0;
@@ -63,12 +110,26 @@ static void scene_init(struct scene *scene, uint32_t views, uint32_t dim, struct
             scene->codes[v * dim + i] = (int8_t)(v == 0 ? 127 : v == 1 ? -127 : random);
             scene->sums[v] += scene->codes[v * dim + i];
         }
+        memset(scene->fine + (size_t)v * 2 * half, 0, 2 * half);
+        memcpy(scene->fine + (size_t)v * 2 * half, scene->codes + v * dim, dim);
+        tables_init(scene, v, dim, rng);
         scene->steps[v] = 1e-6f * (1.0f + (float)rng_below(rng, 10));
         scene->bases[v] = rng_normal(rng);
         scene->norms[v] = (float)rng_below(rng, 300) / 100.0f;
         scene->reference[v] = 3.0f + rng_normal(rng);
     }
-    scene->views = (struct dci_views){views, dim, scene->codes, scene->sums, scene->steps, scene->bases, scene->norms};
+    scene->views = (struct dci_views){.count = views,
+                                      .head_dim = dim,
+                                      .codes = scene->codes,
+                                      .sums = scene->sums,
+                                      .steps = scene->steps,
+                                      .bases = scene->bases,
+                                      .norms = scene->norms,
+                                      .row_bytes = half,
+                                      .fine = scene->fine,
+                                      .tables = scene->tables,
+                                      .table_zeros = scene->table_zeros,
+                                      .table_steps = scene->table_steps};
 }
 
 static int64_t block_dot(const struct scene *scene, uint32_t v, uint32_t lane)
@@ -131,16 +192,17 @@ static void bf16_and_fp32_are_exact(void **state)
 
 struct results {
     float dot, distance, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
-    uint8_t code[INDEX_HEAD_DIM_MAX / 2];
+    uint8_t code[INDEX_HEAD_DIM_MAX];
     float step;
     int8_t code8[INDEX_HEAD_DIM_MAX];
     int32_t code_sum;
-    float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], masses[3][DCI_LANES];
+    float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], masses[2][DCI_LANES];
     float centers[VIEWS_MAX * DCI_LANES], promised[VIEWS_MAX * DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
     float scores[VIEWS_MAX * DCI_LANES], weights[VIEWS_MAX * DCI_LANES], estimated[VIEWS_MAX * DCI_LANES];
     float sums[SUMS][VIEWS_MAX * DCI_LANES];
-    uint32_t above[2], below;
-    bool dropped[2];
+    int16_t signs[2][VIEWS_MAX * DCI_LANES];
+    float terms[VIEWS_MAX * DCI_LANES], rough[DCI_LANES];
+    uint32_t above[2], below, passed;
 };
 
 struct vectors {
@@ -148,7 +210,8 @@ struct vectors {
     float start[VIEWS_MAX * DCI_LANES]; // what sums and tops begin with
     int8_t probe_codes[INDEX_HEAD_DIM_MAX];
     struct dci_probe probes[2];
-    uint32_t low, span;
+    struct dci_sieve sieve;
+    float offsets[VIEWS_MAX], factors[VIEWS_MAX], weights[VIEWS_MAX];
 };
 
 static uint32_t power_below(uint32_t n)
@@ -172,7 +235,7 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     kernel->add(out->added, in->b, n);
     memcpy(out->rotated, in->a, n * sizeof in->a[0]);
     kernel->hadamard(out->rotated, power_below(n), in->signs);
-    out->encoded = kernel->encode4(in->a, n, out->code, &out->spread2);
+    out->encoded = kernel->encode5(in->a, n, out->code, &out->spread2);
     out->step = kernel->encode8(in->b, n, out->code8, &out->code_sum);
     for (uint32_t i = 0; i < 2; i++) {
         kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
@@ -182,7 +245,16 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
         memcpy(out->sums[i], in->start, views * DCI_LANES * sizeof in->start[0]);
     }
     kernel->promise16(&scene->views, scene->block, out->promised, out->sums[0]);
-    kernel->tokens16(&scene->views, scene->rows, out->centers + 3, in->low, in->span, out->scores, out->sums[1]);
+    struct dci_lanes lanes;
+    kernel->signs16(&scene->views, scene->rows, out->signs[0]);
+    lanes_init(scene, out->signs[0], out->centers, &lanes);
+    kernel->score16(&scene->views, &lanes, out->scores, out->sums[1]);
+    struct dci_sieve sieve = in->sieve;
+    sieve.offsets = in->offsets;
+    sieve.factors = in->factors;
+    sieve.weights = in->weights;
+    out->passed = kernel->sift16(&scene->views, scene->rows, &sieve, out->signs[1], out->terms, out->sums[6]);
+    kernel->rough16(out->scores, views, scene->reference, out->rough);
     kernel->survey16(&scene->views, scene->block, out->centers, scene->reference, out->sums[2], out->estimated);
     kernel->hopes16(&scene->views, scene->block, out->centers, scene->reference, out->hopes);
     kernel->merits16(&scene->views, scene->block, out->centers, scene->reference, -2.0f, out->merits, out->promises);
@@ -196,9 +268,7 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     out->above[0] = kernel->above16(out->hopes, out->hopes[5]);
     out->above[1] = kernel->above16(out->hopes, 0.5f * DCI_HIDDEN);
     out->below = kernel->below16(out->hopes, out->hopes[5]);
-    out->dropped[0] = kernel->drop16(out->scores, views, scene->reference, 1e38f, out->sums[6]);
-    memcpy(out->sums[7], out->sums[6], sizeof out->sums[7]);
-    out->dropped[1] = kernel->drop16(out->scores, views, scene->reference, 0.0f, out->sums[7]);
+    kernel->balance16(views, out->promises, out->merits, scene->block->rows, in->weights, out->sums[7]);
 }
 
 static void vectors_init(struct vectors *in, const struct scene *scene, float size, struct rng *rng)
@@ -218,8 +288,13 @@ static void vectors_init(struct vectors *in, const struct scene *scene, float si
     }
     in->probes[1] = in->probes[0];
     in->probes[1].norm2_max = 5000.0f + (float)rng_below(rng, 5000); // below some norms
-    in->low = rng_below(rng, 900);
-    in->span = rng_below(rng, 500);
+    in->sieve =
+        (struct dci_sieve){.low = rng_below(rng, 900), .span = rng_below(rng, 500), .bar = (float)rng_below(rng, 100)};
+    for (uint32_t v = 0; v < VIEWS_MAX; v++) {
+        in->offsets[v] = DCI_ROUGH_OFFSET + 2.0f * DCI_ROUGH_SLOPE * rng_normal(rng);
+        in->factors[v] = 2e-4f * DCI_ROUGH_SLOPE * (float)rng_below(rng, 5);
+        in->weights[v] = 0.01f * (float)(1 + rng_below(rng, 200));
+    }
 }
 
 static void all_sets_agree(void **state)
@@ -330,43 +405,121 @@ static void inner_products_of_anchors_are_exact(void **state)
     }
 }
 
-// The same for the rows of a page: halves of the codes' inner product, plus what the anchor scores.
+// The same for the rows of a page: halves of the codes' inner product, plus what the anchor scores. The top bits meet
+// the table codes, the low bits the others.
 static void inner_products_of_rows_are_exact(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(67);
     static struct scene scene;
     for (uint32_t round = 0; round < rounds_of(200); round++) {
-        float scores[VIEWS_MAX * DCI_LANES], tops[VIEWS_MAX * DCI_LANES], anchors[VIEWS_MAX * DCI_LANES] = {0};
-        const uint32_t low = rng_below(&rng, 900), span = rng_below(&rng, 900);
+        float scores[VIEWS_MAX * DCI_LANES], tops[VIEWS_MAX * DCI_LANES], anchors[VIEWS_MAX * DCI_LANES];
+        int16_t signs[VIEWS_MAX * DCI_LANES];
         scene_init(&scene, 1 + rng_below(&rng, VIEWS_MAX), 16 * (1 + rng_below(&rng, 16)), &rng);
         for (uint32_t i = 0; i < DCI_LANES; i++) {
-            scene.rows->scales[i] = 1.0f;
+            scene.rows->scales[i] = dci_scale_narrow(1.0f);
         }
-        for (uint32_t v = 0; v < scene.views.count; v++) {
-            scene.steps[v] = 1.0f;
-            anchors[v * DCI_LANES] = (float)v;
+        for (uint32_t i = 0; i < VIEWS_MAX * DCI_LANES; i++) {
+            scene.steps[i / DCI_LANES] = 1.0f;
+            scene.table_steps[i / DCI_LANES] = 1.0f;
+            anchors[i] = (float)i;
         }
+        struct dci_lanes lanes;
+        lanes_init(&scene, signs, anchors, &lanes);
         for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
             for (uint32_t i = 0; i < VIEWS_MAX * DCI_LANES; i++) {
                 tops[i] = i % 2 == 0 ? DCI_HIDDEN : 1000.0f;
             }
-            dci_kernel_at(k)->tokens16(&scene.views, scene.rows, anchors, low, span, scores, tops);
+            dci_kernel_at(k)->signs16(&scene.views, scene.rows, signs);
+            dci_kernel_at(k)->score16(&scene.views, &lanes, scores, tops);
             for (uint32_t v = 0; v < scene.views.count; v++) {
                 for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-                    int64_t sum = 2 * (int64_t)v;
-                    for (uint32_t i = 0; i < scene.views.head_dim; i++) {
-                        sum += (int64_t)row_code(&scene, lane, i) * scene.codes[v * scene.views.head_dim + i];
+                    const uint32_t at = v * DCI_LANES + lane, dim = scene.views.head_dim;
+                    int64_t top = 0, low = 0;
+                    for (uint32_t i = 0; i < dim; i++) {
+                        top += (top_bit(&scene, lane, i) == 1 ? 1 : -1) * (int64_t)scene.table_codes[v * dim + i];
+                        low += (2 * (int64_t)low_bits(&scene, lane, i) - 15) * scene.codes[v * dim + i];
                     }
-                    const uint32_t position = scene.rows->positions[lane];
-                    const bool counts = lane != 7 && position >= low && position < low + span;
-                    const float score = scores[v * DCI_LANES + lane], before = lane % 2 == 0 ? DCI_HIDDEN : 1000.0f;
-                    assert_true(counts ? (int64_t)(2.0f * score) == sum : score == DCI_HIDDEN);
-                    assert_true(tops[v * DCI_LANES + lane] == (score > before ? score : before));
+                    assert_int_equal(signs[at], top);
+                    const int64_t sum = 16 * top + low + 2 * (int64_t)at;
+                    const float before = lane % 2 == 0 ? DCI_HIDDEN : 1000.0f;
+                    assert_true(lanes.live[lane] > 0.0f ? (int64_t)(2.0f * scores[at]) == sum
+                                                        : scores[at] == DCI_HIDDEN);
+                    assert_true(tops[at] == (scores[at] > before ? scores[at] : before));
                 }
             }
         }
     }
+}
+
+// Tables of any query: their codes are the nearest that fit.
+static void tables_meet_their_query(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(69);
+    static struct scene scene;
+    for (uint32_t round = 0; round < rounds_of(200); round++) {
+        const uint32_t dim = 16 * (1 + rng_below(&rng, 16));
+        float x[INDEX_HEAD_DIM_MAX];
+        int16_t signs[DCI_LANES];
+        const float size = powf(10.0f, (float)rng_below(&rng, 40) - 20.0f);
+        scene_init(&scene, 1, dim, &rng);
+        for (uint32_t i = 0; i < dim; i++) {
+            x[i] = round % 7 == 0 ? 0.0f : size * rng_normal(&rng);
+        }
+        const float step = dci_tables_make(x, dim, scene.tables, scene.table_zeros);
+        assert_true((step == 0.0f) == (round % 7 == 0));
+        dci_kernel_best()->signs16(&scene.views, scene.rows, signs);
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            double sum = 0.0;
+            for (uint32_t i = 0; i < dim; i++) {
+                sum += (top_bit(&scene, lane, i) == 1 ? 1.0 : -1.0) * (double)x[i];
+            }
+            assert_true(fabs(sum - (double)step * signs[lane]) <= 0.501 * (double)step * dim);
+        }
+        for (uint32_t i = 0; i < dim * 4; i++) {
+            assert_true(scene.tables[i] <= 127);
+        }
+    }
+}
+
+// What passes the sieve, and what the others add to the totals, against double precision.
+static void the_sieve_follows_its_formula(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(70);
+    static struct scene scene;
+    static struct vectors in;
+    static struct results out;
+    uint32_t passed = 0, stopped = 0;
+    for (uint32_t round = 0; round < rounds_of(200); round++) {
+        scene_init(&scene, 1 + rng_below(&rng, VIEWS_MAX), 16 * (1 + rng_below(&rng, 16)), &rng);
+        vectors_init(&in, &scene, 1.0f, &rng);
+        run_all(dci_kernel_best(), &scene, &in, &out);
+        assert_memory_equal(out.signs[0], out.signs[1], sizeof out.signs[0]);
+        for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+            double mass = 0.0;
+            const uint32_t position = scene.rows->positions[lane];
+            const bool counts = position >= in.sieve.low && position - in.sieve.low < in.sieve.span;
+            const bool passes = (out.passed >> lane & 1) != 0;
+            for (uint32_t v = 0; v < scene.views.count; v++) {
+                const double bits = (double)out.signs[0][v * DCI_LANES + lane] * (double)in.factors[v] *
+                                        (double)dci_scale_widen(scene.rows->scales[lane]) +
+                                    (double)in.offsets[v];
+                const double term = exp((bits - (double)DCI_ROUGH_OFFSET) / (double)DCI_ROUGH_SLOPE);
+                const double added = (double)out.sums[6][v * DCI_LANES + lane] - (double)in.start[v * DCI_LANES + lane];
+                const double expected = counts && !passes ? term * (double)in.weights[v] : 0.0;
+                assert_true(fabs(added - expected) <= 0.045 * expected + 1e-5);
+                mass += term;
+            }
+            assert_int_equal(out.passed >> (DCI_LANES + lane) & 1, counts);
+            assert_true(passes ? counts && mass > 0.95 * (double)in.sieve.bar
+                               : !counts || mass < 1.05 * (double)in.sieve.bar);
+            passed += passes ? 1 : 0;
+            stopped += counts && !passes ? 1 : 0;
+        }
+    }
+    assert_true(passed > 100 && stopped > 100);
 }
 
 static void distances_follow_their_formulas(void **state)
@@ -494,18 +647,21 @@ static void estimates_follow_their_formulas(void **state)
                 const double score = (double)out.scores[at];
                 const double weight = score > (double)DCI_HIDDEN ? exp(score - reference) : 0.0;
                 const double off = score > (double)DCI_HIDDEN ? score - (double)out.centers[v * DCI_LANES + 3] : 0.0;
+                // What the others promise is estimated to within 4 %.
+                const double close = 0.045 * all + 1e-6;
                 const double promise = fmax(start, lane == 7 ? start : center + mean);
                 assert_true(out.promised[at] == out.centers[at]);
                 assert_true(fabs((double)out.sums[0][at] - promise) <= 1e-5 * (1.0 + fabs(promise)));
-                assert_true(fabs((double)out.sums[2][at] - start - all) <= 1e-4 * (start + all) + 1e-6);
-                assert_true(fabs((double)out.promises[at] - all) <= 1e-4 * all + 1e-6);
-                assert_true(fabs((double)out.estimated[at] - all) <= 1e-4 * all + 1e-6);
+                assert_true(fabs((double)out.sums[2][at] - start - all) <= close + 1e-4 * start);
+                assert_true(fabs((double)out.promises[at] - all) <= close);
+                assert_true(fabs((double)out.estimated[at] - all) <= close);
                 const double waits = lane == 4 ? 0.0 : all;
-                assert_true(fabs((double)out.sums[3][at] - start - waits) <= 1e-4 * (start + waits) + 1e-6);
+                assert_true(fabs((double)out.sums[3][at] - start - waits) <= close + 1e-4 * start);
+                const double most = (double)block->rows[lane] * (double)in.weights[v];
+                const double limited = lane == 7 || lane == 4 ? 0.0 : fmin((double)out.promises[at], most);
+                assert_true(fabs((double)out.sums[7][at] - start - limited) <= 1e-4 * (start + limited) + 1e-6);
                 assert_true(fabs((double)out.sums[4][at] - start - 0.7 * off * off) <= 1e-3 * (start + off * off));
                 assert_true(fabs((double)out.weights[at] - weight) <= 1e-4 * weight + 1e-7);
-                const double rough = (double)out.sums[6][at] - start;
-                assert_true(fabs(rough - weight) <= 0.045 * weight + 1e-5 * start + 1e-30);
                 assert_true(fabs((double)out.sums[5][at] - start - 2 * weight) <= 1e-4 * (start + weight) + 1e-6);
                 merit += all / (1.0 + exp(above));
                 mass += all;
@@ -516,12 +672,11 @@ static void estimates_follow_their_formulas(void **state)
             // Not less than the logistic curve says, and the less the higher the mass that counts.
             assert_true(lane != 7 || out.merits[lane] == DCI_TAKEN);
             if (lane != 4 && lane != 7) { // run_all has changed the one, the other is not in use
-                assert_true((double)out.merits[lane] >= 0.95 * merit - 1e-3 * mass - 1e-6);
+                assert_true((double)out.merits[lane] >= 0.9 * merit - 1e-3 * mass - 1e-6);
                 assert_true(out.merits[lane] <= 1.0001f * lower[lane] && higher[lane] <= 1.0001f * out.merits[lane]);
             }
             assert_true(lane == 7 ? out.hopes[lane] < -1e38f : fabs((double)out.hopes[lane] - hope) <= 1e-4);
-            assert_true(out.dropped[0] && !out.dropped[1]);
-            assert_memory_equal(out.sums[6], out.sums[7], sizeof out.sums[6]);
+            assert_true(fabs((double)out.rough[lane] - weighed) <= 0.045 * weighed + 1e-30);
             assert_true(fabs((double)out.masses[0][lane] - weighed) <= 1e-4 * weighed + 1e-6);
             assert_true(fabs((double)out.masses[1][lane] - mixed) <= 1e-4 * mixed + 1e-9);
             assert_int_equal(out.above[0] >> lane & 1, out.hopes[lane] >= out.hopes[5]);
@@ -541,6 +696,8 @@ int main(void)
         cmocka_unit_test(exp_and_log_are_close),
         cmocka_unit_test(inner_products_of_anchors_are_exact),
         cmocka_unit_test(inner_products_of_rows_are_exact),
+        cmocka_unit_test(tables_meet_their_query),
+        cmocka_unit_test(the_sieve_follows_its_formula),
         cmocka_unit_test(distances_follow_their_formulas),
         cmocka_unit_test(promotion_orders_by_images),
         cmocka_unit_test(estimates_follow_their_formulas),

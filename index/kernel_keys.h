@@ -1,0 +1,228 @@
+// Arithmetic on keys that come into the tree: their rotation and their codes. Included by kernel_lanes.h once per
+// instruction set, with its macros. No include guard, on purpose.
+
+// The butterfly of stride h inside a vector: x[i] + x[i ^ h] where i has no bit h, else x[i ^ h] - x[i].
+#define BUTTERFLY(x, h, ...)                                                                                           \
+    do {                                                                                                               \
+        const NAME(floats) turned = __builtin_shufflevector(x, x, __VA_ARGS__);                                        \
+        NAME(ints) minus;                                                                                              \
+        for (int lane = 0; lane < KERNEL_WIDTH; lane++) {                                                              \
+            minus[lane] = (lane & (h)) != 0 ? INT32_MIN : 0;                                                           \
+        }                                                                                                              \
+        x = turned + (NAME(floats))((NAME(ints))x ^ minus);                                                            \
+    } while (0)
+
+LOCAL void NAME(butterflies)(NAME(floats) * in)
+{
+    NAME(floats) x = *in;
+#if KERNEL_WIDTH == 16
+    BUTTERFLY(x, 8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    BUTTERFLY(x, 4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    BUTTERFLY(x, 2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    BUTTERFLY(x, 1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif KERNEL_WIDTH == 8
+    BUTTERFLY(x, 4, 4, 5, 6, 7, 0, 1, 2, 3);
+    BUTTERFLY(x, 2, 2, 3, 0, 1, 6, 7, 4, 5);
+    BUTTERFLY(x, 1, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    BUTTERFLY(x, 2, 2, 3, 0, 1);
+    BUTTERFLY(x, 1, 1, 0, 3, 2);
+#endif
+    *in = x;
+}
+
+// Two levels of butterflies between vectors, of strides 2h and h.
+LOCAL void NAME(butterflies4)(NAME(floats) * v, uint32_t h)
+{
+    const NAME(floats) a = v[0] + v[2 * h], b = v[h] + v[3 * h], c = v[0] - v[2 * h], d = v[h] - v[3 * h];
+    v[0] = a + b;
+    v[h] = a - b;
+    v[2 * h] = c + d;
+    v[3 * h] = c - d;
+}
+
+// n is a constant where this is compiled in, so that all loops are unrolled and vectors stay in registers.
+LOCAL void NAME(hadamard_of)(float *x, uint32_t n, const float *signs)
+{
+    NAME(floats) v[INDEX_HEAD_DIM_MAX / KERNEL_WIDTH];
+    const uint32_t count = n / KERNEL_WIDTH;
+    // 1 / sqrt(n) for a power of two, to the last bit on every machine: the root is correctly rounded.
+    const float norm = 1.0f / sqrtf((float)n);
+#pragma GCC unroll 64
+    for (uint32_t i = 0; i < count; i++) {
+        NAME(floats) sign;
+        NAME(load_lanes)(x, i, &v[i]);
+        NAME(load_lanes)(signs, i, &sign);
+        v[i] *= sign;
+    }
+    uint32_t h = count / 2;
+#pragma GCC unroll 6
+    for (; h > 1; h /= 4) {
+#pragma GCC unroll 64
+        for (uint32_t i = 0; i < count / 4; i++) {
+            NAME(butterflies4)(v + i / (h / 2) * 2 * h + i % (h / 2), h / 2);
+        }
+    }
+#pragma GCC unroll 64
+    for (uint32_t i = 0; h == 1 && i < count; i += 2) {
+        const NAME(floats) a = v[i], b = v[i + 1];
+        v[i] = a + b;
+        v[i + 1] = a - b;
+    }
+#pragma GCC unroll 64
+    for (uint32_t i = 0; i < count; i++) {
+        NAME(butterflies)(&v[i]);
+        v[i] *= norm;
+        NAME(store_lanes)(x, i, &v[i]);
+    }
+}
+
+ENTRY void NAME(hadamard)(float *x, uint32_t n, const float *signs)
+{
+    switch (n) {
+    case 256:
+        NAME(hadamard_of)(x, 256, signs);
+        break;
+    case 128:
+        NAME(hadamard_of)(x, 128, signs);
+        break;
+    case 64:
+        NAME(hadamard_of)(x, 64, signs);
+        break;
+    case 32:
+        NAME(hadamard_of)(x, 32, signs);
+        break;
+    default:
+        NAME(hadamard_of)(x, 16, signs);
+    }
+}
+
+// Sixteen small integers in a byte each.
+LOCAL void NAME(narrow)(const NAME(ints) * wide, uint8_t *out)
+{
+#if KERNEL_WIDTH == 8
+    const __m256i words = _mm256_packs_epi32((__m256i)wide[0], (__m256i)wide[1]); // quarters 0 2 1 3
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    const __m128i bytes = _mm_packs_epi16(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
+    memcpy(out, &bytes, sizeof bytes);
+#else
+    for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+        const NAME(bytes) bytes = __builtin_convertvector(wide[part], NAME(bytes));
+        memcpy(out + part * KERNEL_WIDTH, &bytes, sizeof bytes);
+    }
+#endif
+}
+
+LOCAL float NAME(encode8_of)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
+{
+    const NAME(floats) zero = {0};
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    NAME(floats) largest[KERNEL_PARTS] = {{0}};
+    for (uint32_t i = 0; i < n / KERNEL_WIDTH; i++) {
+        NAME(floats) size, negative;
+        NAME(load_lanes)(x, i, &size);
+        negative = zero - size;
+        NAME(most)(&size, &negative, &size);
+        NAME(most)(&largest[i % KERNEL_PARTS], &size, &largest[i % KERNEL_PARTS]);
+    }
+    float lanes[DCI_LANES];
+    memcpy(lanes, largest, sizeof lanes);
+    const float most = NAME(max_lanes)(lanes);
+    *sum = 0;
+    if (most < CODE_LEAST) {
+        memset(codes, 0, n);
+        return 0.0f;
+    }
+    const float step = most / 127.0f, inverse = 127.0f / most;
+    NAME(ints) sums = {0};
+    for (uint32_t i = 0; i < n; i += DCI_LANES) {
+        NAME(ints) wide[KERNEL_PARTS];
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) code;
+            NAME(load_lanes)(x + i, part, &code);
+            code = (code * inverse + round) - round;
+            wide[part] = __builtin_convertvector(code, NAME(ints));
+            sums += wide[part];
+        }
+        NAME(narrow)(wide, (uint8_t *)codes + i);
+    }
+    for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
+        *sum += sums[i];
+    }
+    return step;
+}
+
+ENTRY float NAME(encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
+{
+    return n == 128  ? NAME(encode8_of)(x, 128, codes, sum)
+           : n == 64 ? NAME(encode8_of)(x, 64, codes, sum)
+                     : NAME(encode8_of)(x, n, codes, sum);
+}
+
+// Sixteen integers of 4 bits in 8 bytes: of each 8 the first 4 are low halves.
+LOCAL void NAME(narrow4)(const NAME(ints) * wide, uint8_t *out)
+{
+#if KERNEL_WIDTH == 8
+    __m128i words[2];
+    for (uint32_t part = 0; part < 2; part++) {
+        const __m128i low = _mm256_castsi256_si128((__m256i)wide[part]);
+        const __m128i high = _mm256_extracti128_si256((__m256i)wide[part], 1);
+        words[part] = _mm_or_si128(low, _mm_slli_epi32(high, 4));
+    }
+    const __m128i halves = _mm_packs_epi32(words[0], words[1]);
+    _mm_storel_epi64((__m128i *)(void *)out, _mm_packus_epi16(halves, halves));
+#else
+    uint8_t bytes[DCI_LANES];
+    uint32_t words[4];
+    NAME(narrow)(wide, bytes);
+    memcpy(words, bytes, sizeof words);
+    words[0] |= words[1] << 4;
+    words[1] = words[2] | words[3] << 4;
+    memcpy(out, words, 2 * sizeof words[0]);
+#endif
+}
+
+// Sixteen equal steps of the width that is best for normal coordinates; the scale is chosen so that inner products are
+// right on average (RaBitQ, arXiv 2405.12497, section 3.2).
+LOCAL float NAME(encode4_of)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
+{
+    const NAME(floats) zero = {0};
+    const NAME(floats) least = zero, most = zero + 15.0f;
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    const float norm2 = NAME(dot_lanes)(residual, residual, n);
+    *spread2 = 0.0f;
+    if (!(norm2 > CODE_NORM2_LEAST)) {
+        memset(code, 0x77, n / 2);
+        return 0.0f;
+    }
+    const float inverse = 1.0f / (CODE_STEP * sqrtf(norm2 / (float)n));
+    NAME(floats) products[KERNEL_PARTS] = {{0}}, squares[KERNEL_PARTS] = {{0}};
+    for (uint32_t i = 0; i < n; i += DCI_LANES) {
+        NAME(ints) wide[KERNEL_PARTS];
+        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+            NAME(floats) in, x;
+            NAME(load_lanes)(residual + i, part, &in);
+            x = in * inverse + 7.5f;
+            NAME(most)(&x, &least, &x);
+            NAME(least)(&x, &most, &x);
+            x = (x + round) - round;
+            wide[part] = __builtin_convertvector(x, NAME(ints));
+            x = x - 7.5f;
+            products[part] += x * in;
+            squares[part] += x * x;
+        }
+        NAME(narrow4)(wide, code + i / 2);
+    }
+    const float scale = norm2 / NAME(sum_lanes)(products);
+    *spread2 = scale * scale * NAME(sum_lanes)(squares);
+    return scale;
+}
+
+ENTRY float NAME(encode4)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
+{
+    return n == 128  ? NAME(encode4_of)(residual, 128, code, spread2)
+           : n == 64 ? NAME(encode4_of)(residual, 64, code, spread2)
+                     : NAME(encode4_of)(residual, n, code, spread2);
+}
+
+#undef BUTTERFLY

@@ -8,10 +8,6 @@
 
 #define STEP_ELEMENTS 4 // cost of an item that only touches numbers
 
-// A token whose cell is full goes to a cell with a free row that is at most 1.05 times as far (squared): it keeps pages
-// fuller and costs nothing that could be measured.
-#define SPILL_DISTANCE2 1.1025f
-
 // A cell of fewer tokens than this share of its room is dissolved when it is mended.
 #define DISSOLVE_SHARE 8u
 

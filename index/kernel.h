@@ -51,9 +51,10 @@ struct dci_rows {
     uint8_t codes[]; // [head_dim / 8][lane][4]
 };
 
-// A key in search of its cell.
+// A key in search of its cell. With codes of 6 bits, four products with 8-bit codes fit in 16 bits.
+#define DCI_PROBE_MOST 31
 struct dci_probe {
-    const int8_t *codes; // of the key less the base
+    const int8_t *codes; // of the key less the base, -DCI_PROBE_MOST .. DCI_PROBE_MOST
     int32_t sum;         // of the codes
     float step, norm2;
     float norm2_max; // c^2 of T_K; 0: plain distances
@@ -72,6 +73,8 @@ struct dci_kernel {
     // Codes of n elements: nearest integers to x / step, -127 .. 127. Returns the step; 0, and codes 0, where all
     // elements are next to 0. *sum gets the sum of the codes.
     float (*encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum);
+    // The same with codes -DCI_PROBE_MOST .. DCI_PROBE_MOST.
+    float (*encode6)(const float *x, uint32_t n, int8_t *codes, int32_t *sum);
     // 4-bit code of a residual: writes n / 2 bytes in groups of 4 as in dci_rows, returns the scale (score of the code
     // = scale * sum of code halves * q). *spread2 gets the squared norm of what the code stands for.
     float (*encode4)(const float *residual, uint32_t n, uint8_t *code, float *spread2);

@@ -113,7 +113,8 @@ LOCAL void NAME(narrow)(const NAME(ints) * wide, uint8_t *out)
 #endif
 }
 
-LOCAL float NAME(encode8_of)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
+// The largest code is `limit`.
+LOCAL float NAME(encode8_of)(const float *x, uint32_t n, int32_t limit, int8_t *codes, int32_t *sum)
 {
     const NAME(floats) zero = {0};
     const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
@@ -133,7 +134,7 @@ LOCAL float NAME(encode8_of)(const float *x, uint32_t n, int8_t *codes, int32_t 
         memset(codes, 0, n);
         return 0.0f;
     }
-    const float step = most / 127.0f, inverse = 127.0f / most;
+    const float step = most / (float)limit, inverse = (float)limit / most;
     NAME(ints) sums = {0};
     for (uint32_t i = 0; i < n; i += DCI_LANES) {
         NAME(ints) wide[KERNEL_PARTS];
@@ -154,9 +155,16 @@ LOCAL float NAME(encode8_of)(const float *x, uint32_t n, int8_t *codes, int32_t 
 
 ENTRY float NAME(encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
 {
-    return n == 128  ? NAME(encode8_of)(x, 128, codes, sum)
-           : n == 64 ? NAME(encode8_of)(x, 64, codes, sum)
-                     : NAME(encode8_of)(x, n, codes, sum);
+    return n == 128  ? NAME(encode8_of)(x, 128, 127, codes, sum)
+           : n == 64 ? NAME(encode8_of)(x, 64, 127, codes, sum)
+                     : NAME(encode8_of)(x, n, 127, codes, sum);
+}
+
+ENTRY float NAME(encode6)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
+{
+    return n == 128  ? NAME(encode8_of)(x, 128, DCI_PROBE_MOST, codes, sum)
+           : n == 64 ? NAME(encode8_of)(x, 64, DCI_PROBE_MOST, codes, sum)
+                     : NAME(encode8_of)(x, n, DCI_PROBE_MOST, codes, sum);
 }
 
 // Sixteen integers of 4 bits in 8 bytes: of each 8 the first 4 are low halves.
@@ -223,6 +231,64 @@ ENTRY float NAME(encode4)(const float *residual, uint32_t n, uint8_t *code, floa
     return n == 128  ? NAME(encode4_of)(residual, 128, code, spread2)
            : n == 64 ? NAME(encode4_of)(residual, 64, code, spread2)
                      : NAME(encode4_of)(residual, n, code, spread2);
+}
+
+// Inner products of 16 8-bit codes with a probe.
+LOCAL void NAME(dots_probe)(const uint8_t *codes, const int8_t *probe, uint32_t n, int32_t *dots)
+{
+#if KERNEL_DOTS == DOTS_AVX2
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (uint32_t i = 0; i < n; i += 8) {
+        int32_t words[2];
+        memcpy(words, probe + i, sizeof words);
+        const __m256i a = _mm256_set1_epi32(words[0]), b = _mm256_set1_epi32(words[1]);
+        const __m256i *at = (const __m256i *)(const void *)(codes + (size_t)i * DCI_LANES);
+        // Four products of at most 255 * DCI_PROBE_MOST fit in 16 bits.
+        const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_loadu_si256(at), a),
+                                             _mm256_maddubs_epi16(_mm256_loadu_si256(at + 2), b));
+        const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_loadu_si256(at + 1), a),
+                                              _mm256_maddubs_epi16(_mm256_loadu_si256(at + 3), b));
+        sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(low, ones));
+        sum[1] = _mm256_add_epi32(sum[1], _mm256_madd_epi16(high, ones));
+    }
+    memcpy(dots, sum, DCI_LANES * sizeof dots[0]);
+#else
+    NAME(dots)(codes, probe, n, 1, dots);
+#endif
+}
+
+ENTRY void NAME(near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances)
+{
+    const NAME(floats) zero = {0};
+    const NAME(floats) unused = zero + FLT_MAX;
+    int32_t dots[DCI_LANES];
+    NAME(dots_probe)(block->codes, probe->codes, n, dots);
+    for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+        NAME(ints) dot;
+        NAME(floats) step, norm2, rows, out;
+        memcpy(&dot, dots + part * KERNEL_WIDTH, sizeof dot);
+        NAME(load_lanes)(block->step, part, &step);
+        NAME(load_lanes)(block->norm2, part, &norm2);
+        NAME(load_lanes)(block->rows, part, &rows);
+        const NAME(floats) product =
+            __builtin_convertvector(dot - DCI_CODE_ZERO * probe->sum, NAME(floats)) * (step * probe->step);
+        if (probe->norm2_max > 0.0f) {
+            float slack[KERNEL_WIDTH];
+            const float own = probe->norm2 < probe->norm2_max ? sqrtf(probe->norm2_max - probe->norm2) : 0.0f;
+            for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
+                slack[i] = norm2[i] < probe->norm2_max ? sqrtf(probe->norm2_max - norm2[i]) * own : 0.0f;
+            }
+            NAME(floats) slacks;
+            memcpy(&slacks, slack, sizeof slacks);
+            out = probe->norm2_max - (product + slacks);
+        } else {
+            out = (norm2 + probe->norm2) - 2.0f * product;
+        }
+        const NAME(ints) used = rows > zero;
+        NAME(choose)(&used, &out, &unused, &out);
+        NAME(store_lanes)(distances, part, &out);
+    }
 }
 
 #undef BUTTERFLY

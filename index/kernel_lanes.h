@@ -237,39 +237,6 @@ LOCAL void NAME(store_lanes)(float *to, uint32_t part, const NAME(floats) * in)
     memcpy(to + part * KERNEL_WIDTH, in, sizeof *in);
 }
 
-ENTRY void NAME(near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances)
-{
-    const NAME(floats) zero = {0};
-    const NAME(floats) unused = zero + FLT_MAX;
-    int32_t dots[DCI_LANES];
-    NAME(dots)(block->codes, probe->codes, n, 1, dots);
-    for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-        NAME(ints) dot;
-        NAME(floats) step, norm2, rows, out;
-        memcpy(&dot, dots + part * KERNEL_WIDTH, sizeof dot);
-        NAME(load_lanes)(block->step, part, &step);
-        NAME(load_lanes)(block->norm2, part, &norm2);
-        NAME(load_lanes)(block->rows, part, &rows);
-        const NAME(floats) product =
-            __builtin_convertvector(dot - DCI_CODE_ZERO * probe->sum, NAME(floats)) * (step * probe->step);
-        if (probe->norm2_max > 0.0f) {
-            float slack[KERNEL_WIDTH];
-            const float own = probe->norm2 < probe->norm2_max ? sqrtf(probe->norm2_max - probe->norm2) : 0.0f;
-            for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
-                slack[i] = norm2[i] < probe->norm2_max ? sqrtf(probe->norm2_max - norm2[i]) * own : 0.0f;
-            }
-            NAME(floats) slacks;
-            memcpy(&slacks, slack, sizeof slacks);
-            out = probe->norm2_max - (product + slacks);
-        } else {
-            out = (norm2 + probe->norm2) - 2.0f * product;
-        }
-        const NAME(ints) used = rows > zero;
-        NAME(choose)(&used, &out, &unused, &out);
-        NAME(store_lanes)(distances, part, &out);
-    }
-}
-
 ENTRY void NAME(centers16)(const struct dci_views *views, const struct dci_block *block, float *centers)
 {
     const NAME(floats) zero = {0};
@@ -376,6 +343,7 @@ static const struct dci_kernel NAME(kernel) = {
     .above16 = NAME(above16),
     .below16 = NAME(below16),
     .encode8 = NAME(encode8),
+    .encode6 = NAME(encode6),
     .promise16 = NAME(promise16),
     .spread16 = NAME(spread16),
     .exp16 = NAME(exp16),

@@ -132,9 +132,9 @@ static void bf16_and_fp32_are_exact(void **state)
 struct results {
     float dot, distance, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
     uint8_t code[INDEX_HEAD_DIM_MAX / 2];
-    float step;
-    int8_t code8[INDEX_HEAD_DIM_MAX];
-    int32_t code_sum;
+    float step[2];
+    int8_t code8[2][INDEX_HEAD_DIM_MAX];
+    int32_t code_sum[2];
     float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], masses[3][DCI_LANES];
     float centers[VIEWS_MAX * DCI_LANES], promised[VIEWS_MAX * DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
     float scores[VIEWS_MAX * DCI_LANES], weights[VIEWS_MAX * DCI_LANES], estimated[VIEWS_MAX * DCI_LANES];
@@ -173,7 +173,8 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     memcpy(out->rotated, in->a, n * sizeof in->a[0]);
     kernel->hadamard(out->rotated, power_below(n), in->signs);
     out->encoded = kernel->encode4(in->a, n, out->code, &out->spread2);
-    out->step = kernel->encode8(in->b, n, out->code8, &out->code_sum);
+    out->step[0] = kernel->encode8(in->b, n, out->code8[0], &out->code_sum[0]);
+    out->step[1] = kernel->encode6(in->b, n, out->code8[1], &out->code_sum[1]);
     for (uint32_t i = 0; i < 2; i++) {
         kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
     }
@@ -212,8 +213,10 @@ static void vectors_init(struct vectors *in, const struct scene *scene, float si
         in->start[i] = rng_below(rng, 8) == 0 ? 0.0f : (float)rng_below(rng, 1000) / 100.0f;
     }
     in->probes[0] = (struct dci_probe){.codes = in->probe_codes, .step = 0.02f, .norm2 = 1000.0f};
+    const uint32_t kind = rng_below(rng, 4); // at their limits, or random
     for (uint32_t i = 0; i < scene->views.head_dim; i++) {
-        in->probe_codes[i] = (int8_t)((int32_t)rng_below(rng, 255) - 127);
+        const int32_t random = (int32_t)rng_below(rng, 2 * DCI_PROBE_MOST + 1) - DCI_PROBE_MOST;
+        in->probe_codes[i] = (int8_t)(kind == 0 ? DCI_PROBE_MOST : kind == 1 ? -DCI_PROBE_MOST : random);
         in->probes[0].sum += in->probe_codes[i];
     }
     in->probes[1] = in->probes[0];
@@ -419,7 +422,7 @@ static void promotion_orders_by_images(void **state)
         float distances[DCI_LANES];
         scene_init(&scene, 1, dim, &rng);
         for (uint32_t j = 0; j < dim; j++) {
-            codes[j] = (int8_t)((int32_t)rng_below(&rng, 255) - 127);
+            codes[j] = (int8_t)((int32_t)rng_below(&rng, 2 * DCI_PROBE_MOST + 1) - DCI_PROBE_MOST);
             probe.sum += codes[j];
             probe.norm2 += 0.25f * (float)codes[j] * (float)codes[j];
         }

@@ -208,18 +208,8 @@ static void load_source(struct index *index, struct dci_work *work)
 static void route_item(struct index *index, struct dci_work *work)
 {
     struct batch *batch = index->batch;
-    struct dci_route route;
-    const uint32_t item = batch->cursor++;
-    dci_route(index, dci_item_key(index, item), batch->dissolves ? batch->source : TREE_NONE, &route, work);
-    uint32_t cell = route.nearest.node;
-    if (cell != TREE_NONE && route.roomy.node != TREE_NONE && route.roomy.node != cell) {
-        const struct node *nearest = dci_node(index, cell);
-        const bool is_full = nearest->count == nearest->part_count * index->page_tokens;
-        if (is_full && route.roomy.distance <= SPILL_DISTANCE2 * route.nearest.distance) {
-            cell = route.roomy.node;
-        }
-    }
-    batch->cells[item] = cell;
+    const uint32_t item = batch->cursor++, avoid = batch->dissolves ? batch->source : TREE_NONE;
+    batch->cells[item] = dci_route(index, dci_item_key(index, item), avoid, work);
     batch->order[item] = item;
 }
 

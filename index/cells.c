@@ -24,16 +24,6 @@ static bool page_create(struct index *index, uint32_t *page)
     return true;
 }
 
-static float code_residual(const struct index *index, const float *key, const float *anchor, uint8_t *code,
-                           float *spread2)
-{
-    float residual[INDEX_HEAD_DIM_MAX];
-    for (uint32_t i = 0; i < index->head_dim; i++) {
-        residual[i] = key[i] - anchor[i];
-    }
-    return index->kernel->encode4(residual, index->head_dim, code, spread2);
-}
-
 // ---- joining ----
 
 // The next free row of a cell from (part, row) on. False when all of its pages are full.
@@ -92,8 +82,8 @@ static bool join(struct index *index, struct hit *hit)
     for (uint32_t i = 0; i < hit->count; i++) {
         const uint32_t item = batch->order[hit->first + i];
         struct spot *spot = &batch->spots[item];
-        spot->scale = code_residual(index, dci_item_key(index, item), anchor,
-                                    batch->codes + (size_t)item * index->head_dim / 2, &spot->spread2);
+        uint8_t *code = batch->codes + (size_t)item * index->head_dim / 2;
+        spot->scale = index->kernel->encode4(dci_item_key(index, item), anchor, index->head_dim, code, &spot->spread2);
         add_move(index, batch->positions[item], spot->page, spot->row);
     }
     return true;
@@ -154,7 +144,7 @@ static bool page_fill(struct index *index, struct draft *draft, const float *anc
         const uint32_t member = batch->member_order[begin + row], lane = row % DCI_LANES;
         uint8_t code[INDEX_HEAD_DIM_MAX / 2];
         float spread2;
-        const float scale = code_residual(index, batch->vectors[member], anchor, code, &spread2);
+        const float scale = index->kernel->encode4(batch->vectors[member], anchor, index->head_dim, code, &spread2);
         dci_row_write(index, dci_rows_of(index, node, part, row), lane, batch->member_positions[member], code, scale);
         node->spread2 += spread2;
         const float far = sqrtf(spread2) * index->inverse_root_dim;

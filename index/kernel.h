@@ -73,15 +73,18 @@ struct dci_kernel {
     // Codes of n elements: nearest integers to x / step, -127 .. 127. Returns the step; 0, and codes 0, where all
     // elements are next to 0. *sum gets the sum of the codes.
     float (*encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum);
-    // The same with codes -DCI_PROBE_MOST .. DCI_PROBE_MOST.
-    float (*encode6)(const float *x, uint32_t n, int8_t *codes, int32_t *sum);
-    // 4-bit code of a residual: writes n / 2 bytes in groups of 4 as in dci_rows, returns the scale (score of the code
-    // = scale * sum of code halves * q). *spread2 gets the squared norm of what the code stands for.
-    float (*encode4)(const float *residual, uint32_t n, uint8_t *code, float *spread2);
+    // out[i] = base[i] + step * codes[i].
+    void (*decode8)(const int8_t *codes, float step, const float *base, uint32_t n, float *out);
+    // A key less the base as a probe, but for norm2_max; its codes are put in `codes` (borrowed by the probe).
+    void (*probe)(const float *key, const float *base, uint32_t n, int8_t *codes, struct dci_probe *probe);
+    // 4-bit code of a key less its cell's anchor: writes n / 2 bytes in groups of 4 as in dci_rows, returns the scale
+    // (score of the code = scale * sum of code halves * q). *spread2 gets the squared norm of what the code stands for.
+    float (*encode4)(const float *key, const float *anchor, uint32_t n, uint8_t *code, float *spread2);
     float (*exp_one)(float x);
 
     // Distances of a probe to 16 entries: squared, or of their images under T_K. FLT_MAX where a lane is not in use.
-    void (*near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances);
+    // Returns the nearest lane, the first one of equal ones.
+    uint32_t (*near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances);
     // centers[view][16] = score of the anchor; DCI_HIDDEN where a lane is not in use.
     void (*centers16)(const struct dci_views *views, const struct dci_block *block, float *centers);
     // scores[view][16] of rows of a cell whose anchor scores anchors[view * DCI_LANES]; DCI_HIDDEN unless

@@ -113,6 +113,17 @@ LOCAL void NAME(narrow)(const NAME(ints) * wide, uint8_t *out)
 #endif
 }
 
+LOCAL void NAME(subtract)(const float *a, const float *b, uint32_t n, float *out)
+{
+    for (uint32_t i = 0; i < n / KERNEL_WIDTH; i++) {
+        NAME(floats) x, y;
+        NAME(load_lanes)(a, i, &x);
+        NAME(load_lanes)(b, i, &y);
+        x = x - y;
+        NAME(store_lanes)(out, i, &x);
+    }
+}
+
 // The largest code is `limit`.
 LOCAL float NAME(encode8_of)(const float *x, uint32_t n, int32_t limit, int8_t *codes, int32_t *sum)
 {
@@ -160,11 +171,36 @@ ENTRY float NAME(encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *su
                      : NAME(encode8_of)(x, n, 127, codes, sum);
 }
 
-ENTRY float NAME(encode6)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
+LOCAL void NAME(probe_of)(const float *key, const float *base, uint32_t n, int8_t *codes, struct dci_probe *probe)
 {
-    return n == 128  ? NAME(encode8_of)(x, 128, DCI_PROBE_MOST, codes, sum)
-           : n == 64 ? NAME(encode8_of)(x, 64, DCI_PROBE_MOST, codes, sum)
-                     : NAME(encode8_of)(x, n, DCI_PROBE_MOST, codes, sum);
+    float off[INDEX_HEAD_DIM_MAX];
+    NAME(subtract)(key, base, n, off);
+    probe->codes = codes;
+    probe->norm2 = NAME(dot_lanes)(off, off, n);
+    probe->step = NAME(encode8_of)(off, n, DCI_PROBE_MOST, codes, &probe->sum);
+}
+
+ENTRY void NAME(probe)(const float *key, const float *base, uint32_t n, int8_t *codes, struct dci_probe *probe)
+{
+    if (n == 128) {
+        NAME(probe_of)(key, base, 128, codes, probe);
+    } else if (n == 64) {
+        NAME(probe_of)(key, base, 64, codes, probe);
+    } else {
+        NAME(probe_of)(key, base, n, codes, probe);
+    }
+}
+
+ENTRY void NAME(decode8)(const int8_t *codes, float step, const float *base, uint32_t n, float *out)
+{
+    for (uint32_t i = 0; i < n / KERNEL_WIDTH; i++) {
+        NAME(codes8) narrow;
+        NAME(floats) x;
+        memcpy(&narrow, codes + i * KERNEL_WIDTH, sizeof narrow);
+        NAME(load_lanes)(base, i, &x);
+        x = x + step * __builtin_convertvector(narrow, NAME(floats));
+        NAME(store_lanes)(out, i, &x);
+    }
 }
 
 // Sixteen integers of 4 bits in 8 bytes: of each 8 the first 4 are low halves.
@@ -192,8 +228,10 @@ LOCAL void NAME(narrow4)(const NAME(ints) * wide, uint8_t *out)
 
 // Sixteen equal steps of the width that is best for normal coordinates; the scale is chosen so that inner products are
 // right on average (RaBitQ, arXiv 2405.12497, section 3.2).
-LOCAL float NAME(encode4_of)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
+LOCAL float NAME(encode4_of)(const float *key, const float *anchor, uint32_t n, uint8_t *code, float *spread2)
 {
+    float residual[INDEX_HEAD_DIM_MAX];
+    NAME(subtract)(key, anchor, n, residual);
     const NAME(floats) zero = {0};
     const NAME(floats) least = zero, most = zero + 15.0f;
     const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
@@ -226,11 +264,11 @@ LOCAL float NAME(encode4_of)(const float *residual, uint32_t n, uint8_t *code, f
     return scale;
 }
 
-ENTRY float NAME(encode4)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
+ENTRY float NAME(encode4)(const float *key, const float *anchor, uint32_t n, uint8_t *code, float *spread2)
 {
-    return n == 128  ? NAME(encode4_of)(residual, 128, code, spread2)
-           : n == 64 ? NAME(encode4_of)(residual, 64, code, spread2)
-                     : NAME(encode4_of)(residual, n, code, spread2);
+    return n == 128  ? NAME(encode4_of)(key, anchor, 128, code, spread2)
+           : n == 64 ? NAME(encode4_of)(key, anchor, 64, code, spread2)
+                     : NAME(encode4_of)(key, anchor, n, code, spread2);
 }
 
 // Inner products of 16 8-bit codes with a probe.
@@ -258,7 +296,32 @@ LOCAL void NAME(dots_probe)(const uint8_t *codes, const int8_t *probe, uint32_t 
 #endif
 }
 
-ENTRY void NAME(near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances)
+// The first of the lanes with the least number; 0 where none is a number.
+LOCAL uint32_t NAME(first_least)(const float *x)
+{
+#if KERNEL_WIDTH == 16
+    const __m512 all = _mm512_loadu_ps(x);
+    const uint32_t lanes = _mm512_cmp_ps_mask(all, _mm512_set1_ps(_mm512_reduce_min_ps(all)), _CMP_EQ_OQ);
+#elif KERNEL_WIDTH == 8
+    const __m256 low = _mm256_loadu_ps(x), high = _mm256_loadu_ps(x + 8), eight = _mm256_min_ps(low, high);
+    __m256 least = _mm256_min_ps(eight, _mm256_permute2f128_ps(eight, eight, 1));
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4e));
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xb1));
+    const int below8 = _mm256_movemask_ps(_mm256_cmp_ps(low, least, _CMP_EQ_OQ));
+    const uint32_t lanes = (uint32_t)(below8 | _mm256_movemask_ps(_mm256_cmp_ps(high, least, _CMP_EQ_OQ)) << 8);
+#else
+    uint32_t lanes = 0;
+    for (uint32_t i = 0, first = 0; i < DCI_LANES; i++) {
+        if (x[i] < x[first]) {
+            first = i;
+        }
+        lanes = 1u << first;
+    }
+#endif
+    return lanes == 0 ? 0 : (uint32_t)__builtin_ctz(lanes);
+}
+
+ENTRY uint32_t NAME(near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances)
 {
     const NAME(floats) zero = {0};
     const NAME(floats) unused = zero + FLT_MAX;
@@ -289,6 +352,7 @@ ENTRY void NAME(near16)(const struct dci_probe *probe, const struct dci_block *b
         NAME(choose)(&used, &out, &unused, &out);
         NAME(store_lanes)(distances, part, &out);
     }
+    return NAME(first_least)(distances);
 }
 
 #undef BUTTERFLY

@@ -13,6 +13,7 @@ typedef float NAME(floats) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint32_t NAME(words) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint8_t NAME(bytes) __attribute__((vector_size(KERNEL_WIDTH)));
+typedef int8_t NAME(codes8) __attribute__((vector_size(KERNEL_WIDTH)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * KERNEL_WIDTH)));
 typedef float NAME(eight) __attribute__((vector_size(32)));
 typedef float NAME(four) __attribute__((vector_size(16)));
@@ -343,7 +344,8 @@ static const struct dci_kernel NAME(kernel) = {
     .above16 = NAME(above16),
     .below16 = NAME(below16),
     .encode8 = NAME(encode8),
-    .encode6 = NAME(encode6),
+    .decode8 = NAME(decode8),
+    .probe = NAME(probe),
     .promise16 = NAME(promise16),
     .spread16 = NAME(spread16),
     .exp16 = NAME(exp16),

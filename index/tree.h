@@ -192,20 +192,9 @@ void dci_node_remove(struct index *index, uint32_t node); // takes a node withou
 void dci_root_create(struct index *index, const struct entry *entry);
 
 // ---- route.c ----
-// A token whose cell is full goes to a cell with a free row that is at most 1.05 times as far (squared): it keeps pages
-// fuller and costs nothing that could be measured.
-#define SPILL_DISTANCE2 1.1025f
-struct dci_near {
-    float distance;
-    uint32_t node;
-};
-// The nearest cell, and the nearest with a free row where that is at most SPILL_DISTANCE2 as far; TREE_NONE: none.
-struct dci_route {
-    struct dci_near nearest, roomy;
-};
-// key: rotated. avoid: a cell that does not count, or TREE_NONE.
-void dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_route *route,
-               struct dci_work *work);
+// The cell for a key (rotated): the nearest one, or one that is nearly as near and has a free row. avoid: a cell that
+// does not count, or TREE_NONE. TREE_NONE where there is no cell.
+uint32_t dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_work *work);
 
 // ---- divide.c ----
 // Divides n vectors in two, none with less than n / 3 of them; permutes `order`. Returns the first

@@ -132,9 +132,11 @@ static void bf16_and_fp32_are_exact(void **state)
 struct results {
     float dot, distance, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
     uint8_t code[INDEX_HEAD_DIM_MAX / 2];
-    float step[2];
+    float step, decoded[INDEX_HEAD_DIM_MAX];
     int8_t code8[2][INDEX_HEAD_DIM_MAX];
-    int32_t code_sum[2];
+    int32_t code_sum;
+    struct dci_probe probe;
+    uint32_t nearest[2];
     float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], masses[3][DCI_LANES];
     float centers[VIEWS_MAX * DCI_LANES], promised[VIEWS_MAX * DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
     float scores[VIEWS_MAX * DCI_LANES], weights[VIEWS_MAX * DCI_LANES], estimated[VIEWS_MAX * DCI_LANES];
@@ -172,11 +174,13 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     kernel->add(out->added, in->b, n);
     memcpy(out->rotated, in->a, n * sizeof in->a[0]);
     kernel->hadamard(out->rotated, power_below(n), in->signs);
-    out->encoded = kernel->encode4(in->a, n, out->code, &out->spread2);
-    out->step[0] = kernel->encode8(in->b, n, out->code8[0], &out->code_sum[0]);
-    out->step[1] = kernel->encode6(in->b, n, out->code8[1], &out->code_sum[1]);
+    out->encoded = kernel->encode4(in->a, in->b, n, out->code, &out->spread2);
+    out->step = kernel->encode8(in->b, n, out->code8[0], &out->code_sum);
+    kernel->decode8(out->code8[0], out->step, in->a, n, out->decoded);
+    kernel->probe(in->a, in->b, n, out->code8[1], &out->probe);
+    out->probe.codes = NULL;
     for (uint32_t i = 0; i < 2; i++) {
-        kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
+        out->nearest[i] = kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
     }
     kernel->centers16(&scene->views, scene->block, out->centers);
     for (uint32_t i = 0; i < SUMS; i++) {
@@ -385,7 +389,7 @@ static void distances_follow_their_formulas(void **state)
         for (uint32_t i = 0; i < 2; i++) {
             float distances[DCI_LANES];
             const struct dci_probe *probe = &in.probes[i];
-            dci_kernel_best()->near16(probe, scene.block, dim, distances);
+            const uint32_t nearest = dci_kernel_best()->near16(probe, scene.block, dim, distances);
             for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
                 int64_t dot = 0;
                 for (uint32_t j = 0; j < dim; j++) {
@@ -396,6 +400,8 @@ static void distances_follow_their_formulas(void **state)
                              c2 = (double)probe->norm2_max;
                 const double slack = a2 < c2 && b2 < c2 ? sqrt(c2 - a2) * sqrt(c2 - b2) : 0.0;
                 const double expected = i == 0 ? a2 + b2 - 2.0 * product : c2 - product - slack;
+                assert_true(lane < nearest ? distances[nearest] < distances[lane]
+                                           : distances[nearest] <= distances[lane]);
                 if (lane == 7) {
                     assert_true(distances[lane] == FLT_MAX);
                 } else {
@@ -448,7 +454,7 @@ static void promotion_orders_by_images(void **state)
             }
             images[lane] = off2 + pow(sqrt(1.0 - a2) - sqrt(1.0 - b2), 2);
         }
-        dci_kernel_best()->near16(&probe, scene.block, dim, distances);
+        (void)dci_kernel_best()->near16(&probe, scene.block, dim, distances);
         for (uint32_t a = 0; a < DCI_LANES; a++) {
             for (uint32_t b = 0; b < DCI_LANES; b++) {
                 if (a != 7 && b != 7 && images[a] < images[b] - 1e-5) {

@@ -107,8 +107,7 @@ static uint32_t gather(struct index *index, const struct hit *hit)
                     continue;
                 }
                 float *key = batch->members + (size_t)n * dim;
-                index->kernel->widen(index->dtype, first + row * batch->rows_stride, dim, key);
-                dci_rotate(index, key);
+                dci_key_load(index, first + row * batch->rows_stride, key);
                 batch->vectors[n] = key;
                 batch->member_positions[n++] = position;
             }

@@ -70,8 +70,7 @@ struct index {
     float signs[2][INDEX_HEAD_DIM_MAX]; // of the rotation
 
     // Changes with appends.
-    struct dci_store keys;   // rows of head and tail, by position
-    struct dci_store tail;   // the same in 8 bits: blocks of 16 neighbours, without base
+    struct dci_store tail;   // keys of head and tail in 8 bits: blocks of 16 neighbours, without base
     struct dci_store places; // of all tokens: page << row_shift | row, TREE_NONE when erased
     uint32_t length;         // committed
     uint32_t prepared;       // tokens behind length that an append has prepared
@@ -112,9 +111,12 @@ static inline void dci_work_spend(struct dci_work *work, const struct index *ind
 
 // ---- keys.c ----
 void dci_rotation_init(struct index *index);
-void dci_rotate(const struct index *index, float *x);                         // in place
-void dci_key_widen(const struct index *index, uint32_t position, float *out); // of head and tail, not rotated
-uint64_t dci_mix(uint64_t x);                                                 // splitmix64's finaliser
+void dci_rotate(const struct index *index, float *x); // in place
+// The squared norm of a row's key, which goes to `out` as it is; also a NaN or what is too large.
+float dci_key_widen(const struct index *index, const void *row, float *out);
+// The key of a row that the owner lends, rotated. A row that appending would have refused counts as 0.
+void dci_key_load(const struct index *index, const void *row, float *out);
+uint64_t dci_mix(uint64_t x); // splitmix64's finaliser
 
 // ---- pages.c ----
 static inline struct page *dci_page(const struct index *index, uint32_t page)

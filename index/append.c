@@ -2,7 +2,8 @@
 //
 // A tail token at position p lies in the open page of its block p / page_tokens, in row p % page_tokens; batches end at
 // whole blocks, so an open page is released whole. Prepared tokens lie behind `length`, where nothing looks for them.
-// The key rows are copied first and the copy is what gets checked, so that a source changing meanwhile does no harm.
+// A key row is copied first and the copy is what gets checked and coded, so that a source changing meanwhile does no
+// harm.
 // Thread ownership: the index's.
 #include "index/tree.h"
 
@@ -30,21 +31,19 @@ static void code_key(struct index *index, uint32_t position, float *key)
     dci_block_write(index, block, position % DCI_LANES, &entry);
 }
 
-// Copies the rows and checks the copies. False when a key is refused.
-static bool copy_keys(struct index *index, const unsigned char *keys, size_t stride_bytes, uint32_t n, float *norm2_max)
+// Checks and codes the keys. False when one is refused.
+static bool code_keys(struct index *index, const unsigned char *keys, size_t stride_bytes, uint32_t n, float *norm2_max)
 {
-    float key[INDEX_HEAD_DIM_MAX];
+    float key[INDEX_HEAD_DIM_MAX], row[INDEX_HEAD_DIM_MAX];
     *norm2_max = 0.0f;
     for (uint32_t i = 0; i < n; i++) {
-        const uint32_t position = index->length + i;
-        memcpy(dci_store_at(&index->keys, position), keys + i * stride_bytes, index->row_bytes);
-        dci_key_widen(index, position, key);
-        const float norm2 = index->kernel->dot(key, key, index->head_dim);
+        memcpy(row, keys + i * stride_bytes, index->row_bytes);
+        const float norm2 = dci_key_widen(index, row, key);
         if (!(norm2 <= TREE_NORM2_MAX)) { // also when it is NaN
             return false;
         }
         *norm2_max = norm2 > *norm2_max ? norm2 : *norm2_max;
-        code_key(index, position, key);
+        code_key(index, index->length + i, key);
     }
     return true;
 }
@@ -103,12 +102,11 @@ enum index_status index_append_prepare(struct index *index, const void *keys, si
     }
     enum index_status status = INDEX_NO_MEMORY;
     const uint64_t end = (uint64_t)index->length + n;
-    if (!dci_store_reserve(&index->keys, &index->memory, end) ||
-        !dci_store_reserve(&index->places, &index->memory, end) ||
+    if (!dci_store_reserve(&index->places, &index->memory, end) ||
         !dci_store_reserve(&index->tail, &index->memory, (end + DCI_LANES - 1) / DCI_LANES)) {
         goto refused;
     }
-    if (!copy_keys(index, keys, stride_bytes, n, &index->prepared_norm2_max)) {
+    if (!code_keys(index, keys, stride_bytes, n, &index->prepared_norm2_max)) {
         status = INDEX_NOT_FINITE;
         goto refused;
     }

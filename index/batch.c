@@ -8,10 +8,6 @@
 
 #define STEP_ELEMENTS 4 // cost of an item that only touches numbers
 
-// A token whose cell is full goes to a cell with a free row that is at most 1.05 times as far (squared): it keeps pages
-// fuller and costs nothing that could be measured.
-#define SPILL_DISTANCE2 1.1025f
-
 // A cell of fewer tokens than this share of its room is dissolved when it is mended.
 #define DISSOLVE_SHARE 8u
 
@@ -61,8 +57,8 @@ bool dci_batch_begin(struct index *index, uint32_t end)
         return false;
     }
     struct batch *batch = index->batch;
-    batch->phase = BATCH_LOAD;
-    batch->begin = batch->cursor = first;
+    batch->phase = BATCH_TAIL;
+    batch->begin = first;
     batch->end = end;
     return true;
 }
@@ -142,13 +138,25 @@ static bool source_item(struct index *index, bool *found)
 
 // ---- loading ----
 
+// Names the pages of the batch's tokens.
+static bool need_tail(struct index *index)
+{
+    struct batch *batch = index->batch;
+    for (uint32_t position = batch->begin; position < batch->end; position++) {
+        const uint32_t page = dci_place_of(index, position).page, count = batch->need.count;
+        if (page != TREE_NONE && (count == 0 || batch->need.items[count - 1] != page) &&
+            !dci_list_push(&batch->need, &index->memory, page)) {
+            return false;
+        }
+    }
+    return batch->need.count == 0 || rows_reserve(index);
+}
+
 static void item_add(struct index *index, uint32_t position, const void *row)
 {
     struct batch *batch = index->batch;
     assert(batch->item_count < batch->item_room);
-    float *key = batch->keys + (size_t)batch->item_count * index->head_dim;
-    index->kernel->widen(index->dtype, row, index->head_dim, key);
-    dci_rotate(index, key);
+    dci_key_load(index, row, batch->keys + (size_t)batch->item_count * index->head_dim);
     batch->positions[batch->item_count++] = position;
 }
 
@@ -172,9 +180,14 @@ static void base_fix(struct index *index)
 static void load_item(struct index *index, struct dci_work *work)
 {
     struct batch *batch = index->batch;
-    const uint32_t position = batch->cursor++;
-    if (*dci_place(index, position) != TREE_NONE) {
-        item_add(index, position, dci_store_at(&index->keys, position));
+    const uint32_t position = batch->begin + batch->cursor++;
+    const struct index_place place = dci_place_of(index, position);
+    if (place.page != TREE_NONE) {
+        while (batch->need.items[batch->tail_page] != place.page) {
+            batch->tail_page++;
+        }
+        const unsigned char *first = batch->rows[batch->tail_page];
+        item_add(index, position, first + place.row * batch->rows_stride);
         const float *key = dci_item_key(index, batch->item_count - 1);
         const float norm2 = index->kernel->dot(key, key, index->head_dim);
         if (norm2 > index->tree_norm2_max) {
@@ -182,7 +195,7 @@ static void load_item(struct index *index, struct dci_work *work)
         }
     }
     dci_work_spend(work, index, 4);
-    if (batch->cursor == batch->end) {
+    if (batch->begin + batch->cursor == batch->end) {
         if (index->root == TREE_NONE) {
             base_fix(index);
         }
@@ -212,18 +225,8 @@ static void load_source(struct index *index, struct dci_work *work)
 static void route_item(struct index *index, struct dci_work *work)
 {
     struct batch *batch = index->batch;
-    struct dci_route route;
-    const uint32_t item = batch->cursor++;
-    dci_route(index, dci_item_key(index, item), batch->dissolves ? batch->source : TREE_NONE, &route, work);
-    uint32_t cell = route.nearest.node;
-    if (cell != TREE_NONE && route.roomy.node != TREE_NONE && route.roomy.node != cell) {
-        const struct node *nearest = dci_node(index, cell);
-        const bool is_full = nearest->count == nearest->part_count * index->page_tokens;
-        if (is_full && route.roomy.distance <= SPILL_DISTANCE2 * route.nearest.distance) {
-            cell = route.roomy.node;
-        }
-    }
-    batch->cells[item] = cell;
+    const uint32_t item = batch->cursor++, avoid = batch->dissolves ? batch->source : TREE_NONE;
+    batch->cells[item] = dci_route(index, dci_item_key(index, item), avoid, work);
     batch->order[item] = item;
 }
 
@@ -404,6 +407,13 @@ static bool step(struct index *index, struct dci_work *work, enum dci_progress *
             *progress = PROGRESS_ROWS;
         }
         return !found || rows_reserve(index);
+    case BATCH_TAIL:
+        enter(batch, BATCH_LOAD);
+        if (!need_tail(index)) {
+            return false;
+        }
+        *progress = batch->need.count > 0 ? PROGRESS_ROWS : PROGRESS_MORE;
+        return true;
     case BATCH_LOAD:
         if (batch->source != TREE_NONE) {
             load_source(index, work);

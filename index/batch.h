@@ -10,10 +10,11 @@
 
 enum batch_phase {
     BATCH_SOURCE, // mending: look for a cell worth it
+    BATCH_TAIL,   // pages of the tokens, whose rows are needed
     BATCH_LOAD,   // keys of the tokens, rotated
     BATCH_ROUTE,  // their nearest cells
     BATCH_HITS,   // tokens by cell
-    BATCH_NEED,   // pages whose rows are needed
+    BATCH_NEED,   // pages of cells to divide, whose rows are needed
     BATCH_CELLS,  // one hit after the other
     BATCH_SETTLE, // pages to release, and room for the commit
     BATCH_DONE,
@@ -60,6 +61,7 @@ struct batch {
     const void **rows;    // their first rows, as many as were given
     uint32_t rows_given, rows_room;
     size_t rows_stride;
+    uint32_t tail_page; // loading: the number of the last token's page among those needed
 
     uint32_t item_count, item_room;
     uint32_t *positions, *cells, *order;

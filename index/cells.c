@@ -24,16 +24,6 @@ static bool page_create(struct index *index, uint32_t *page)
     return true;
 }
 
-static float code_residual(const struct index *index, const float *key, const float *anchor, uint8_t *code,
-                           float *spread2)
-{
-    float residual[INDEX_HEAD_DIM_MAX];
-    for (uint32_t i = 0; i < index->head_dim; i++) {
-        residual[i] = key[i] - anchor[i];
-    }
-    return index->kernel->encode5(residual, index->head_dim, code, spread2);
-}
-
 // ---- joining ----
 
 // The next free row of a cell from (part, row) on. False when all of its pages are full.
@@ -92,8 +82,8 @@ static bool join(struct index *index, struct hit *hit)
     for (uint32_t i = 0; i < hit->count; i++) {
         const uint32_t item = batch->order[hit->first + i];
         struct spot *spot = &batch->spots[item];
-        spot->scale = code_residual(index, dci_item_key(index, item), anchor,
-                                    batch->codes + (size_t)item * index->code_bytes, &spot->spread2);
+        uint8_t *code = batch->codes + (size_t)item * index->code_bytes;
+        spot->scale = index->kernel->encode5(dci_item_key(index, item), anchor, index->head_dim, code, &spot->spread2);
         add_move(index, batch->positions[item], spot->page, spot->row);
     }
     return true;
@@ -117,8 +107,7 @@ static uint32_t gather(struct index *index, const struct hit *hit)
                     continue;
                 }
                 float *key = batch->members + (size_t)n * dim;
-                index->kernel->widen(index->dtype, first + row * batch->rows_stride, dim, key);
-                dci_rotate(index, key);
+                dci_key_load(index, first + row * batch->rows_stride, key);
                 batch->vectors[n] = key;
                 batch->member_positions[n++] = position;
             }
@@ -154,7 +143,7 @@ static bool page_fill(struct index *index, struct draft *draft, const float *anc
         const uint32_t member = batch->member_order[begin + row];
         uint8_t code[INDEX_HEAD_DIM_MAX];
         float spread2;
-        const float scale = code_residual(index, batch->vectors[member], anchor, code, &spread2);
+        const float scale = index->kernel->encode5(batch->vectors[member], anchor, index->head_dim, code, &spread2);
         const struct dci_row token = {batch->member_positions[member], code, scale};
         dci_row_write(index, node, part, row, &token);
         node->spread2 += spread2;

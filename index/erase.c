@@ -171,7 +171,7 @@ void index_truncate(struct index *index, uint64_t length, uint32_t *pages, uint3
         index->indexed = end <= index->head ? 0 : end;
         // The chunk that the next token goes to may have been given back, or holds nothing that is looked at any more;
         // but for the head's, which are kept.
-        const uint32_t whole = end >> index->keys.shift << index->keys.shift;
+        const uint32_t chunk = DCI_LANES << index->tail.shift, whole = end / chunk * chunk;
         const uint32_t head = end < index->head ? end : index->head;
         dci_tail_trim(index, whole > head ? whole : head);
     } else {

@@ -14,7 +14,6 @@
 // Entries of a node with the default policy, and tokens of a cell as far as whole pages allow. Nodes are divided when
 // they are full, so they hold two thirds of it on average.
 #define NODE_ENTRIES 128u
-#define KEYS_SHIFT   6u // of the same tokens as a chunk of the tail
 #define TAIL_SHIFT   2u
 #define PLACES_SHIFT 8u
 #define PAGES_SHIFT  6u
@@ -51,7 +50,6 @@ static void sizes_init(struct index *index, float ratio)
 
 static void stores_init(struct index *index)
 {
-    dci_store_init(&index->keys, index->row_bytes, KEYS_SHIFT);
     dci_store_init(&index->places, sizeof(uint32_t), PLACES_SHIFT);
     dci_store_init(&index->pages, sizeof(struct page), PAGES_SHIFT);
     dci_slab_init(&index->nodes, sizeof(struct node), NODES_SHIFT);
@@ -107,7 +105,6 @@ void index_destroy(struct index *index)
         return;
     }
     dci_build_fini(index);
-    dci_store_fini(&index->keys, &index->memory);
     dci_store_fini(&index->places, &index->memory);
     dci_store_fini(&index->tail, &index->memory);
     dci_store_fini(&index->pages, &index->memory);

@@ -41,25 +41,7 @@
 #define DOTS_AVX2     1
 #define DOTS_VNNI     2
 
-void dci_code_pack(const uint8_t *codes, uint32_t n, uint8_t *code)
-{
-    const uint32_t half = dci_row_bytes(n);
-    memset(code, 0, half);
-    for (uint32_t i = 0; i < half && i < n; i++) {
-        code[i] = codes[i] & 15;
-    }
-    for (uint32_t i = half; i < n; i++) {
-        code[i - half] |= (uint8_t)(codes[i] << 4);
-    }
-    uint8_t *signs = code + half;
-    for (uint32_t i = 0; i < n; i += 8) {
-        uint64_t word; // bit 4 of each byte
-        memcpy(&word, codes + i, sizeof word);
-        signs[i / 8] = (uint8_t)((((word >> 4) & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
-    }
-}
-
-#define KERNEL_SET portable
+#define KERNEL_SET    portable
 #define KERNEL_TARGET
 #define KERNEL_WIDTH 4
 #define KERNEL_DOTS  DOTS_PORTABLE

@@ -81,7 +81,6 @@ static inline uint32_t dci_code_bytes(uint32_t head_dim)
 {
     return dci_row_bytes(head_dim) + head_dim / 8;
 }
-void dci_code_pack(const uint8_t *codes, uint32_t n, uint8_t *code);
 
 // 16 rows of cells, not necessarily of one.
 struct dci_lanes {
@@ -120,9 +119,10 @@ static inline float dci_scale_round(float scale)
     return dci_scale_widen(dci_scale_narrow(scale));
 }
 
-// A key in search of its cell.
+// A key in search of its cell. With codes of 6 bits, four products with 8-bit codes fit in 16 bits.
+#define DCI_PROBE_MOST 31
 struct dci_probe {
-    const int8_t *codes; // of the key less the base
+    const int8_t *codes; // of the key less the base, -DCI_PROBE_MOST .. DCI_PROBE_MOST
     int32_t sum;         // of the codes
     float step, norm2;
     float norm2_max; // c^2 of T_K; 0: plain distances
@@ -141,13 +141,18 @@ struct dci_kernel {
     // Codes of n elements: nearest integers to x / step, -127 .. 127. Returns the step; 0, and codes 0, where all
     // elements are next to 0. *sum gets the sum of the codes.
     float (*encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum);
-    // 5-bit code of a residual: writes dci_code_bytes, returns the scale (score of the code = scale * sum of code * q),
-    // a float of 16 bits. *spread2 gets the squared norm of what the code stands for.
-    float (*encode5)(const float *residual, uint32_t n, uint8_t *code, float *spread2);
+    // out[i] = base[i] + step * codes[i].
+    void (*decode8)(const int8_t *codes, float step, const float *base, uint32_t n, float *out);
+    // A key less the base as a probe, but for norm2_max; its codes are put in `codes` (borrowed by the probe).
+    void (*probe)(const float *key, const float *base, uint32_t n, int8_t *codes, struct dci_probe *probe);
+    // 5-bit code of a key less its cell's anchor: writes dci_code_bytes, returns the scale (score of the code = scale *
+    // sum of code * q), a float of 16 bits. *spread2 gets the squared norm of what the code stands for.
+    float (*encode5)(const float *key, const float *anchor, uint32_t n, uint8_t *code, float *spread2);
     float (*exp_one)(float x);
 
     // Distances of a probe to 16 entries: squared, or of their images under T_K. FLT_MAX where a lane is not in use.
-    void (*near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances);
+    // Returns the nearest lane, the first one of equal ones.
+    uint32_t (*near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances);
     // centers[view][16] = score of the anchor; DCI_HIDDEN where a lane is not in use.
     void (*centers16)(const struct dci_views *views, const struct dci_block *block, float *centers);
     // signs[view][16]: twice the sum of the query's table codes over the coordinates whose top bit is set, less the sum

@@ -13,6 +13,7 @@ typedef float NAME(floats) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint32_t NAME(words) __attribute__((vector_size(4 * KERNEL_WIDTH)));
 typedef uint8_t NAME(bytes) __attribute__((vector_size(KERNEL_WIDTH)));
+typedef int8_t NAME(codes8) __attribute__((vector_size(KERNEL_WIDTH)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * KERNEL_WIDTH)));
 typedef int16_t NAME(shorts) __attribute__((vector_size(2 * KERNEL_WIDTH)));
 typedef float NAME(eight) __attribute__((vector_size(32)));
@@ -238,39 +239,6 @@ LOCAL void NAME(store_lanes)(float *to, uint32_t part, const NAME(floats) * in)
     memcpy(to + part * KERNEL_WIDTH, in, sizeof *in);
 }
 
-ENTRY void NAME(near16)(const struct dci_probe *probe, const struct dci_block *block, uint32_t n, float *distances)
-{
-    const NAME(floats) zero = {0};
-    const NAME(floats) unused = zero + FLT_MAX;
-    int32_t dots[DCI_LANES];
-    NAME(dots)(block->codes, probe->codes, n, 1, dots);
-    for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-        NAME(ints) dot;
-        NAME(floats) step, norm2, rows, out;
-        memcpy(&dot, dots + part * KERNEL_WIDTH, sizeof dot);
-        NAME(load_lanes)(block->step, part, &step);
-        NAME(load_lanes)(block->norm2, part, &norm2);
-        NAME(load_lanes)(block->rows, part, &rows);
-        const NAME(floats) product =
-            __builtin_convertvector(dot - DCI_CODE_ZERO * probe->sum, NAME(floats)) * (step * probe->step);
-        if (probe->norm2_max > 0.0f) {
-            float slack[KERNEL_WIDTH];
-            const float own = probe->norm2 < probe->norm2_max ? sqrtf(probe->norm2_max - probe->norm2) : 0.0f;
-            for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
-                slack[i] = norm2[i] < probe->norm2_max ? sqrtf(probe->norm2_max - norm2[i]) * own : 0.0f;
-            }
-            NAME(floats) slacks;
-            memcpy(&slacks, slack, sizeof slacks);
-            out = probe->norm2_max - (product + slacks);
-        } else {
-            out = (norm2 + probe->norm2) - 2.0f * product;
-        }
-        const NAME(ints) used = rows > zero;
-        NAME(choose)(&used, &out, &unused, &out);
-        NAME(store_lanes)(distances, part, &out);
-    }
-}
-
 ENTRY void NAME(centers16)(const struct dci_views *views, const struct dci_block *block, float *centers)
 {
     const NAME(floats) zero = {0};
@@ -312,135 +280,7 @@ ENTRY void NAME(add)(float *sum, const float *x, uint32_t n)
     }
 }
 
-// The butterfly of stride h inside a vector: x[i] + x[i ^ h] where i has no bit h, else x[i ^ h] - x[i].
-#define BUTTERFLY(x, h, ...)                                                                                           \
-    do {                                                                                                               \
-        const NAME(floats) turned = __builtin_shufflevector(x, x, __VA_ARGS__);                                        \
-        NAME(floats) signs;                                                                                            \
-        for (int lane = 0; lane < KERNEL_WIDTH; lane++) {                                                              \
-            signs[lane] = (lane & (h)) != 0 ? -1.0f : 1.0f;                                                            \
-        }                                                                                                              \
-        x = turned + signs * x;                                                                                        \
-    } while (0)
-
-LOCAL void NAME(butterflies)(NAME(floats) * in)
-{
-    NAME(floats) x = *in;
-#if KERNEL_WIDTH == 16
-    BUTTERFLY(x, 8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    BUTTERFLY(x, 4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    BUTTERFLY(x, 2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    BUTTERFLY(x, 1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-#elif KERNEL_WIDTH == 8
-    BUTTERFLY(x, 4, 4, 5, 6, 7, 0, 1, 2, 3);
-    BUTTERFLY(x, 2, 2, 3, 0, 1, 6, 7, 4, 5);
-    BUTTERFLY(x, 1, 1, 0, 3, 2, 5, 4, 7, 6);
-#else
-    BUTTERFLY(x, 2, 2, 3, 0, 1);
-    BUTTERFLY(x, 1, 1, 0, 3, 2);
-#endif
-    *in = x;
-}
-
-ENTRY void NAME(hadamard)(float *x, uint32_t n, const float *signs)
-{
-    NAME(floats) v[INDEX_HEAD_DIM_MAX / KERNEL_WIDTH];
-    const uint32_t count = n / KERNEL_WIDTH;
-    // 1 / sqrt(n) for a power of two, to the last bit on every machine: the root is correctly rounded.
-    const float norm = 1.0f / sqrtf((float)n);
-    for (uint32_t i = 0; i < count; i++) {
-        NAME(floats) sign;
-        NAME(load_lanes)(x, i, &v[i]);
-        NAME(load_lanes)(signs, i, &sign);
-        v[i] *= sign;
-    }
-    for (uint32_t h = count / 2; h > 0; h /= 2) {
-        for (uint32_t i = 0; i < count; i += 2 * h) {
-            for (uint32_t j = i; j < i + h; j++) {
-                const NAME(floats) a = v[j], b = v[j + h];
-                v[j] = a + b;
-                v[j + h] = a - b;
-            }
-        }
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        NAME(butterflies)(&v[i]);
-        v[i] *= norm;
-    }
-    memcpy(x, v, n * sizeof x[0]);
-}
-
-ENTRY float NAME(encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
-{
-    const NAME(floats) zero = {0};
-    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    NAME(floats) largest[KERNEL_PARTS] = {{0}};
-    for (uint32_t i = 0; i < n; i += KERNEL_WIDTH) {
-        NAME(floats) size, negative;
-        memcpy(&size, x + i, sizeof size);
-        negative = zero - size;
-        NAME(most)(&size, &negative, &size);
-        NAME(most)(&largest[i / KERNEL_WIDTH % KERNEL_PARTS], &size, &largest[i / KERNEL_WIDTH % KERNEL_PARTS]);
-    }
-    float lanes[DCI_LANES];
-    memcpy(lanes, largest, sizeof lanes);
-    const float most = NAME(max_lanes)(lanes);
-    *sum = 0;
-    if (most < CODE_LEAST) {
-        memset(codes, 0, n);
-        return 0.0f;
-    }
-    const float step = most / 127.0f, inverse = 127.0f / most;
-    NAME(ints) sums = {0};
-    for (uint32_t i = 0; i < n; i += KERNEL_WIDTH) {
-        NAME(floats) code;
-        memcpy(&code, x + i, sizeof code);
-        code = (code * inverse + round) - round;
-        const NAME(ints) wide = __builtin_convertvector(code, NAME(ints));
-        const NAME(bytes) narrow = __builtin_convertvector(wide, NAME(bytes));
-        memcpy(codes + i, &narrow, sizeof narrow);
-        sums += wide;
-    }
-    for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
-        *sum += sums[i];
-    }
-    return step;
-}
-
-// Sixteen equal steps of the width that is best for normal coordinates; the scale is chosen so that inner products are
-// right on average (RaBitQ, arXiv 2405.12497, section 3.2).
-ENTRY float NAME(encode5)(const float *residual, uint32_t n, uint8_t *code, float *spread2)
-{
-    const NAME(floats) zero = {0};
-    const NAME(floats) least = zero, most = zero + 31.0f;
-    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    const float norm2 = NAME(dot_lanes)(residual, residual, n);
-    uint8_t codes[INDEX_HEAD_DIM_MAX] = {0};
-    float values[INDEX_HEAD_DIM_MAX];
-    *spread2 = 0.0f;
-    if (!(norm2 > CODE_NORM2_LEAST)) {
-        memset(codes, 15, n);
-        dci_code_pack(codes, n, code);
-        return 0.0f;
-    }
-    const float inverse = 1.0f / (CODE_STEP * sqrtf(norm2 / (float)n));
-    for (uint32_t i = 0; i < n; i += KERNEL_WIDTH) {
-        NAME(floats) x;
-        memcpy(&x, residual + i, sizeof x);
-        x = x * inverse + 15.5f;
-        NAME(most)(&x, &least, &x);
-        NAME(least)(&x, &most, &x);
-        x = (x + round) - round;
-        const NAME(bytes) narrow = __builtin_convertvector(__builtin_convertvector(x, NAME(ints)), NAME(bytes));
-        memcpy(codes + i, &narrow, sizeof narrow);
-        x = x - 15.5f;
-        memcpy(values + i, &x, sizeof x);
-    }
-    dci_code_pack(codes, n, code);
-    const float scale = dci_scale_round(norm2 / NAME(dot_lanes)(values, residual, n));
-    *spread2 = scale * scale * NAME(dot_lanes)(values, values, n);
-    return scale;
-}
+#include "index/kernel_keys.h"
 
 #define KERNEL_TEXT2(x) #x
 #define KERNEL_TEXT(x)  KERNEL_TEXT2(x)
@@ -468,6 +308,8 @@ static const struct dci_kernel NAME(kernel) = {
     .above16 = NAME(above16),
     .below16 = NAME(below16),
     .encode8 = NAME(encode8),
+    .decode8 = NAME(decode8),
+    .probe = NAME(probe),
     .promise16 = NAME(promise16),
     .spread16 = NAME(spread16),
     .exp16 = NAME(exp16),
@@ -488,4 +330,3 @@ static const struct dci_kernel NAME(kernel) = {
 #undef KERNEL_WIDTH
 #undef KERNEL_DOTS
 #undef DOTS_VIEWS
-#undef BUTTERFLY

@@ -1,13 +1,25 @@
-// Keys: reading stored rows, the rotation, and the hash that seeded choices are made with.
+// Keys: reading rows, the rotation, and the hash that seeded choices are made with.
 //
 // The rotation is a Hadamard transform behind seeded changes of sign; where head_dim is no power of two, one over the
 // first and one over the last coordinates, overlapping. It spreads what a key has in a few coordinates over all of
 // them, so that equal steps code every key well. Pure functions of the index.
 #include "index/tree.h"
 
-void dci_key_widen(const struct index *index, uint32_t position, float *out)
+#include <string.h>
+
+float dci_key_widen(const struct index *index, const void *row, float *out)
 {
-    index->kernel->widen(index->dtype, dci_store_at(&index->keys, position), index->head_dim, out);
+    index->kernel->widen(index->dtype, row, index->head_dim, out);
+    return index->kernel->dot(out, out, index->head_dim);
+}
+
+void dci_key_load(const struct index *index, const void *row, float *out)
+{
+    const float norm2 = dci_key_widen(index, row, out);
+    if (!(norm2 <= TREE_NORM2_MAX)) { // also when it is NaN
+        memset(out, 0, index->head_dim * sizeof out[0]);
+    }
+    dci_rotate(index, out);
 }
 
 void dci_rotation_init(struct index *index)

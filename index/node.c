@@ -65,9 +65,7 @@ void dci_entry_code(const struct index *index, const float *anchor, struct entry
 
 void dci_entry_anchor(const struct index *index, const struct entry *entry, float *anchor)
 {
-    for (uint32_t i = 0; i < index->head_dim; i++) {
-        anchor[i] = index->base[i] + entry->step * (float)entry->codes[i];
-    }
+    index->kernel->decode8(entry->codes, entry->step, index->base, index->head_dim, anchor);
 }
 
 static uint8_t *codes_at(struct dci_block *block, uint32_t lane, uint32_t group)

@@ -50,13 +50,11 @@ void dci_page_release(struct index *index, uint32_t id)
 void dci_tail_forget(struct index *index)
 {
     const uint32_t head_blocks = (index->head + DCI_LANES - 1) / DCI_LANES;
-    dci_store_forget(&index->keys, &index->memory, index->head, index->indexed);
     dci_store_forget(&index->tail, &index->memory, head_blocks, index->indexed / DCI_LANES);
 }
 
 void dci_tail_trim(struct index *index, uint32_t length)
 {
-    dci_store_trim(&index->keys, &index->memory, length);
     dci_store_trim(&index->tail, &index->memory, (length + DCI_LANES - 1) / DCI_LANES);
 }
 

@@ -50,7 +50,10 @@ uint32_t dci_bucket(float positive)
 {
     uint32_t bits;
     memcpy(&bits, &positive, sizeof bits);
-    return bits >> SEARCH_BUCKET_SHIFT;
+    const uint32_t bucket = bits >> SEARCH_BUCKET_SHIFT;
+    return bucket < SEARCH_BUCKET_FIRST                    ? 0
+           : bucket < SEARCH_BUCKET_FIRST + SEARCH_BUCKETS ? bucket - SEARCH_BUCKET_FIRST
+                                                           : SEARCH_BUCKETS - 1;
 }
 
 static const struct dci_block *cell_block(const struct index_search *search, uint32_t block)
@@ -314,10 +317,9 @@ static void fix_spread(struct index_search *search)
 }
 
 // The smallest float of a bucket.
-#define BUCKET_INFINITE (0x7f800000u >> SEARCH_BUCKET_SHIFT)
 float dci_bucket_least(uint32_t bucket)
 {
-    const uint32_t bits = bucket << SEARCH_BUCKET_SHIFT;
+    const uint32_t bits = bucket == 0 ? 0 : (bucket + SEARCH_BUCKET_FIRST) << SEARCH_BUCKET_SHIFT;
     float least;
     memcpy(&least, &bits, sizeof least);
     return least;
@@ -358,7 +360,7 @@ void dci_rank_fix_weights(struct index_search *search)
     search->log_least = dci_log(search->least > 0x1p-100f ? search->least : 0x1p-100f);
     search->selected_sum = 0.0;
     uint32_t left = search->select_max;
-    for (uint32_t b = BUCKET_INFINITE; b > bucket && left > 0; b--) { // of the last one only as many as are selected
+    for (uint32_t b = SEARCH_BUCKETS; b > bucket && left > 0; b--) { // of the last one only as many as are selected
         const uint32_t count = search->counts[b - 1], taken = count < left ? count : left;
         search->selected_sum += count == 0 ? 0.0 : (double)search->weights[b - 1] * taken / count;
         left -= taken;
@@ -574,8 +576,8 @@ enum dci_pick dci_rank_pick(struct index_search *search)
     uint32_t bound = search->query.effort > 0.0f ? SEARCH_BUCKETS : bound_by_promise(search);
     const uint32_t needed = bound_by_tokens(search, wanted);
     bound = needed < bound ? needed : bound;
-    if (bound < BUCKET_INFINITE) {
-        line_up_from(search, bound == 0 ? 0.0f : dci_bucket_least(bound));
+    if (bound < SEARCH_BUCKETS) {
+        line_up_from(search, dci_bucket_least(bound));
     }
     return search->to_open > 0 ? PICK_SOME : PICK_NONE;
 }

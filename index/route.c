@@ -1,25 +1,42 @@
 // The way of a key down the tree to its nearest cell.
 //
-// From the root the nearest few nodes of each level are kept. Distances are between codes, so they are the same on
-// every instruction set; of equal ones the first met counts. Pure functions of the index.
+// From the root the nearest few nodes of each level are kept, if they are not much farther than the first. Distances
+// are between codes, so they are the same on every instruction set; of equal ones the first met counts. Pure functions
+// of the index.
 #include "index/tree.h"
 
 #include <float.h>
 #include <string.h>
 
-static void probe_init(const struct index *index, const float *key, int8_t *codes, struct dci_probe *probe)
+// Nodes that are more than 1.12 times as far (squared) as the nearest one of their level lead to no nearer cell, as
+// good as never.
+#define BEAM_DISTANCE2 1.25f
+
+// A token whose cell is full goes to a cell with a free row that is at most 1.05 times as far (squared): it keeps pages
+// fuller and costs nothing that could be measured.
+#define SPILL_DISTANCE2 1.1025f
+
+struct near {
+    float distance;
+    uint32_t node;
+};
+
+struct way {
+    const struct index *index;
+    struct dci_probe probe;
+    uint32_t avoid;              // a cell that does not count, or TREE_NONE
+    struct near list[TREE_BEAM]; // nodes, the nearest first
+    uint32_t count;
+    struct dci_work *work;
+};
+
+static uint32_t look(const struct way *way, const struct dci_block *block, float *distances)
 {
-    float off[INDEX_HEAD_DIM_MAX];
-    for (uint32_t i = 0; i < index->head_dim; i++) {
-        off[i] = key[i] - index->base[i];
-    }
-    *probe = (struct dci_probe){.codes = codes};
-    probe->step = index->kernel->encode8(off, index->head_dim, codes, &probe->sum);
-    probe->norm2 = index->kernel->dot(off, off, index->head_dim);
-    probe->norm2_max = index->policy == INDEX_PROMOTION ? index->tree_norm2_max : 0.0f;
+    dci_work_spend(way->work, way->index, DCI_LANES);
+    return way->index->kernel->near16(&way->probe, block, way->index->head_dim, distances);
 }
 
-static void keep_nearest(struct dci_near *list, uint32_t *count, float distance, uint32_t node)
+static void keep_nearest(struct near *list, uint32_t *count, float distance, uint32_t node)
 {
     uint32_t at = *count;
     if (at < TREE_BEAM) {
@@ -32,7 +49,71 @@ static void keep_nearest(struct dci_near *list, uint32_t *count, float distance,
     for (; at > 0 && list[at - 1].distance > distance; at--) {
         list[at] = list[at - 1];
     }
-    list[at] = (struct dci_near){distance, node};
+    list[at] = (struct near){distance, node};
+}
+
+// A promoted anchor says less of what lies below it, and the nearest node may hold nothing but what to avoid.
+static float beam_bound(const struct way *way, const struct near *list, uint32_t count)
+{
+    if (count == 0 || way->index->policy == INDEX_PROMOTION || way->avoid != TREE_NONE) {
+        return count < TREE_BEAM ? FLT_MAX : list[TREE_BEAM - 1].distance;
+    }
+    const float bound = BEAM_DISTANCE2 * list[0].distance;
+    return count < TREE_BEAM || bound < list[TREE_BEAM - 1].distance ? bound : list[TREE_BEAM - 1].distance;
+}
+
+// From nodes of a level above 2 to the nearest ones among their entries.
+static void descend(struct way *way)
+{
+    const struct index *index = way->index;
+    struct near next[TREE_BEAM];
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < way->count; i++) {
+        const struct node *node = dci_node(index, way->list[i].node);
+        for (uint32_t part = 0; part < node->part_count; part++) {
+            const struct dci_block *block = dci_block(index, node->level, node->parts[part]);
+            float distances[DCI_LANES];
+            const uint32_t nearest = look(way, block, distances);
+            keep_nearest(next, &count, distances[nearest], block->child[nearest]);
+            // Unused lanes are farther than anything.
+            uint32_t lanes = index->kernel->below16(distances, beam_bound(way, next, count)) & ~(1u << nearest);
+            for (; lanes != 0; lanes &= lanes - 1) {
+                const uint32_t lane = (uint32_t)__builtin_ctz(lanes);
+                keep_nearest(next, &count, distances[lane], block->child[lane]);
+            }
+        }
+    }
+    const float bound = beam_bound(way, next, count);
+    while (count > 1 && next[count - 1].distance > bound) {
+        count--;
+    }
+    memcpy(way->list, next, count * sizeof next[0]);
+    way->count = count;
+}
+
+// The nearest of the cells below the nodes that are left.
+static struct near nearest_cell(struct way *way)
+{
+    const struct index *index = way->index;
+    struct near found = {FLT_MAX, TREE_NONE};
+    for (uint32_t i = 0; i < way->count; i++) {
+        const struct node *node = dci_node(index, way->list[i].node);
+        for (uint32_t part = 0; part < node->part_count; part++) {
+            const struct dci_block *block = dci_block(index, 2, node->parts[part]);
+            float distances[DCI_LANES];
+            uint32_t lane = look(way, block, distances);
+            if (block->child[lane] == way->avoid) {
+                distances[lane] = FLT_MAX;
+                for (uint32_t other = 0; other < DCI_LANES; other++) {
+                    lane = distances[other] < distances[lane] ? other : lane;
+                }
+            }
+            if (distances[lane] < found.distance) {
+                found = (struct near){distances[lane], block->child[lane]};
+            }
+        }
+    }
+    return found;
 }
 
 static bool has_room(const struct index *index, const struct node *cell)
@@ -40,54 +121,42 @@ static bool has_room(const struct index *index, const struct node *cell)
     return cell->count < cell->part_count * index->page_tokens;
 }
 
-static void consider_cell(const struct index *index, float distance, uint32_t id, struct dci_route *route)
+// A cell with a free row instead of a full one, where there is one nearly as near.
+static uint32_t spill(struct way *way, const struct near *full)
 {
-    if (distance < route->nearest.distance) {
-        route->nearest = (struct dci_near){distance, id};
-    }
-    if (distance < route->roomy.distance && has_room(index, dci_node(index, id))) {
-        route->roomy = (struct dci_near){distance, id};
-    }
-}
-
-void dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_route *route,
-               struct dci_work *work)
-{
-    int8_t codes[INDEX_HEAD_DIM_MAX];
-    struct dci_probe probe;
-    struct dci_near list[TREE_BEAM] = {{0.0f, index->root}};
-    uint32_t count = 1;
-    route->nearest = route->roomy = (struct dci_near){FLT_MAX, TREE_NONE};
-    if (index->root == TREE_NONE) {
-        return;
-    }
-    probe_init(index, key, codes, &probe);
-    for (uint32_t level = dci_node(index, index->root)->level; level >= 2; level--) {
-        struct dci_near next[TREE_BEAM];
-        uint32_t next_count = 0;
-        for (uint32_t i = 0; i < count; i++) {
-            const struct node *node = dci_node(index, list[i].node);
-            for (uint32_t part = 0; part < node->part_count; part++) {
-                const struct dci_block *block = dci_block(index, level, node->parts[part]);
-                float distances[DCI_LANES];
-                index->kernel->near16(&probe, block, index->head_dim, distances);
-                // Only what is nearer than all that are kept; unused lanes are farther than anything.
-                const float bound = level == 2               ? route->roomy.distance
-                                    : next_count < TREE_BEAM ? FLT_MAX
-                                                             : next[TREE_BEAM - 1].distance;
-                uint32_t lanes = index->kernel->below16(distances, bound);
-                for (; lanes != 0; lanes &= lanes - 1) {
-                    const uint32_t lane = (uint32_t)__builtin_ctz(lanes);
-                    if (level > 2) {
-                        keep_nearest(next, &next_count, distances[lane], block->child[lane]);
-                    } else if (block->child[lane] != avoid) {
-                        consider_cell(index, distances[lane], block->child[lane], route);
-                    }
+    const struct index *index = way->index;
+    struct near found = {SPILL_DISTANCE2 * full->distance, full->node};
+    for (uint32_t i = 0; i < way->count; i++) {
+        const struct node *node = dci_node(index, way->list[i].node);
+        for (uint32_t part = 0; part < node->part_count; part++) {
+            const struct dci_block *block = dci_block(index, 2, node->parts[part]);
+            float distances[DCI_LANES];
+            (void)look(way, block, distances);
+            uint32_t lanes = index->kernel->below16(distances, found.distance);
+            for (; lanes != 0; lanes &= lanes - 1) {
+                const uint32_t lane = (uint32_t)__builtin_ctz(lanes), cell = block->child[lane];
+                if (distances[lane] < found.distance && cell != way->avoid && has_room(index, dci_node(index, cell))) {
+                    found = (struct near){distances[lane], cell};
                 }
-                dci_work_spend(work, index, DCI_LANES);
             }
         }
-        memcpy(list, next, next_count * sizeof next[0]);
-        count = next_count;
     }
+    return found.node;
+}
+
+uint32_t dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_work *work)
+{
+    int8_t codes[INDEX_HEAD_DIM_MAX];
+    struct way way = {.index = index, .avoid = avoid, .list = {{0.0f, index->root}}, .count = 1, .work = work};
+    if (index->root == TREE_NONE) {
+        return TREE_NONE;
+    }
+    index->kernel->probe(key, index->base, index->head_dim, codes, &way.probe);
+    way.probe.norm2_max = index->policy == INDEX_PROMOTION ? index->tree_norm2_max : 0.0f;
+    for (uint32_t level = dci_node(index, index->root)->level; level > 2; level--) {
+        descend(&way);
+    }
+    const struct near nearest = nearest_cell(&way);
+    const bool is_full = nearest.node != TREE_NONE && !has_room(index, dci_node(index, nearest.node));
+    return is_full ? spill(&way, &nearest) : nearest.node;
 }

@@ -18,9 +18,11 @@
 #define SEARCH_SPREAD_LEAST 0.5f
 #define SEARCH_SPREAD_MOST  4.0f
 
-// Buckets of a histogram of positive floats: four to an octave.
+// Buckets of a histogram of positive floats: eight to an octave, the first one for all below 2^-112, the last one for
+// all from 2^15.875 on.
 #define SEARCH_BUCKETS      1024u
-#define SEARCH_BUCKET_SHIFT 21u
+#define SEARCH_BUCKET_SHIFT 20u
+#define SEARCH_BUCKET_FIRST (15u << 3) // of 2^-112, without the others below it
 
 enum search_phase {
     SEARCH_CENTERS, // scores of all anchors, and the largest that they promise

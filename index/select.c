@@ -185,10 +185,8 @@ static uint32_t collect_tokens(struct index_search *search, uint32_t begin, uint
 {
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
     struct candidate *candidates = SEARCH_ROOM(search, struct candidate, ROOM_CANDIDATES);
-    const uint32_t bits = bound_of_best(search, begin, end, search->select_max) << SEARCH_BUCKET_SHIFT;
-    float least;
+    const float least = dci_bucket_least(bound_of_best(search, begin, end, search->select_max));
     uint32_t count = 0;
-    memcpy(&least, &bits, sizeof least);
     for (uint32_t block = begin; block < end; block++) {
         const float *mass = masses + (size_t)block * DCI_LANES;
         uint32_t lanes = search->index->kernel->above16(mass, least);

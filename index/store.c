@@ -97,15 +97,18 @@ void dci_store_trim(struct dci_store *store, struct dci_memory *memory, uint64_t
     while (store->chunk_count > need) {
         dci_memory_release(memory, store->chunks[--store->chunk_count], chunk_bytes(store));
     }
+    store->forgotten = store->forgotten < store->chunk_count ? store->forgotten : store->chunk_count;
 }
 
 void dci_store_forget(struct dci_store *store, struct dci_memory *memory, uint64_t first, uint64_t end)
 {
     const uint64_t chunk = 1u << store->shift;
-    const uint64_t last = end >> store->shift;
-    for (uint64_t c = (first + chunk - 1) >> store->shift; c < last && c < store->chunk_count; c++) {
+    uint64_t c = (first + chunk - 1) >> store->shift, last = end >> store->shift;
+    last = last < store->chunk_count ? last : store->chunk_count;
+    for (c = c > store->forgotten ? c : store->forgotten; c < last; c++) {
         dci_memory_release(memory, store->chunks[c], chunk_bytes(store));
         store->chunks[c] = NULL;
+        store->forgotten = (uint32_t)c + 1;
     }
 }
 

@@ -17,8 +17,9 @@ void dci_memory_release(struct dci_memory *memory, void *block, size_t bytes);
 struct dci_store {
     unsigned char **chunks;
     uint32_t chunk_count, chunk_room;
-    uint32_t shift; // a chunk holds 1 << shift elements
-    size_t stride;  // bytes of an element
+    uint32_t forgotten; // chunks below it have been given back, but for those kept at the beginning
+    uint32_t shift;     // a chunk holds 1 << shift elements
+    size_t stride;      // bytes of an element
 };
 
 void dci_store_init(struct dci_store *store, size_t stride, uint32_t shift);

@@ -71,8 +71,7 @@ struct index {
     float signs[2][INDEX_HEAD_DIM_MAX]; // of the rotation
 
     // Changes with appends.
-    struct dci_store keys;   // rows of head and tail, by position
-    struct dci_store tail;   // the same in 8 bits: blocks of 16 neighbours, without base
+    struct dci_store tail;   // keys of head and tail in 8 bits: blocks of 16 neighbours, without base
     struct dci_store places; // of all tokens: page << row_shift | row, TREE_NONE when erased
     uint32_t length;         // committed
     uint32_t prepared;       // tokens behind length that an append has prepared
@@ -113,9 +112,12 @@ static inline void dci_work_spend(struct dci_work *work, const struct index *ind
 
 // ---- keys.c ----
 void dci_rotation_init(struct index *index);
-void dci_rotate(const struct index *index, float *x);                         // in place
-void dci_key_widen(const struct index *index, uint32_t position, float *out); // of head and tail, not rotated
-uint64_t dci_mix(uint64_t x);                                                 // splitmix64's finaliser
+void dci_rotate(const struct index *index, float *x); // in place
+// The squared norm of a row's key, which goes to `out` as it is; also a NaN or what is too large.
+float dci_key_widen(const struct index *index, const void *row, float *out);
+// The key of a row that the owner lends, rotated. A row that appending would have refused counts as 0.
+void dci_key_load(const struct index *index, const void *row, float *out);
+uint64_t dci_mix(uint64_t x); // splitmix64's finaliser
 
 // ---- pages.c ----
 static inline struct page *dci_page(const struct index *index, uint32_t page)
@@ -215,16 +217,9 @@ void dci_node_remove(struct index *index, uint32_t node); // takes a node withou
 void dci_root_create(struct index *index, const struct entry *entry);
 
 // ---- route.c ----
-struct dci_near {
-    float distance;
-    uint32_t node;
-};
-struct dci_route {
-    struct dci_near nearest, roomy; // the nearest cell, and the nearest with a free row; TREE_NONE: none
-};
-// key: rotated. avoid: a cell that does not count, or TREE_NONE.
-void dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_route *route,
-               struct dci_work *work);
+// The cell for a key (rotated): the nearest one, or one that is nearly as near and has a free row. avoid: a cell that
+// does not count, or TREE_NONE. TREE_NONE where there is no cell.
+uint32_t dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_work *work);
 
 // ---- divide.c ----
 // Divides n vectors in two, none with less than n / 3 of them; permutes `order`. Returns the first

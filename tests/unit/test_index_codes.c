@@ -12,6 +12,8 @@ static double dot_of(const float *a, const float *b, uint32_t n)
     return sum;
 }
 
+static const float nothing[INDEX_HEAD_DIM_MAX];
+
 static void codes_are_the_nearest(void **state)
 {
     (void)state;
@@ -28,16 +30,26 @@ static void codes_are_the_nearest(void **state)
             largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
         }
         for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
-            const float step = dci_kernel_at(k)->encode8(x, n, codes, &sum);
+            const struct dci_kernel *kernel = dci_kernel_at(k);
+            const int32_t most = round % 2 == 0 ? 127 : DCI_PROBE_MOST;
+            float step;
+            if (round % 2 == 0) {
+                step = kernel->encode8(x, n, codes, &sum);
+            } else {
+                struct dci_probe probe;
+                kernel->probe(x, nothing, n, codes, &probe);
+                step = probe.step;
+                sum = probe.sum;
+            }
             bool reaches_the_end = false;
             for (uint32_t i = 0; i < n; i++) {
                 assert_true(fabsf(x[i] - step * (float)codes[i]) <= 0.5001f * step);
-                assert_true(codes[i] >= -127);
-                reaches_the_end = reaches_the_end || codes[i] == 127 || codes[i] == -127;
+                assert_true(codes[i] >= -most && codes[i] <= most);
+                reaches_the_end = reaches_the_end || codes[i] == most || codes[i] == -most;
                 sum -= codes[i];
             }
             assert_int_equal(sum, 0);
-            assert_true(reaches_the_end && fabsf(step * 127.0f - largest) <= 1e-6f * largest);
+            assert_true(reaches_the_end && fabsf(step * (float)most - largest) <= 1e-6f * largest);
         }
     }
     memset(x, 0, sizeof x);
@@ -139,7 +151,7 @@ static void codes_of_5_bits_are_unbiased(void **state)
                 residual[i] = size * rng_normal(&rng);
                 query[i] = rng_normal(&rng);
             }
-            const float scale = dci_kernel_best()->encode5(residual, n, code, &spread2);
+            const float scale = dci_kernel_best()->encode5(residual, nothing, n, code, &spread2);
             decode5(code, scale, n, decoded);
             const double norm = sqrt(dot_of(residual, residual, n)), query_norm = sqrt(dot_of(query, query, n));
             assert_true(fabs((double)spread2 - dot_of(decoded, decoded, n)) <= 1e-4 * norm * norm);
@@ -171,20 +183,20 @@ static void codes_of_5_bits_at_the_limits(void **state)
     uint8_t code[40];
     for (uint32_t k = 0; dci_kernel_at(k) != NULL; k++) {
         memset(residual, 0, sizeof residual);
-        assert_true(dci_kernel_at(k)->encode5(residual, 64, code, &spread2) == 0.0f);
+        assert_true(dci_kernel_at(k)->encode5(residual, nothing, 64, code, &spread2) == 0.0f);
         assert_true(spread2 == 0.0f);
         residual[7] = 1e-12f; // counts as nothing
-        assert_true(dci_kernel_at(k)->encode5(residual, 64, code, &spread2) == 0.0f);
+        assert_true(dci_kernel_at(k)->encode5(residual, nothing, 64, code, &spread2) == 0.0f);
         assert_true(spread2 == 0.0f);
         residual[7] = 0x1p61f; // all in one coordinate, as large as keys can be apart
-        const float scale = dci_kernel_at(k)->encode5(residual, 64, code, &spread2);
+        const float scale = dci_kernel_at(k)->encode5(residual, nothing, 64, code, &spread2);
         assert_true(isfinite(scale) && isfinite(spread2) && scale > 0.0f);
         decode5(code, scale, 64, decoded);
         assert_true(decoded[7] > 0.5f * residual[7] && decoded[7] < 2.0f * residual[7]);
         for (uint32_t i = 0; i < 64; i++) {
             residual[i] = i % 2 == 0 ? 0x1p58f : -0x1p58f;
         }
-        assert_true(isfinite(dci_kernel_at(k)->encode5(residual, 64, code, &spread2)) && isfinite(spread2));
+        assert_true(isfinite(dci_kernel_at(k)->encode5(residual, nothing, 64, code, &spread2)) && isfinite(spread2));
     }
 }
 

@@ -193,9 +193,11 @@ static void bf16_and_fp32_are_exact(void **state)
 struct results {
     float dot, distance, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
     uint8_t code[INDEX_HEAD_DIM_MAX];
-    float step;
-    int8_t code8[INDEX_HEAD_DIM_MAX];
+    float step, decoded[INDEX_HEAD_DIM_MAX];
+    int8_t code8[2][INDEX_HEAD_DIM_MAX];
     int32_t code_sum;
+    struct dci_probe probe;
+    uint32_t nearest[2];
     float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], masses[2][DCI_LANES];
     float centers[VIEWS_MAX * DCI_LANES], promised[VIEWS_MAX * DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
     float scores[VIEWS_MAX * DCI_LANES], weights[VIEWS_MAX * DCI_LANES], estimated[VIEWS_MAX * DCI_LANES];
@@ -235,10 +237,13 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     kernel->add(out->added, in->b, n);
     memcpy(out->rotated, in->a, n * sizeof in->a[0]);
     kernel->hadamard(out->rotated, power_below(n), in->signs);
-    out->encoded = kernel->encode5(in->a, n, out->code, &out->spread2);
-    out->step = kernel->encode8(in->b, n, out->code8, &out->code_sum);
+    out->encoded = kernel->encode5(in->a, in->b, n, out->code, &out->spread2);
+    out->step = kernel->encode8(in->b, n, out->code8[0], &out->code_sum);
+    kernel->decode8(out->code8[0], out->step, in->a, n, out->decoded);
+    kernel->probe(in->a, in->b, n, out->code8[1], &out->probe);
+    out->probe.codes = NULL;
     for (uint32_t i = 0; i < 2; i++) {
-        kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
+        out->nearest[i] = kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
     }
     kernel->centers16(&scene->views, scene->block, out->centers);
     for (uint32_t i = 0; i < SUMS; i++) {
@@ -282,8 +287,10 @@ static void vectors_init(struct vectors *in, const struct scene *scene, float si
         in->start[i] = rng_below(rng, 8) == 0 ? 0.0f : (float)rng_below(rng, 1000) / 100.0f;
     }
     in->probes[0] = (struct dci_probe){.codes = in->probe_codes, .step = 0.02f, .norm2 = 1000.0f};
+    const uint32_t kind = rng_below(rng, 4); // at their limits, or random
     for (uint32_t i = 0; i < scene->views.head_dim; i++) {
-        in->probe_codes[i] = (int8_t)((int32_t)rng_below(rng, 255) - 127);
+        const int32_t random = (int32_t)rng_below(rng, 2 * DCI_PROBE_MOST + 1) - DCI_PROBE_MOST;
+        in->probe_codes[i] = (int8_t)(kind == 0 ? DCI_PROBE_MOST : kind == 1 ? -DCI_PROBE_MOST : random);
         in->probes[0].sum += in->probe_codes[i];
     }
     in->probes[1] = in->probes[0];
@@ -535,7 +542,7 @@ static void distances_follow_their_formulas(void **state)
         for (uint32_t i = 0; i < 2; i++) {
             float distances[DCI_LANES];
             const struct dci_probe *probe = &in.probes[i];
-            dci_kernel_best()->near16(probe, scene.block, dim, distances);
+            const uint32_t nearest = dci_kernel_best()->near16(probe, scene.block, dim, distances);
             for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
                 int64_t dot = 0;
                 for (uint32_t j = 0; j < dim; j++) {
@@ -546,6 +553,8 @@ static void distances_follow_their_formulas(void **state)
                              c2 = (double)probe->norm2_max;
                 const double slack = a2 < c2 && b2 < c2 ? sqrt(c2 - a2) * sqrt(c2 - b2) : 0.0;
                 const double expected = i == 0 ? a2 + b2 - 2.0 * product : c2 - product - slack;
+                assert_true(lane < nearest ? distances[nearest] < distances[lane]
+                                           : distances[nearest] <= distances[lane]);
                 if (lane == 7) {
                     assert_true(distances[lane] == FLT_MAX);
                 } else {
@@ -572,7 +581,7 @@ static void promotion_orders_by_images(void **state)
         float distances[DCI_LANES];
         scene_init(&scene, 1, dim, &rng);
         for (uint32_t j = 0; j < dim; j++) {
-            codes[j] = (int8_t)((int32_t)rng_below(&rng, 255) - 127);
+            codes[j] = (int8_t)((int32_t)rng_below(&rng, 2 * DCI_PROBE_MOST + 1) - DCI_PROBE_MOST);
             probe.sum += codes[j];
             probe.norm2 += 0.25f * (float)codes[j] * (float)codes[j];
         }
@@ -598,7 +607,7 @@ static void promotion_orders_by_images(void **state)
             }
             images[lane] = off2 + pow(sqrt(1.0 - a2) - sqrt(1.0 - b2), 2);
         }
-        dci_kernel_best()->near16(&probe, scene.block, dim, distances);
+        (void)dci_kernel_best()->near16(&probe, scene.block, dim, distances);
         for (uint32_t a = 0; a < DCI_LANES; a++) {
             for (uint32_t b = 0; b < DCI_LANES; b++) {
                 if (a != 7 && b != 7 && images[a] < images[b] - 1e-5) {

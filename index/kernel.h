@@ -91,6 +91,13 @@ struct dci_lanes {
     const float *anchors;  // [view][16]: scores of the cells' anchors
 };
 
+// Where the scores of rows of one cell are asked for.
+struct dci_target {
+    uint32_t low, span;   // positions that count: low .. low + span - 1
+    const float *anchors; // [view * DCI_LANES]: what the cell's anchor scores
+    float *tops;          // [view][16]: raised to the scores
+};
+
 // A first look at rows of one cell: which may have a mass of at least `bar`?
 struct dci_sieve {
     uint32_t low, span; // positions that count: low .. low + span - 1
@@ -158,10 +165,14 @@ struct dci_kernel {
     // signs[view][16]: twice the sum of the query's table codes over the coordinates whose top bit is set, less the sum
     // over all.
     void (*signs16)(const struct dci_views *views, const struct dci_rows *rows, int16_t *signs);
+    // signs16 and score16 of rows of one cell. lows: low bits of the first row; signs: room for [view][16]. Returns how
+    // many count.
+    uint32_t (*tokens16)(const struct dci_views *views, const struct dci_rows *rows, const uint8_t *lows,
+                         const struct dci_target *target, int16_t *signs, float *scores);
     // scores[view][16]; tops[view][16] are raised to them.
     void (*score16)(const struct dci_views *views, const struct dci_lanes *lanes, float *scores, float *tops);
-    // signs16; bit i: row i may have the mass; bit 16 + i: it counts. The terms of those that count and have not, times
-    // their weight, are added to totals[view][16]. terms: room for [view][16].
+    // signs16; bit i: row i may have the mass; from bit 16 on, how many rows count. The terms of those that count and
+    // have not, times their weight, are added to totals[view][16]. terms: room for [view][16].
     uint32_t (*sift16)(const struct dci_views *views, const struct dci_rows *rows, const struct dci_sieve *sieve,
                        int16_t *signs, float *terms, float *totals);
     // centers16, and tops[view][16] are raised to the scores plus the log of the mean of exp of how far
@@ -186,17 +197,13 @@ struct dci_kernel {
                       float *totals);
     // sums[view][16] += weight * (score - anchor)^2 of what is not hidden.
     void (*spread16)(uint32_t views, const float *scores, const float *anchors, float weight, float *sums);
-    // Scores become exp(score - top[view]), and totals[view][16] are raised by them.
-    void (*exp16)(float *scores, uint32_t views, const float *top, float *totals);
-    // masses[16] = sum over the views of exp(score - reference[view]), to within 4 %.
-    void (*rough16)(const float *scores, uint32_t views, const float *reference, float *masses);
-    // masses[16] = sum over the views of scores[view][16] * inverse[view].
-    void (*mix16)(const float *scores, uint32_t views, const float *inverse, float *masses);
+    // exps[view][16] = exp(score - origin[view]), exp(80) at most; totals[view][16] (or NULL) are raised by them.
+    void (*exps16)(const float *scores, uint32_t views, const float *origins, float *exps, float *totals);
+    // masses[16] = sum over the views of exps[view][16] * units[view].
+    void (*mix16)(const float *exps, uint32_t views, const float *units, float *masses);
     // Bit i: x[i] >= bound; x[i] < bound.
     uint32_t (*above16)(const float *x, float bound);
     uint32_t (*below16)(const float *x, float bound);
-    // masses[16] = sum over the views of exp(score - reference[view]), and totals[view][16] are raised by the terms.
-    void (*weigh16)(const float *scores, uint32_t views, const float *reference, float *totals, float *masses);
 };
 
 // The best one for this machine.

@@ -213,20 +213,6 @@ ENTRY void NAME(balance16)(uint32_t views, const float *masses, const float *mer
     }
 }
 
-ENTRY void NAME(rough16)(const float *scores, uint32_t views, const float *reference, float *masses)
-{
-    NAME(floats) sum[KERNEL_PARTS] = {{0}}, term;
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES) {
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(load_lanes)(scores, part, &term);
-            term = (term - reference[v]) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
-            NAME(rough_exp)(&term, &term);
-            sum[part] += term;
-        }
-    }
-    memcpy(masses, sum, sizeof sum);
-}
-
 ENTRY void NAME(spread16)(uint32_t views, const float *scores, const float *anchors, float weight, float *sums)
 {
     const NAME(floats) zero = {0};
@@ -244,48 +230,32 @@ ENTRY void NAME(spread16)(uint32_t views, const float *scores, const float *anch
     }
 }
 
-ENTRY void NAME(exp16)(float *scores, uint32_t views, const float *top, float *totals)
+ENTRY void NAME(exps16)(const float *scores, uint32_t views, const float *origins, float *exps, float *totals)
 {
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES, totals += DCI_LANES) {
+    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES, exps += DCI_LANES) {
         for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) score, weight, total;
-            NAME(load_lanes)(scores, part, &score);
-            NAME(load_lanes)(totals, part, &total);
-            score = score - top[v];
-            NAME(exp_lanes)(&score, &weight);
-            total += weight;
-            NAME(store_lanes)(scores, part, &weight);
-            NAME(store_lanes)(totals, part, &total);
+            NAME(floats) x, total;
+            NAME(load_lanes)(scores, part, &x);
+            x = x - origins[v];
+            NAME(exp_limited)(&x, &x);
+            NAME(store_lanes)(exps, part, &x);
+            if (totals != NULL) {
+                NAME(load_lanes)(totals + (size_t)v * DCI_LANES, part, &total);
+                total += x;
+                NAME(store_lanes)(totals + (size_t)v * DCI_LANES, part, &total);
+            }
         }
     }
 }
 
-ENTRY void NAME(mix16)(const float *scores, uint32_t views, const float *inverse, float *masses)
+ENTRY void NAME(mix16)(const float *exps, uint32_t views, const float *units, float *masses)
 {
     NAME(floats) sum[KERNEL_PARTS] = {{0}};
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES) {
+    for (uint32_t v = 0; v < views; v++, exps += DCI_LANES) {
         for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) score;
-            NAME(load_lanes)(scores, part, &score);
-            sum[part] += score * inverse[v];
-        }
-    }
-    memcpy(masses, sum, sizeof sum);
-}
-
-ENTRY void NAME(weigh16)(const float *scores, uint32_t views, const float *reference, float *totals, float *masses)
-{
-    NAME(floats) sum[KERNEL_PARTS] = {{0}};
-    for (uint32_t v = 0; v < views; v++, scores += DCI_LANES, totals += DCI_LANES) {
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) score, weight, total;
-            NAME(load_lanes)(scores, part, &score);
-            NAME(load_lanes)(totals, part, &total);
-            score = score - reference[v];
-            NAME(exp_limited)(&score, &weight);
-            total += weight;
-            sum[part] += weight;
-            NAME(store_lanes)(totals, part, &total);
+            NAME(floats) mass;
+            NAME(load_lanes)(exps, part, &mass);
+            sum[part] += mass * units[v];
         }
     }
     memcpy(masses, sum, sizeof sum);

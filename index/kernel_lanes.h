@@ -292,7 +292,6 @@ static const struct dci_kernel NAME(kernel) = {
     .distance2 = NAME(distance2),
     .rest16 = NAME(rest16),
     .balance16 = NAME(balance16),
-    .rough16 = NAME(rough16),
     .add = NAME(add),
     .hadamard = NAME(hadamard),
     .encode5 = NAME(encode5),
@@ -301,6 +300,7 @@ static const struct dci_kernel NAME(kernel) = {
     .centers16 = NAME(centers16),
     .signs16 = NAME(signs16),
     .score16 = NAME(score16),
+    .tokens16 = NAME(tokens16),
     .sift16 = NAME(sift16),
     .survey16 = NAME(survey16),
     .hopes16 = NAME(hopes16),
@@ -312,9 +312,8 @@ static const struct dci_kernel NAME(kernel) = {
     .probe = NAME(probe),
     .promise16 = NAME(promise16),
     .spread16 = NAME(spread16),
-    .exp16 = NAME(exp16),
+    .exps16 = NAME(exps16),
     .mix16 = NAME(mix16),
-    .weigh16 = NAME(weigh16),
 };
 
 #undef KERNEL_PARTS

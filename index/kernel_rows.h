@@ -204,7 +204,34 @@ LOCAL void NAME(load_signs)(const int16_t *from, uint32_t part, NAME(floats) * o
     *out = __builtin_convertvector(__builtin_convertvector(narrow, NAME(ints)), NAME(floats));
 }
 
-ENTRY void NAME(score16)(const struct dci_views *views, const struct dci_lanes *lanes, float *scores, float *tops)
+// Bit i: lane i of the mask is set.
+LOCAL uint32_t NAME(bits_of)(const NAME(ints) * mask)
+{
+#if KERNEL_WIDTH == 16
+    return _mm512_movepi32_mask((__m512i)*mask);
+#elif KERNEL_WIDTH == 8
+    return (uint32_t)_mm256_movemask_ps((__m256)*mask);
+#else
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
+        bits |= (*mask)[i] != 0 ? 1u << i : 0;
+    }
+    return bits;
+#endif
+}
+
+// Of 16; no instruction for it is sure to be there.
+LOCAL uint32_t NAME(count_bits)(uint32_t bits)
+{
+    bits = bits - ((bits >> 1) & 0x5555u);
+    bits = (bits & 0x3333u) + ((bits >> 2) & 0x3333u);
+    bits = (bits + (bits >> 4)) & 0x0f0fu;
+    return (bits + (bits >> 8)) & 0x1fu;
+}
+
+// anchor_step: 1 where each lane has its own anchor, else 0.
+LOCAL void NAME(score_lanes)(const struct dci_views *views, const struct dci_lanes *lanes, uint32_t anchor_step,
+                             float *scores, float *tops)
 {
     const NAME(floats) zero = {0};
     const NAME(floats) hidden = zero + DCI_HIDDEN;
@@ -225,7 +252,11 @@ ENTRY void NAME(score16)(const struct dci_views *views, const struct dci_lanes *
                 memcpy(&dot, dots + v * DCI_LANES + part * KERNEL_WIDTH, sizeof dot);
                 const NAME(floats) low = __builtin_convertvector(2 * dot - 15 * views->sums[first + v], NAME(floats));
                 NAME(load_signs)(lanes->signs + at, part, &sign);
-                NAME(load_lanes)(lanes->anchors + at, part, &score);
+                if (anchor_step == 1) {
+                    NAME(load_lanes)(lanes->anchors + at, part, &score);
+                } else {
+                    score = zero + lanes->anchors[at];
+                }
                 score +=
                     (sign * (8.0f * views->table_steps[first + v]) + low * (0.5f * views->steps[first + v])) * scale;
                 NAME(choose)(&counts, &score, &hidden, &score);
@@ -238,20 +269,48 @@ ENTRY void NAME(score16)(const struct dci_views *views, const struct dci_lanes *
     }
 }
 
-// Bit i: lane i of the mask is set.
-LOCAL uint32_t NAME(bits_of)(const NAME(ints) * mask)
+ENTRY void NAME(score16)(const struct dci_views *views, const struct dci_lanes *lanes, float *scores, float *tops)
 {
-#if KERNEL_WIDTH == 16
-    return _mm512_movepi32_mask((__m512i)*mask);
-#elif KERNEL_WIDTH == 8
-    return (uint32_t)_mm256_movemask_ps((__m256)*mask);
-#else
-    uint32_t bits = 0;
-    for (uint32_t i = 0; i < KERNEL_WIDTH; i++) {
-        bits |= (*mask)[i] != 0 ? 1u << i : 0;
+    NAME(score_lanes)(views, lanes, 1, scores, tops);
+}
+
+LOCAL void NAME(load_scales)(const struct dci_rows *rows, uint32_t part, NAME(floats) * out)
+{
+    NAME(halves) narrow;
+    memcpy(&narrow, rows->scales + part * KERNEL_WIDTH, sizeof narrow);
+    *out = (NAME(floats))(__builtin_convertvector(narrow, NAME(words)) << 16);
+}
+
+// Which rows have positions low .. low + span - 1.
+LOCAL void NAME(load_counts)(const struct dci_rows *rows, uint32_t low, uint32_t span, uint32_t part, NAME(ints) * out)
+{
+    NAME(words) position;
+    memcpy(&position, rows->positions + part * KERNEL_WIDTH, sizeof position);
+    *out = (NAME(ints))(position - low < span);
+}
+
+ENTRY uint32_t NAME(tokens16)(const struct dci_views *views, const struct dci_rows *rows, const uint8_t *lows,
+                              const struct dci_target *target, int16_t *signs, float *scores)
+{
+    const NAME(floats) zero = {0}, one = zero + 1.0f;
+    struct dci_lanes lanes = {.signs = signs, .anchors = target->anchors};
+    uint32_t counted = 0;
+    for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
+        NAME(floats) scale, live;
+        NAME(ints) counts;
+        NAME(load_scales)(rows, part, &scale);
+        NAME(store_lanes)(lanes.scales, part, &scale);
+        NAME(load_counts)(rows, target->low, target->span, part, &counts);
+        NAME(choose)(&counts, &one, &zero, &live);
+        NAME(store_lanes)(lanes.live, part, &live);
+        counted |= NAME(bits_of)(&counts) << (part * KERNEL_WIDTH);
     }
-    return bits;
-#endif
+    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
+        lanes.rows[lane] = lows + (size_t)lane * views->row_bytes;
+    }
+    NAME(signs16)(views, rows, signs);
+    NAME(score_lanes)(views, &lanes, 0, scores, target->tops);
+    return NAME(count_bits)(counted);
 }
 
 ENTRY uint32_t NAME(sift16)(const struct dci_views *views, const struct dci_rows *rows, const struct dci_sieve *sieve,
@@ -261,9 +320,7 @@ ENTRY uint32_t NAME(sift16)(const struct dci_views *views, const struct dci_rows
     const NAME(floats) none = zero - 1.0f;
     NAME(floats) sum[KERNEL_PARTS] = {{0}}, scale[KERNEL_PARTS];
     for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-        NAME(halves) narrow;
-        memcpy(&narrow, rows->scales + part * KERNEL_WIDTH, sizeof narrow);
-        scale[part] = (NAME(floats))(__builtin_convertvector(narrow, NAME(words)) << 16);
+        NAME(load_scales)(rows, part, &scale[part]);
     }
     NAME(signs16)(views, rows, signs);
     for (uint32_t v = 0; v < views->count; v++) {
@@ -281,9 +338,7 @@ ENTRY uint32_t NAME(sift16)(const struct dci_views *views, const struct dci_rows
     NAME(ints) counts[KERNEL_PARTS];
     uint32_t eligible = 0;
     for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-        NAME(words) position;
-        memcpy(&position, rows->positions + part * KERNEL_WIDTH, sizeof position);
-        counts[part] = (NAME(ints))(position - sieve->low < sieve->span);
+        NAME(load_counts)(rows, sieve->low, sieve->span, part, &counts[part]);
         eligible |= NAME(bits_of)(&counts[part]) << (part * KERNEL_WIDTH);
         NAME(choose)(&counts[part], &sum[part], &none, &sum[part]);
         counts[part] &= sum[part] < zero + sieve->bar;
@@ -300,5 +355,5 @@ ENTRY uint32_t NAME(sift16)(const struct dci_views *views, const struct dci_rows
             NAME(store_lanes)(totals + at, part, &total);
         }
     }
-    return NAME(above16)(masses, sieve->bar) | eligible << DCI_LANES;
+    return NAME(above16)(masses, sieve->bar) | NAME(count_bits)(eligible) << DCI_LANES;
 }

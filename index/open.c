@@ -95,30 +95,17 @@ static uint32_t score_block(struct index_search *search, const struct scored *sc
         score_neighbours(search, scored, scores);
         return 0;
     }
-    uint32_t count = 0;
     const struct node *cell = dci_node(index, scored->cell);
-    const struct dci_rows *rows = dci_rows(index, cell, scored->number);
-    const float *centers = dci_block_centers(search, scored->place / DCI_LANES) + scored->place % DCI_LANES;
-    float *anchors = SEARCH_ROOM(search, float, ROOM_ANCHORS_OF_LANES);
-    int16_t *signs = SEARCH_ROOM(search, int16_t, ROOM_SIGNS_OF_LANES);
-    for (size_t i = 0; i < (size_t)search->views * DCI_LANES; i++) {
-        anchors[i] = centers[i - i % DCI_LANES];
-    }
     const bool is_one = scored->only != TREE_NONE;
-    const uint32_t low = is_one ? scored->only : search->low, span = is_one ? 1 : search->high - search->low;
-    struct dci_lanes lanes = {.signs = signs, .anchors = anchors};
-    const uint8_t *lows = dci_lows(index, cell, scored->number);
-    for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
-        lanes.rows[lane] = lows + (size_t)lane * index->code_row_bytes;
-        lanes.scales[lane] = dci_scale_widen(rows->scales[lane]);
-        const bool is_live = rows->positions[lane] - low < span;
-        lanes.live[lane] = is_live ? 1.0f : 0.0f;
-        count += is_live ? 1 : 0;
-    }
-    index->kernel->signs16(&search->seen, rows, signs);
-    const bool is_seen = (uint64_t)low + span <= search->query.first_position + 1;
-    index->kernel->score16(&search->seen, &lanes, scores,
-                           SEARCH_ROOM(search, float, is_seen ? ROOM_TOPS : ROOM_UNSEEN));
+    struct dci_target target = {.low = is_one ? scored->only : search->low,
+                                .span = is_one ? 1 : search->high - search->low,
+                                .anchors =
+                                    dci_block_centers(search, scored->place / DCI_LANES) + scored->place % DCI_LANES};
+    const bool is_seen = (uint64_t)target.low + target.span <= search->query.first_position + 1;
+    target.tops = SEARCH_ROOM(search, float, is_seen ? ROOM_TOPS : ROOM_UNSEEN);
+    const uint32_t count = index->kernel->tokens16(&search->seen, dci_rows(index, cell, scored->number),
+                                                   dci_lows(index, cell, scored->number), &target,
+                                                   SEARCH_ROOM(search, int16_t, ROOM_SIGNS_OF_LANES), scores);
     if (!is_seen) {
         hide(search, scored, scores);
         raise_tops(search, scores);
@@ -164,14 +151,18 @@ static void settle(struct index_search *search, struct waiting *waiting)
         SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[waiting->loose].positions[lane] = TREE_NONE;
     }
     const struct dci_kernel *kernel = search->index->kernel;
-    float *scores = room_for(search, search->block_count), masses[DCI_LANES];
-    kernel->score16(&search->seen, &waiting->lanes, scores, SEARCH_ROOM(search, float, ROOM_TOPS));
+    const uint32_t block = search->block_count++;
+    kernel->score16(&search->seen, &waiting->lanes, room_for(search, block), SEARCH_ROOM(search, float, ROOM_TOPS));
+    *dci_scored(search, block) = (struct scored){.page = TREE_NONE,
+                                                 .cell = SEARCH_LOOSE,
+                                                 .end = (uint8_t)waiting->count,
+                                                 .number = waiting->loose,
+                                                 .only = TREE_NONE};
     if (search->barred) {
-        kernel->rough16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE), masses);
-        dci_rank_raise_bar(search, masses, waiting->count);
+        float masses[DCI_LANES];
+        kernel->mix16(dci_search_exps(search, block), search->views, SEARCH_ROOM(search, float, ROOM_UNITS), masses);
+        dci_rank_raise_bar(search, masses);
     }
-    *dci_scored(search, search->block_count++) =
-        (struct scored){TREE_NONE, SEARCH_LOOSE, 0, 0, (uint16_t)waiting->count, waiting->loose, TREE_NONE};
     waiting->count = 0;
 }
 
@@ -278,15 +269,6 @@ static void sieve_init(struct index_search *search, uint32_t slot, const float *
                                 .weights = weights};
 }
 
-// Of 16; no instruction for it is sure to be there.
-static uint32_t count_bits(uint32_t bits)
-{
-    bits = bits - ((bits >> 1) & 0x5555u);
-    bits = (bits & 0x3333u) + ((bits >> 2) & 0x3333u);
-    bits = (bits + (bits >> 4)) & 0x0f0fu;
-    return (bits + (bits >> 8)) & 0x1fu;
-}
-
 // Looks at the top bits of a cell's blocks, and keeps the rows that may be selected; a rough sum of exponentials is all
 // that is needed of the others. Returns how many count.
 static uint32_t sift(struct index_search *search, struct source *source, struct dci_sieve *sieve)
@@ -298,14 +280,19 @@ static uint32_t sift(struct index_search *search, struct source *source, struct 
     for (uint32_t passed = lanes & ((1u << DCI_LANES) - 1); passed != 0; passed &= passed - 1) {
         keep(search, source, (uint32_t)__builtin_ctz(passed));
     }
-    return count_bits(lanes >> DCI_LANES);
+    return lanes >> DCI_LANES;
 }
 
 void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t end)
 {
     for (uint32_t p = first - first % DCI_LANES; p < end; p += DCI_LANES) {
         const uint32_t lane = p < first ? first - p : 0, lane_end = end - p < DCI_LANES ? end - p : DCI_LANES;
-        (void)add(search, &(struct scored){TREE_NONE, TREE_NONE, p, (uint16_t)lane, (uint16_t)lane_end, 0, TREE_NONE});
+        (void)add(search, &(struct scored){.page = TREE_NONE,
+                                           .cell = TREE_NONE,
+                                           .place = p,
+                                           .begin = (uint8_t)lane,
+                                           .end = (uint8_t)lane_end,
+                                           .only = TREE_NONE});
         uint32_t live = 0;
         for (uint32_t i = lane; i < lane_end; i++) {
             live += dci_tail_block(search->index, p)->rows[i] > 0.0f ? 1 : 0;
@@ -354,7 +341,9 @@ void dci_open_one(struct index_search *search, uint32_t position)
     const uint32_t number = page->part * index->page_blocks + place.row / DCI_LANES, slot = slot_of(index, cell);
     search->tokens_scored++;
     if (search->query.query_count > 1 || search->block_count + SEARCH_LOOSE_MOST >= search->sieve_blocks) {
-        (void)add(search, &(struct scored){place.page, page->owner, slot, 0, DCI_LANES, number, position});
+        (void)add(search,
+                  &(struct scored){
+                      .page = place.page, .cell = page->owner, .place = slot, .number = number, .only = position});
         return;
     }
     struct source source = {.anchors = dci_block_centers(search, slot / DCI_LANES) + slot % DCI_LANES};
@@ -428,8 +417,11 @@ uint32_t dci_open_cell(struct index_search *search, uint32_t at)
             source_init(search, cell, block, &source);
             eligible += sift(search, &source, &sieve);
         } else {
-            eligible += add(search, &(struct scored){cell->parts[block / index->page_blocks], id, slot, 0, DCI_LANES,
-                                                     block, TREE_NONE});
+            eligible += add(search, &(struct scored){.page = cell->parts[block / index->page_blocks],
+                                                     .cell = id,
+                                                     .place = slot,
+                                                     .number = block,
+                                                     .only = TREE_NONE});
         }
     }
     search->eligible_scored += eligible;

@@ -108,9 +108,9 @@ void dci_rank_survey(struct index_search *search, uint32_t block)
 void dci_rank_fix_reference(struct index_search *search)
 {
     float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE), *lanes = SEARCH_ROOM(search, float, ROOM_LANES);
-    float masses[DCI_LANES];
     for (uint32_t block = 0; block < search->block_count; block++) {
-        search->index->kernel->weigh16(dci_block_scores(search, block), search->views, reference, lanes, masses);
+        search->index->kernel->exps16(dci_block_scores(search, block), search->views, reference,
+                                      SEARCH_ROOM(search, float, ROOM_TERMS), lanes);
     }
     for (uint32_t v = 0; v < search->views; v++) {
         const float sum = dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
@@ -206,22 +206,38 @@ void dci_rank_open_best(struct index_search *search)
     line_up_from(search, search->highest_hope - (float)(bucket + 1) * (depth / (float)SEARCH_BUCKETS));
 }
 
-void dci_rank_begin_weighing(struct index_search *search)
+// The first time, references are not below what was scored, and become the origins.
+static void place_origins(struct index_search *search)
 {
     const float *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
     float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
-    for (uint32_t v = 0; search->rounds == 1 && !search->balanced && v < search->views; v++) {
+    for (uint32_t v = 0; v < search->views; v++) {
         const float top = dci_max_lanes(tops + (size_t)v * DCI_LANES);
         float *shift = &SEARCH_ROOM(search, float, ROOM_SHIFTS)[v];
         reference[v] = top > reference[v] ? top : reference[v];
         *shift = dci_exp(*shift - reference[v]);
     }
+    memcpy(SEARCH_ROOM(search, float, ROOM_ORIGINS), reference, search->views * sizeof reference[0]);
     clear_lanes(search, ROOM_LANES);
     clear_lanes(search, ROOM_SPREADS);
+    memset(SEARCH_ROOM(search, float, ROOM_SEEN), 0, search->views * sizeof(float));
+    search->placed = true;
+}
+
+void dci_rank_begin_weighing(struct index_search *search)
+{
+    if (!search->placed) {
+        place_origins(search);
+    }
+    for (uint32_t v = 0; v < search->views; v++) {
+        SEARCH_ROOM(search, float, ROOM_UNITS)
+        [v] = dci_exp(SEARCH_ROOM(search, float, ROOM_ORIGINS)[v] - SEARCH_ROOM(search, float, ROOM_REFERENCE)[v]);
+    }
     memset(search->counts, 0, sizeof search->counts);
     memset(search->weights, 0, sizeof search->weights);
+    memset(search->tokens_of, 0, sizeof search->tokens_of);
+    search->bar_bucket = search->above_bar = 0;
     search->ends_sum = 0.0;
-    memset(SEARCH_ROOM(search, float, ROOM_SEEN), 0, search->views * sizeof(float));
 }
 
 static void measure_spread(struct index_search *search, const struct scored *scored, const float *scores)
@@ -242,21 +258,30 @@ static void measure_spread(struct index_search *search, const struct scored *sco
     }
 }
 
+// Do sums of masses matter, or just what the worst selected token has?
+static bool needs_sums(const struct index_search *search)
+{
+    return search->query.page_wise || search->query.coverage > 0.0f;
+}
+
 void dci_rank_weigh(struct index_search *search, uint32_t block)
 {
     const struct scored *scored = dci_scored(search, block);
-    const float *scores = dci_block_scores(search, block);
+    const bool is_new = !scored->counted;
     float *masses = SEARCH_ROOM(search, float, ROOM_MASSES) + (size_t)block * DCI_LANES;
-    search->index->kernel->weigh16(scores, search->views, SEARCH_ROOM(search, float, ROOM_REFERENCE),
-                                   SEARCH_ROOM(search, float, ROOM_LANES), masses);
+    search->index->kernel->mix16(dci_search_exps(search, block), search->views, SEARCH_ROOM(search, float, ROOM_UNITS),
+                                 masses);
     if (block < search->ends_blocks) {
         search->ends_sum += (double)dci_sum_lanes(masses);
         return;
     }
-    if (scored->cell != TREE_NONE && !search->barred) { // once blocks are dropped, those that stay are not like all
-        measure_spread(search, scored, scores);
+    if (is_new && scored->cell < SEARCH_LOOSE && !search->barred) { // what passes the sieve is not like all
+        measure_spread(search, scored, dci_block_scores(search, block));
     }
-    for (uint32_t lane = 0; !search->query.page_wise && lane < DCI_LANES; lane++) {
+    if (!needs_sums(search)) {
+        dci_rank_raise_bar(search, masses);
+    }
+    for (uint32_t lane = 0; needs_sums(search) && !search->query.page_wise && lane < DCI_LANES; lane++) {
         const uint32_t bucket = dci_bucket(masses[lane]);
         search->counts[bucket]++;
         search->weights[bucket] += masses[lane];
@@ -349,14 +374,15 @@ void dci_rank_fix_weights(struct index_search *search)
     if (search->query.page_wise) {
         count_pages(search);
     }
-    const uint32_t bucket = worst_bucket(search);
-    search->least = dci_bucket_least(bucket);
-    memcpy(search->tokens_of, search->counts, sizeof search->counts);
-    search->bar_bucket = bucket;
-    search->above_bar = 0;
-    for (uint32_t b = bucket + 1; b < SEARCH_BUCKETS; b++) {
-        search->above_bar += search->counts[b];
+    if (needs_sums(search)) {
+        memcpy(search->tokens_of, search->counts, sizeof search->counts);
+        search->bar_bucket = worst_bucket(search);
+        for (uint32_t b = search->bar_bucket + 1; b < SEARCH_BUCKETS; b++) {
+            search->above_bar += search->counts[b];
+        }
     }
+    const uint32_t bucket = search->bar_bucket;
+    search->least = dci_bucket_least(bucket);
     search->log_least = dci_log(search->least > 0x1p-100f ? search->least : 0x1p-100f);
     search->selected_sum = 0.0;
     uint32_t left = search->select_max;
@@ -373,17 +399,18 @@ void dci_rank_fix_weights(struct index_search *search)
     }
 }
 
-void dci_rank_raise_bar(struct index_search *search, const float *masses, uint32_t count)
+void dci_rank_raise_bar(struct index_search *search, const float *masses)
 {
-    for (uint32_t lane = 0; lane < count; lane++) {
-        const uint32_t bucket = dci_bucket(masses[lane]);
+    uint32_t lanes = search->index->kernel->above16(masses, dci_bucket_least(search->bar_bucket));
+    for (; lanes != 0; lanes &= lanes - 1) {
+        const uint32_t bucket = dci_bucket(masses[__builtin_ctz(lanes)]);
         search->tokens_of[bucket]++;
         search->above_bar += bucket > search->bar_bucket ? 1 : 0;
     }
     while (search->above_bar >= search->select_max && search->above_bar > 0) {
         search->above_bar -= search->tokens_of[++search->bar_bucket];
-        search->bar = BAR_SHARE * dci_bucket_least(search->bar_bucket);
     }
+    search->bar = BAR_SHARE * dci_bucket_least(search->bar_bucket);
 }
 
 static void work_out(struct index_search *search, uint32_t block, float *merits)

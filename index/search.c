@@ -12,6 +12,9 @@
 #define ROOM_BYTES_MIN  64u
 #define PREFETCH_TOKENS 128u // of the tail
 
+// How far above its origin a score may be: no sum of exponentials overflows.
+#define ORIGIN_REACH 60.0f
+
 enum index_status index_search_create(const struct index_allocator *allocator, struct index_search **out)
 {
     struct index_search *search = allocator->acquire(allocator->owner, sizeof *search);
@@ -85,6 +88,7 @@ static void room_sizes(const struct index *index, const struct index_query *quer
     sizes[ROOM_SCORED] = blocks * sizeof(struct scored);
     sizes[ROOM_LOOSE] = blocks * sizeof(struct loose);
     sizes[ROOM_SCORES] = kept * views * DCI_LANES * sizeof(float);
+    sizes[ROOM_EXPS] = sizes[ROOM_SCORES];
     sizes[ROOM_MASSES] = blocks * DCI_LANES * sizeof(float);
     sizes[ROOM_CENTERS] = kept_centers * views * DCI_LANES * sizeof(float);
     sizes[ROOM_PROMISES] = sizes[ROOM_CENTERS];
@@ -238,15 +242,26 @@ static void ends_item(struct index_search *search)
     search->cursor += end - position;
 }
 
+// Exponentials are relative to the origins. These are fixed when tokens are weighed first; where none were, or where a
+// score has been found since that is too far above, exponentials are taken anew.
 void dci_search_begin_totals(struct index_search *search)
 {
-    float *top = SEARCH_ROOM(search, float, ROOM_TOP);
     const float *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
+    float *origins = SEARCH_ROOM(search, float, ROOM_ORIGINS), *highest = SEARCH_ROOM(search, float, ROOM_INVERSE);
+    bool is_far = !search->placed;
     for (uint32_t v = 0; v < search->views; v++) {
-        const float highest = dci_max_lanes(tops + (size_t)v * DCI_LANES);
-        top[v] = highest > DCI_HIDDEN ? highest : 0.0f; // a view that sees nothing: what is hidden has no mass either
+        const float top = dci_max_lanes(tops + (size_t)v * DCI_LANES);
+        highest[v] = top > DCI_HIDDEN ? top : 0.0f; // a view that sees nothing: what is hidden has no mass either
+        is_far = is_far || highest[v] > origins[v] + ORIGIN_REACH;
     }
-    memset(SEARCH_ROOM(search, float, ROOM_LANES), 0, search->views * DCI_LANES * sizeof(float));
+    if (is_far) {
+        memcpy(origins, highest, search->views * sizeof highest[0]);
+        memset(SEARCH_ROOM(search, float, ROOM_LANES), 0, search->views * DCI_LANES * sizeof(float));
+        for (uint32_t block = 0; block < search->block_count; block++) {
+            dci_scored(search, block)->counted = false;
+        }
+        search->placed = true;
+    }
     memset(SEARCH_ROOM(search, float, ROOM_SPREADS), 0, search->views * DCI_LANES * sizeof(float));
 }
 
@@ -386,7 +401,7 @@ static uint64_t tokens_item(struct index_search *search)
         return 1;
     case SEARCH_TOTALS:
         if (search->cursor < search->block_count) {
-            dci_search_totals(search, search->cursor++);
+            (void)dci_search_exps(search, search->cursor++);
         } else {
             enter(search, SEARCH_REST);
         }

@@ -41,12 +41,13 @@ enum search_phase {
 
 // A block of scored lanes.
 struct scored {
-    uint32_t page;       // of the tree
-    uint32_t cell;       // TREE_NONE: of head or tail; SEARCH_LOOSE: loose rows
-    uint32_t place;      // head and tail: position of lane 0; else the cell's slot
-    uint16_t begin, end; // head and tail: the lanes that count
-    uint32_t number;     // which block of the cell's run; which loose block
-    uint32_t only;       // the one position that counts (sinks and window in the tree); TREE_NONE: all eligible ones
+    uint32_t page;      // of the tree
+    uint32_t cell;      // TREE_NONE: of head or tail; SEARCH_LOOSE: loose rows
+    uint32_t place;     // head and tail: position of lane 0; else the cell's slot
+    uint8_t begin, end; // head and tail: the lanes that count
+    bool counted;       // its exponentials are part of the sums
+    uint32_t number;    // which block of the cell's run; which loose block
+    uint32_t only;      // the one position that counts (sinks and window in the tree); TREE_NONE: all eligible ones
 };
 
 // 16 rows that passed the sieve, each of any cell.
@@ -83,7 +84,8 @@ enum room_name {
     ROOM_STEPS,           // per view: dci_views
     ROOM_SUMS,            // per view: dci_views
     ROOM_BASES,           // per view: dci_views
-    ROOM_TOP,             // per view: largest score so far
+    ROOM_ORIGINS,         // per view: what exponentials are relative to
+    ROOM_UNITS,           // per view: exp of the origin less the reference
     ROOM_ZEROS,           // per view: 0, the base of the tail
     ROOM_REFERENCE,       // per view: estimated log-sum-exp
     ROOM_ZEROS_OF_TABLES, // per view: dci_views
@@ -96,7 +98,7 @@ enum room_name {
     ROOM_DOUBTS,          // per view: the deviation that is left when it is known how scores spread around anchors
     ROOM_SHIFTS,          // per view: reference of the survey, then exp of it less the final one
     ROOM_SEEN,            // per query position: tokens whose spread was measured
-    ROOM_INVERSE,         // per view: 1 / sum of all exp(score - top), over the number of views
+    ROOM_INVERSE,         // per view: 1 / sum of all exp(score - origin), over the number of views
     ROOM_TOPS,            // per view and lane: largest score so far
     ROOM_LANES,           // per view and lane: sums of exponentials
     ROOM_ROUGH,           // per view and lane: rough sums of exp(score - reference) of blocks that were dropped
@@ -113,6 +115,7 @@ enum room_name {
     ROOM_SCORED,           // struct scored, per block
     ROOM_LOOSE,            // struct loose, per block
     ROOM_SCORES,           // scores of the first blocks
+    ROOM_EXPS,             // exponentials of them
     ROOM_MASSES,           // per block and lane
     ROOM_CENTERS,          // scores of the first blocks of anchors
     ROOM_PROMISES,         // expected masses of the first blocks of anchors
@@ -156,6 +159,7 @@ struct index_search {
     const struct index_selected *sorted;
     bool begun, everything, barred, weighed; // merits and promises are known
     bool balanced;                           // the references are worth something
+    bool placed;                             // the origins are known
     float weights[SEARCH_BUCKETS];           // a histogram: sum of merits
     uint32_t counts[SEARCH_BUCKETS];
     uint32_t tokens_of[SEARCH_BUCKETS]; // of scored tokens, while the sieve works
@@ -217,13 +221,15 @@ void dci_rank_merits(struct index_search *search, uint32_t block);
 enum dci_pick { PICK_NONE, PICK_SOME, PICK_AGAIN }; // again: the references were wrong; weigh once more
 enum dci_pick dci_rank_pick(struct index_search *search);
 // More tokens have been scored, with these masses: the worst that may be selected has at least that of the bar.
-void dci_rank_raise_bar(struct index_search *search, const float *masses, uint32_t count);
+void dci_rank_raise_bar(struct index_search *search, const float *masses /* of 16 lanes */);
 float dci_bucket_least(uint32_t bucket); // the smallest float of a bucket
 void dci_rank_rest(struct index_search *search, uint32_t block);
 uint32_t dci_bucket(float positive);
 
 // ---- select.c ----
-void dci_search_totals(struct index_search *search, uint32_t block);
+// Exponentials of a block's scores over the origins: kept ones, else computed into ROOM_TERMS. Their sums are counted
+// once.
+float *dci_search_exps(struct index_search *search, uint32_t block);
 void dci_search_fix_inverse(struct index_search *search);
 void dci_search_masses(struct index_search *search, uint32_t block);
 

@@ -9,24 +9,26 @@
 
 #define RUN 8u // sorted by insertion
 
-static void take_exponentials(struct index_search *search, float *scores, float *totals)
+float *dci_search_exps(struct index_search *search, uint32_t block)
 {
-    search->index->kernel->exp16(scores, search->views, SEARCH_ROOM(search, float, ROOM_TOP), totals);
-}
-
-// Kept scores become exponentials; others are left to be computed again.
-void dci_search_totals(struct index_search *search, uint32_t block)
-{
-    take_exponentials(search, dci_block_scores(search, block), SEARCH_ROOM(search, float, ROOM_LANES));
+    struct scored *scored = dci_scored(search, block);
+    const bool is_kept = dci_search_is_kept(search, block);
+    const size_t lanes = (size_t)search->views * DCI_LANES;
+    float *exps =
+        is_kept ? SEARCH_ROOM(search, float, ROOM_EXPS) + block * lanes : SEARCH_ROOM(search, float, ROOM_TERMS);
+    if (!is_kept || !scored->counted) {
+        search->index->kernel->exps16(dci_block_scores(search, block), search->views,
+                                      SEARCH_ROOM(search, float, ROOM_ORIGINS), exps,
+                                      scored->counted ? NULL : SEARCH_ROOM(search, float, ROOM_LANES));
+        scored->counted = true;
+    }
+    return exps;
 }
 
 void dci_search_masses(struct index_search *search, uint32_t block)
 {
-    float *scores = dci_block_scores(search, block);
-    if (!dci_search_is_kept(search, block)) {
-        take_exponentials(search, scores, SEARCH_ROOM(search, float, ROOM_LANES)); // whose sums nobody needs any more
-    }
-    search->index->kernel->mix16(scores, search->views, SEARCH_ROOM(search, float, ROOM_INVERSE),
+    search->index->kernel->mix16(dci_search_exps(search, block), search->views,
+                                 SEARCH_ROOM(search, float, ROOM_INVERSE),
                                  SEARCH_ROOM(search, float, ROOM_MASSES) + (size_t)block * DCI_LANES);
     search->settled = block + 1;
 }
@@ -42,13 +44,14 @@ static float waiting_share(const struct index_search *search)
 void dci_search_fix_inverse(struct index_search *search)
 {
     const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rest = SEARCH_ROOM(search, float, ROOM_SPREADS);
-    const float *top = SEARCH_ROOM(search, float, ROOM_TOP), *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
+    const float *origins = SEARCH_ROOM(search, float, ROOM_ORIGINS);
+    const float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
     float *inverse = SEARCH_ROOM(search, float, ROOM_INVERSE);
     const float share = waiting_share(search);
     const float *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
     for (uint32_t v = 0; v < search->views; v++) {
-        // These sums are in units of the reference, which is not below the top by more than exp can say.
-        const float unit = dci_exp(reference[v] - top[v]);
+        // These sums are in units of the reference, which is not above the origin by more than exp can say.
+        const float unit = dci_exp(reference[v] - origins[v]);
         const float waiting = search->weighed ? share * dci_sum_lanes(rest + (size_t)v * DCI_LANES) : 0.0f;
         const float dropped = search->barred ? dci_sum_lanes(rough + (size_t)v * DCI_LANES) : 0.0f;
         const float sum = dci_sum_lanes(lanes + (size_t)v * DCI_LANES) + unit * (waiting + dropped);
@@ -56,18 +59,16 @@ void dci_search_fix_inverse(struct index_search *search)
     }
 }
 
-// A search that was cut short: masses over what was scored, of the blocks whose scores are at hand. Before the totals
-// were complete, some scores may be exponentials already: these are left as they are.
+// A search that was cut short: masses over what was scored, of the blocks whose scores are at hand.
 static void settle_partial(struct index_search *search)
 {
-    const uint32_t done = search->phase == SEARCH_TOTALS ? search->cursor : 0;
     uint32_t blocks = search->block_count;
     blocks = blocks < search->score_blocks ? blocks : search->score_blocks;
     if (search->phase < SEARCH_TOTALS) {
         dci_search_begin_totals(search);
     }
-    for (uint32_t block = done; search->phase <= SEARCH_TOTALS && block < blocks; block++) {
-        dci_search_totals(search, block);
+    for (uint32_t block = 0; search->phase <= SEARCH_TOTALS && block < blocks; block++) {
+        (void)dci_search_exps(search, block);
     }
     if (search->phase < SEARCH_MASSES) {
         search->weighed = false; // what was not opened is left out
@@ -149,11 +150,12 @@ static bool is_eligible(const struct index_search *search, const struct scored *
 // last, in the final units.
 static float known_floor(const struct index_search *search)
 {
-    const float *top = SEARCH_ROOM(search, float, ROOM_TOP), *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
+    const float *origins = SEARCH_ROOM(search, float, ROOM_ORIGINS);
+    const float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
     const float *inverse = SEARCH_ROOM(search, float, ROOM_INVERSE);
     float least = 0.0f;
     for (uint32_t v = 0; v < search->views; v++) {
-        const float unit = dci_exp(reference[v] - top[v]) * inverse[v];
+        const float unit = dci_exp(reference[v] - origins[v]) * inverse[v];
         least = v == 0 || unit < least ? unit : least;
     }
     const float rounding = 0.99f;

@@ -64,7 +64,6 @@ bool dci_views_init(struct index_search *search)
         }
         SEARCH_ROOM(search, float, ROOM_NORMS)[v] = norm * SEARCH_SPREAD_PRIOR;
         SEARCH_ROOM(search, float, ROOM_NOISES)[v] = norm * DCI_SIGN_NOISE;
-        SEARCH_ROOM(search, float, ROOM_TOP)[v] = DCI_HIDDEN;
         SEARCH_ROOM(search, float, ROOM_ZEROS)[v] = 0.0f;
         SEARCH_ROOM(search, float, ROOM_REFERENCE)[v] = 0.0f;
         view_encode(search, v, vector);

@@ -206,7 +206,8 @@ INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *sea
 // go on.
 INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index *index,
                                                       const struct index_query *query);
-// Does about work_units units, at least one item: 16 keys, a cell, or the anchors of 16 cells, against all queries.
+// Does about work_units units, at least one item: at most 128 keys, a cell, or the anchors of 128 cells, against all
+// queries.
 // True when complete.
 bool index_search_step(struct index_search *search, uint64_t work_units);
 // Selects from what has been scored so far. *tokens is borrowed from the context until its next begin or reserve.

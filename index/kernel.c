@@ -105,36 +105,32 @@ const struct dci_kernel *dci_kernel_best(void)
     return best;
 }
 
-// Codes of a group of four elements.
-static void group_codes(const float *x, float inverse, int32_t *codes)
-{
-    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    for (uint32_t i = 0; i < 4; i++) {
-        codes[i] = (int32_t)((x[i] * inverse + round) - round);
-    }
-}
+typedef uint8_t table __attribute__((vector_size(16)));
 
-// A group's table: for 4 bits, the sum of the codes whose bit is set, less that of the negative ones, which is
-// returned.
-static int32_t table_fill(const int32_t *codes, uint8_t *table)
+// A group's table: for 4 bits, the sum of the codes whose bit is set, less that of the negative ones.
+static void table_fill(const int32_t *codes, int32_t negative, uint8_t *out)
 {
-    int32_t negative = 0;
+    const uint8_t y = 255;
+    const table bits[4] = {
+        {0, y, 0, y, 0, y, 0, y, 0, y, 0, y, 0, y, 0, y},
+        {0, 0, y, y, 0, 0, y, y, 0, 0, y, y, 0, 0, y, y},
+        {0, 0, 0, 0, y, y, y, y, 0, 0, 0, 0, y, y, y, y},
+        {0, 0, 0, 0, 0, 0, 0, 0, y, y, y, y, y, y, y, y},
+    };
+    const table zero = {0};
+    table sum = zero - (uint8_t)negative;
     for (uint32_t i = 0; i < 4; i++) {
-        negative += codes[i] < 0 ? codes[i] : 0;
+        sum += bits[i] & (zero + (uint8_t)codes[i]);
     }
-    table[0] = (uint8_t)-negative;
-    for (uint32_t i = 0; i < 4; i++) {
-        for (uint32_t bits = 0; bits < 1u << i; bits++) {
-            table[(1u << i) + bits] = (uint8_t)(table[bits] + codes[i]);
-        }
-    }
-    return negative;
+    memcpy(out, &sum, sizeof sum);
 }
 
 float dci_tables_make(const float *x, uint32_t n, uint8_t *tables, int32_t *zero)
 {
     // The first and the third group of 16 elements are read from the low halves of two bytes.
     static const uint32_t order[4] = {0, 2, 1, 3};
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    int32_t codes[INDEX_HEAD_DIM_MAX];
     float largest = 0.0f;
     for (uint32_t i = 0; i < n; i += 4) {
         const float sum = (fabsf(x[i]) + fabsf(x[i + 1])) + (fabsf(x[i + 2]) + fabsf(x[i + 3]));
@@ -142,14 +138,20 @@ float dci_tables_make(const float *x, uint32_t n, uint8_t *tables, int32_t *zero
     }
     const float step = largest > CODE_LEAST ? largest / TABLE_SUM_MAX : 0.0f,
                 inverse = step > 0.0f ? 1.0f / step : 0.0f;
-    int32_t negative = 0, all = 0;
-    for (uint32_t i = 0; i < n; i += 4) {
-        int32_t codes[4];
-        group_codes(x + i, inverse, codes);
-        negative += table_fill(codes, tables + (size_t)(i / 16 * 4 + order[i / 4 % 4]) * 16);
-        all += codes[0] + codes[1] + codes[2] + codes[3];
+    for (uint32_t i = 0; i < n; i++) {
+        codes[i] = (int32_t)((x[i] * inverse + round) - round);
     }
-    *zero = all - 2 * negative;
+    int32_t all_negative = 0, all = 0;
+    for (uint32_t i = 0; i < n; i += 4) {
+        int32_t negative = 0;
+        for (uint32_t j = i; j < i + 4; j++) {
+            negative += codes[j] < 0 ? codes[j] : 0;
+            all += codes[j];
+        }
+        table_fill(codes + i, negative, tables + (size_t)(i / 16 * 4 + order[i / 4 % 4]) * 16);
+        all_negative += negative;
+    }
+    *zero = all - 2 * all_negative;
     return step;
 }
 

@@ -35,7 +35,7 @@
 
 // Masses may change between weighing and the end, as the shares of the views do: a token below this share of the worst
 // selected one's mass is taken to be out.
-#define BAR_SHARE 0.5f
+#define BAR_SHARE 0.6f
 
 // Blocks of anchors that are asked for ahead.
 #define BLOCKS_AHEAD 3u

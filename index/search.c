@@ -1,9 +1,9 @@
 // A search: anchors, sinks, window, head and tail, then the cells that are worth it, then the mass of all that was
 // scored.
 //
-// Each phase works in items (a block of 16 lanes, a cell, the anchors of 16 cells, against all queries), and an item is
-// never cut, so a search gives the same result however it is sliced. Thread ownership: that of the search context. Only
-// create and reserve allocate.
+// Each phase works in items (a few blocks of 16 lanes, a cell, the anchors of a few times 16 cells, against all
+// queries), and an item is never cut, so a search gives the same result however it is sliced. Thread ownership: that of
+// the search context. Only create and reserve allocate.
 #include "index/search.h"
 
 #include <math.h>
@@ -11,6 +11,9 @@
 
 #define ROOM_BYTES_MIN  64u
 #define PREFETCH_TOKENS 128u // of the tail
+
+// Blocks that are worked on in one go.
+#define ITEM_BLOCKS 8u
 
 // How far above its origin a score may be: no sum of exponentials overflows.
 #define ORIGIN_REACH 60.0f
@@ -295,12 +298,6 @@ static void tail_item(struct index_search *search)
     search->cursor = end;
 }
 
-static bool every_cell(struct index_search *search, uint32_t *cursor)
-{
-    *cursor = search->cursor++;
-    return *cursor < search->cell_blocks;
-}
-
 static void opened(struct index_search *search)
 {
     dci_open_flush(search);
@@ -327,56 +324,82 @@ static void picked(struct index_search *search, enum dci_pick pick)
     }
 }
 
-// Phases that walk over the blocks of anchors. False: the phase is another one.
-static bool anchors_item(struct index_search *search)
+typedef void visitor(struct index_search *search, uint32_t block);
+
+// Visits some of the blocks cursor .. bound-1. Returns how many; 0: there are none left.
+static uint32_t walk(struct index_search *search, uint32_t bound, visitor *visit)
 {
-    uint32_t block;
+    const uint32_t first = search->cursor, left = first < bound ? bound - first : 0;
+    const uint32_t count = left < ITEM_BLOCKS ? left : ITEM_BLOCKS;
+    for (uint32_t i = 0; i < count; i++) {
+        visit(search, first + i);
+    }
+    search->cursor = first + count;
+    return count;
+}
+
+static void count_exps(struct index_search *search, uint32_t block)
+{
+    (void)dci_search_exps(search, block);
+}
+
+// Visits some blocks of the phase that walks over anchors or over what has been scored, or goes on to the next phase.
+// Returns how many.
+static uint32_t walk_phase(struct index_search *search)
+{
+    const uint32_t cells = search->cell_blocks, scored = search->block_count;
+    uint32_t count;
     switch (search->phase) {
     case SEARCH_CENTERS:
-        if (every_cell(search, &block)) {
-            dci_rank_centers(search, block);
-        } else {
+        if ((count = walk(search, cells, dci_rank_centers)) == 0) {
             enter(search, SEARCH_ENDS);
         }
-        return true;
+        return count;
     case SEARCH_SURVEY:
-        if (every_cell(search, &block)) {
-            dci_rank_survey(search, block);
-        } else {
+        if ((count = walk(search, cells, dci_rank_survey)) == 0) {
             dci_rank_fix_reference(search);
             enter(search, SEARCH_HOPES);
         }
-        return true;
+        return count;
     case SEARCH_HOPES:
-        if (every_cell(search, &block)) {
-            dci_rank_hopes(search, block);
-        } else {
+        if ((count = walk(search, cells, dci_rank_hopes)) == 0) {
             dci_rank_open_best(search);
             enter(search, SEARCH_OPEN);
         }
-        return true;
+        return count;
+    case SEARCH_WEIGH:
+        if ((count = walk(search, scored, dci_rank_weigh)) == 0) {
+            dci_rank_fix_weights(search);
+            enter(search, SEARCH_MERITS);
+        }
+        return count;
     case SEARCH_MERITS:
-        if (every_cell(search, &block)) {
-            dci_rank_merits(search, block);
-        } else {
+        if ((count = walk(search, cells, dci_rank_merits)) == 0) {
             picked(search, dci_rank_pick(search));
         }
-        return true;
+        return count;
+    case SEARCH_TOTALS:
+        if ((count = walk(search, scored, count_exps)) == 0) {
+            enter(search, SEARCH_REST);
+        }
+        return count;
     case SEARCH_REST:
-        if (search->weighed && every_cell(search, &block)) {
-            dci_rank_rest(search, block);
-        } else {
+        if ((count = walk(search, search->weighed ? cells : 0, dci_rank_rest)) == 0) {
             dci_search_fix_inverse(search);
             enter(search, SEARCH_MASSES);
         }
-        return true;
+        return count;
     default:
-        return false;
+        assert(search->phase == SEARCH_MASSES);
+        if ((count = walk(search, scored, dci_search_masses)) == 0) {
+            enter(search, SEARCH_DONE);
+        }
+        return count;
     }
 }
 
-// Phases that walk over sinks, window, head and tail, cells to open or scored blocks. Returns blocks of 16 lanes.
-static uint64_t tokens_item(struct index_search *search)
+// One item of work. Returns blocks of 16 lanes.
+static uint32_t item(struct index_search *search)
 {
     switch (search->phase) {
     case SEARCH_ENDS:
@@ -391,28 +414,8 @@ static uint64_t tokens_item(struct index_search *search)
         }
         opened(search);
         return 1;
-    case SEARCH_WEIGH:
-        if (search->cursor < search->block_count) {
-            dci_rank_weigh(search, search->cursor++);
-        } else {
-            dci_rank_fix_weights(search);
-            enter(search, SEARCH_MERITS);
-        }
-        return 1;
-    case SEARCH_TOTALS:
-        if (search->cursor < search->block_count) {
-            (void)dci_search_exps(search, search->cursor++);
-        } else {
-            enter(search, SEARCH_REST);
-        }
-        return 1;
     default:
-        if (search->cursor < search->block_count) {
-            dci_search_masses(search, search->cursor++);
-        } else {
-            enter(search, SEARCH_DONE);
-        }
-        return 1;
+        return walk_phase(search);
     }
 }
 
@@ -422,7 +425,7 @@ bool index_search_step(struct index_search *search, uint64_t work_units)
     const uint64_t units = work_units < 1 ? 1 : work_units > UINT32_MAX ? UINT32_MAX : work_units;
     struct dci_work work = {(int64_t)(units * DCI_UNIT_ELEMENTS)};
     while (work.left > 0 && search->phase != SEARCH_DONE) {
-        spend(search, &work, anchors_item(search) ? 1 : tokens_item(search));
+        spend(search, &work, item(search) + 1);
     }
     return search->phase == SEARCH_DONE;
 }

@@ -126,10 +126,11 @@ static void copy_lane(const struct data *data, const struct trace *trace, uint32
         memcpy((char *)lane->rows + i * data_row_bytes(data), row, data_row_bytes(data));
         widen(row, data->dtype, dim, lane->keys + (size_t)i * dim);
     }
+    const uint32_t skipped = trace->steps - data->query_count; // so that few tokens come after the query's
     for (uint32_t q = 0; q < data->query_count; q++) {
-        lane->stands[q] = (uint32_t)trace->first_query + q;
+        lane->stands[q] = (uint32_t)trace->first_query + skipped + q;
         for (uint32_t h = 0; h < data->query_heads; h++) {
-            widen(trace_query(trace, layer, head * data->query_heads + h, q), data->dtype, dim,
+            widen(trace_query(trace, layer, head * data->query_heads + h, skipped + q), data->dtype, dim,
                   lane->queries + ((size_t)q * data->query_heads + h) * dim);
         }
     }

@@ -29,7 +29,7 @@ enum data_kind { DATA_ATTENTION, DATA_GAUSS };
 // Generated data, rounded to fp16 as a model's keys are. False when there is no memory.
 bool data_generate(struct data *data, enum data_kind kind, uint32_t tokens, uint32_t head_dim, uint32_t query_heads,
                    uint32_t query_count, uint32_t lane_count, uint64_t seed);
-// The first query_count decode steps of a trace, one lane for each layer and KV head.
+// The last query_count decode steps of a trace, one lane for each layer and KV head.
 bool data_open_trace(struct data *data, const char *folder, uint32_t query_count, uint32_t sinks, uint32_t window,
                      char *error, size_t error_bytes);
 void data_fini(struct data *data); // accepts a zeroed struct

@@ -209,7 +209,7 @@ static void slices_are_bounded(void **state)
         assert_int_equal(selection.count, 64);
     }
     printf("%u, %u and %u calls\n", calls[0], calls[1], calls[2]);
-    assert_true(calls[0] > 300); // cells, and three passes over 250 blocks
+    assert_true(calls[0] > 80); // cells, and passes over blocks of anchors and of scores, a few at a time
     assert_true(calls[1] > 20 && calls[1] < calls[0]);
     assert_int_equal(calls[2], 1);
     lane_end(&lane);

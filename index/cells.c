@@ -30,7 +30,8 @@ static bool page_create(struct index *index, uint32_t *page)
 static bool next_free(const struct index *index, const struct node *cell, uint32_t *part, uint32_t *row)
 {
     for (; *part < cell->part_count; (*part)++, *row = 0) {
-        for (; *row < index->page_tokens; (*row)++) {
+        const bool is_full = dci_page(index, cell->parts[*part])->rows == index->page_tokens;
+        for (*row = is_full ? index->page_tokens : *row; *row < index->page_tokens; (*row)++) {
             if (dci_rows_of(index, cell, *part, *row)->positions[*row % DCI_LANES] == TREE_NONE) {
                 return true;
             }

@@ -109,6 +109,14 @@ static inline void dci_work_spend(struct dci_work *work, const struct index *ind
     work->left -= (int64_t)(vectors * index->head_dim);
 }
 
+// Asks for memory that is about to be used.
+static inline void dci_ask_for(const void *memory, size_t bytes)
+{
+    for (size_t offset = 0; offset < bytes; offset += 64) {
+        __builtin_prefetch((const unsigned char *)memory + offset);
+    }
+}
+
 // ---- keys.c ----
 void dci_rotation_init(struct index *index);
 void dci_rotate(const struct index *index, float *x); // in place

@@ -15,6 +15,8 @@
 // fuller and costs nothing that could be measured.
 #define SPILL_DISTANCE2 1.1025f
 
+#define ASK_BYTES       512u // of the next block
+
 struct near {
     float distance;
     uint32_t node;
@@ -45,7 +47,7 @@ static uint32_t look(const struct way *way, uint32_t i, float *distances)
 {
     const struct index *index = way->index;
     if (i + 1 < way->count) {
-        dci_ask_for(way->blocks[i + 1], dci_block_bytes(index));
+        dci_ask_for(way->blocks[i + 1], ASK_BYTES); // the rest follows by itself
     }
     dci_work_spend(way->work, index, DCI_LANES);
     return index->kernel->near16(&way->probe, way->blocks[i], index->head_dim, distances);

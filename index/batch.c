@@ -47,7 +47,7 @@ static bool begin(struct index *index, uint32_t item_room)
            acquire(index, &batch->codes, (size_t)item_room * index->code_bytes) &&
            acquire(index, &batch->spots, item_room * sizeof batch->spots[0]) &&
            acquire(index, &batch->hits, (item_room + 1) * sizeof batch->hits[0]) &&
-           acquire(index, &batch->scratch, ((size_t)index->node_max + 1) * index->head_dim * sizeof batch->scratch[0]);
+           acquire(index, &batch->scratch, dci_scratch_bytes(index));
 }
 
 bool dci_batch_begin(struct index *index, uint32_t end)
@@ -289,6 +289,8 @@ static bool members_reserve(struct index *index, uint32_t room)
            acquire(index, &batch->member_order, room * sizeof batch->member_order[0]) &&
            acquire(index, &batch->vectors, room * sizeof batch->vectors[0]) &&
            acquire(index, &batch->values, room * sizeof batch->values[0]) &&
+           acquire(index, &batch->coded.codes, (size_t)room * index->head_dim) &&
+           acquire(index, &batch->coded.norms2, room * sizeof batch->coded.norms2[0]) &&
            acquire(index, &batch->members, (size_t)room * index->head_dim * sizeof batch->members[0]);
 }
 
@@ -478,11 +480,13 @@ static void free_arrays(struct index *index)
     release(index, batch->codes, items * index->code_bytes);
     release(index, batch->spots, items * sizeof batch->spots[0]);
     release(index, batch->hits, (items + 1) * sizeof batch->hits[0]);
-    release(index, batch->scratch, ((size_t)index->node_max + 1) * index->head_dim * sizeof batch->scratch[0]);
+    release(index, batch->scratch, dci_scratch_bytes(index));
     release(index, batch->member_positions, members * sizeof batch->member_positions[0]);
     release(index, batch->member_order, members * sizeof batch->member_order[0]);
     release(index, batch->vectors, members * sizeof batch->vectors[0]);
     release(index, batch->values, members * sizeof batch->values[0]);
+    release(index, batch->coded.codes, members * index->head_dim);
+    release(index, batch->coded.norms2, members * sizeof batch->coded.norms2[0]);
     release(index, batch->members, members * index->head_dim * sizeof batch->members[0]);
     release(index, batch->moves, batch->move_room * sizeof batch->moves[0]);
     release(index, batch->rows, batch->rows_room * sizeof batch->rows[0]);

@@ -76,13 +76,14 @@ struct batch {
     uint32_t *member_positions, *member_order;
     const float **vectors;
     float *members, *values;
+    struct dci_members coded;
     struct segment segments[BATCH_SEGMENTS_MAX];
     uint32_t segment_count;
     struct dci_list new_pages, released_pages;
     struct dci_store drafts;
     struct index_move *moves;
     uint32_t move_count, draft_count, move_room;
-    float *scratch; // (node_max + 1) * head_dim
+    float *scratch; // dci_scratch_bytes
 };
 
 static inline struct draft *dci_draft(const struct batch *batch, uint32_t draft)

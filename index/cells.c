@@ -24,13 +24,25 @@ static bool page_create(struct index *index, uint32_t *page)
     return true;
 }
 
+// What a cell's tokens are coded against; the base where there is no cell yet.
+static void read_anchor(const struct index *index, uint32_t id, float *anchor)
+{
+    struct entry entry = {0};
+    if (id != TREE_NONE) {
+        const struct node *cell = dci_node(index, id);
+        dci_entry_read(index, dci_node(index, cell->parent), cell->lane, &entry);
+    }
+    dci_entry_anchor(index, &entry, anchor);
+}
+
 // ---- joining ----
 
 // The next free row of a cell from (part, row) on. False when all of its pages are full.
 static bool next_free(const struct index *index, const struct node *cell, uint32_t *part, uint32_t *row)
 {
     for (; *part < cell->part_count; (*part)++, *row = 0) {
-        for (; *row < index->page_tokens; (*row)++) {
+        const bool is_full = dci_page(index, cell->parts[*part])->rows == index->page_tokens;
+        for (*row = is_full ? index->page_tokens : *row; *row < index->page_tokens; (*row)++) {
             if (dci_rows_of(index, cell, *part, *row)->positions[*row % DCI_LANES] == TREE_NONE) {
                 return true;
             }
@@ -65,7 +77,6 @@ static bool join(struct index *index, struct hit *hit)
 {
     struct batch *batch = index->batch;
     const struct node *cell = dci_node(index, hit->cell);
-    struct entry entry;
     float anchor[INDEX_HEAD_DIM_MAX];
     uint32_t parts = cell->part_count;
     if (!find_spots(index, hit, &parts)) {
@@ -77,8 +88,7 @@ static bool join(struct index *index, struct hit *hit)
         }
         hit->run_parts = parts;
     }
-    dci_entry_read(index, dci_node(index, cell->parent), cell->lane, &entry);
-    dci_entry_anchor(index, &entry, anchor);
+    read_anchor(index, hit->cell, anchor);
     for (uint32_t i = 0; i < hit->count; i++) {
         const uint32_t item = batch->order[hit->first + i];
         struct spot *spot = &batch->spots[item];
@@ -121,6 +131,9 @@ static uint32_t gather(struct index *index, const struct hit *hit)
     for (uint32_t i = 0; i < n; i++) {
         batch->member_order[i] = i;
     }
+    float center[INDEX_HEAD_DIM_MAX];
+    read_anchor(index, hit->cell, center);
+    dci_members_code(index, batch->vectors, n, center, &batch->coded);
     return n;
 }
 
@@ -201,7 +214,7 @@ static bool segment_work(struct index *index, const struct hit *hit)
 {
     struct batch *batch = index->batch;
     const struct segment segment = batch->segments[--batch->segment_count];
-    const struct dci_division division = {index, batch->vectors, batch->member_order, batch->values,
+    const struct dci_division division = {index, &batch->coded, batch->member_order, batch->values,
                                           index->digest ^ hit->cell};
     uint32_t left = 0;
     if (segment.draft == TREE_NONE && segment.count <= index->cell_max) {

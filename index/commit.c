@@ -108,10 +108,22 @@ static void commit_divide(struct index *index, const struct hit *hit)
     }
 }
 
+// Asks for the rows that a hit's first token goes to.
+static void ask_for_rows(const struct index *index, const struct hit *hit)
+{
+    if (!hit->divides && hit->run_parts == 0) {
+        const struct spot *spot = &index->batch->spots[index->batch->order[hit->first]];
+        dci_ask_for(dci_rows_of(index, dci_node(index, hit->cell), spot->part, spot->row), index->rows_stride);
+    }
+}
+
 void dci_batch_commit(struct index *index)
 {
     struct batch *batch = index->batch;
     for (uint32_t i = 0; i < batch->hit_count; i++) {
+        if (i + 1 < batch->hit_count) {
+            ask_for_rows(index, &batch->hits[i + 1]);
+        }
         if (batch->hits[i].divides) {
             commit_divide(index, &batch->hits[i]);
         } else {

@@ -3,28 +3,69 @@
 // Means: 2-means from two far vectors, a few rounds over all of them, then every vector goes to the nearer mean.
 // Promotion: two seeded vectors are promoted and lead their parts; every vector goes to the nearer one in the space of
 // T_K. Either way neither part gets less than a third, so that nodes stay filled. Ties go to the lower number.
-// Pure functions.
+//
+// The vectors are looked at in codes of 7 bits, the directions between two of them or of their means in 6 bits: what a
+// part is coded against is worked out from the keys themselves afterwards. Pure functions.
 #include "index/tree.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
-#define ROUNDS      4u
-#define PAGE_ROUNDS 2u // for the order of pages in a cell
-#define LEAST_SHARE 3u
+#define ROUNDS          4u
+#define PAGE_ROUNDS     2u // for the order of pages in a cell
+#define LEAST_SHARE     3u
+#define CODE_MOST       63.0f
+#define MEMBERS_AT_ONCE 256u
+#define SIZE_LEAST      0x1p-100f // of the largest coordinate of all vectors; what is smaller counts as 0
 
-static const float *vector_at(const struct dci_division *division, uint32_t i)
+static const float nothing[INDEX_HEAD_DIM_MAX];
+
+void dci_members_code(const struct index *index, const float *const *vectors, uint32_t n, const float *center,
+                      struct dci_members *members)
 {
-    return division->vectors[division->order[i]];
+    const float *from = index->policy == INDEX_PROMOTION ? nothing : center;
+    float lanes[DCI_LANES] = {0};
+    for (uint32_t i = 0; i < n; i++) {
+        index->kernel->largest16(vectors[i], from, index->head_dim, lanes);
+    }
+    const float largest = dci_max_lanes(lanes);
+    const float inverse = largest > SIZE_LEAST ? CODE_MOST / largest : 0.0f;
+    members->step = largest / CODE_MOST;
+    for (uint32_t i = 0; i < n; i++) {
+        members->norms2[i] = index->kernel->encode7(vectors[i], from, inverse, index->head_dim,
+                                                    members->codes + (size_t)i * index->head_dim);
+    }
+}
+
+// A member in steps of its codes.
+static void member_read(const struct dci_division *division, uint32_t i, float *out)
+{
+    const uint32_t dim = division->index->head_dim;
+    const uint8_t *codes = division->members->codes + (size_t)division->order[i] * dim;
+    for (uint32_t j = 0; j < dim; j++) {
+        out[j] = (float)(codes[j] - DCI_MEMBER_ZERO);
+    }
+}
+
+// values[i] = inner product with b - a.
+static void project(const struct dci_division *division, uint32_t begin, uint32_t n, const float *a, const float *b)
+{
+    const struct index *index = division->index;
+    int8_t codes[INDEX_HEAD_DIM_MAX];
+    struct dci_probe probe;
+    index->kernel->probe(b, a, index->head_dim, codes, &probe);
+    index->kernel->dots7(division->members->codes, index->head_dim, division->order + begin, n, &probe,
+                         division->values + begin);
 }
 
 static uint32_t farthest_from(const struct dci_division *division, uint32_t begin, uint32_t n, const float *from)
 {
-    const struct index *index = division->index;
-    float largest = -1.0f;
+    float largest = -FLT_MAX;
     uint32_t found = begin;
+    project(division, begin, n, nothing, from);
     for (uint32_t i = begin; i < begin + n; i++) {
-        const float distance = index->kernel->distance2(from, vector_at(division, i), index->head_dim);
+        const float distance = (float)division->members->norms2[division->order[i]] - 2.0f * division->values[i];
         if (distance > largest) {
             largest = distance;
             found = i;
@@ -33,30 +74,29 @@ static uint32_t farthest_from(const struct dci_division *division, uint32_t begi
     return found;
 }
 
+// The last coordinate of a member's T_K, or of what is as long.
+static float last_coordinate(const struct dci_division *division, float norm2)
+{
+    const float c2 = division->index->tree_norm2_max, x2 = norm2 * division->members->step * division->members->step;
+    return sqrtf(x2 < c2 ? c2 - x2 : 0.0f);
+}
+
 // values[i] <= 0: nearer to a.
 static uint32_t value_all(const struct dci_division *division, uint32_t begin, uint32_t n, const float *a,
                           const float *b)
 {
     const struct index *index = division->index;
-    const uint32_t dim = index->head_dim;
-    float direction[INDEX_HEAD_DIM_MAX];
-    for (uint32_t i = 0; i < dim; i++) {
-        direction[i] = b[i] - a[i];
-    }
-    const float a2 = index->kernel->dot(a, a, dim), b2 = index->kernel->dot(b, b, dim);
-    float threshold = 0.5f * (b2 - a2), slack = 0.0f;
-    const float c2 = index->tree_norm2_max;
-    if (index->policy == INDEX_PROMOTION) { // the last coordinate of T_K
-        slack = sqrtf(b2 < c2 ? c2 - b2 : 0.0f) - sqrtf(a2 < c2 ? c2 - a2 : 0.0f);
-        threshold = 0.0f;
-    }
+    const struct dci_members *members = division->members;
+    const float a2 = index->kernel->dot(a, a, index->head_dim), b2 = index->kernel->dot(b, b, index->head_dim);
+    const bool is_promoted = index->policy == INDEX_PROMOTION;
+    const float threshold = is_promoted ? 0.0f : 0.5f * (b2 - a2), scale = members->step * members->step;
+    const float slack = is_promoted ? last_coordinate(division, b2) - last_coordinate(division, a2) : 0.0f;
     uint32_t near_a = 0;
+    project(division, begin, n, a, b);
     for (uint32_t i = begin; i < begin + n; i++) {
-        const float *x = vector_at(division, i);
-        float value = index->kernel->dot(direction, x, dim) - threshold;
+        float value = division->values[i] - threshold;
         if (slack != 0.0f) {
-            const float x2 = index->kernel->dot(x, x, dim);
-            value += slack * sqrtf(x2 < c2 ? c2 - x2 : 0.0f);
+            value = value * scale + slack * last_coordinate(division, (float)members->norms2[division->order[i]]);
         }
         division->values[i] = value;
         near_a += value <= 0.0f ? 1 : 0;
@@ -64,18 +104,31 @@ static uint32_t value_all(const struct dci_division *division, uint32_t begin, u
     return near_a;
 }
 
-static void means(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t near_a, float *a, float *b)
+// total: sums of all members' codes.
+static void means(const struct dci_division *division, uint32_t begin, uint32_t n, const int32_t *total, float *a,
+                  float *b)
 {
     const struct index *index = division->index;
     const uint32_t dim = index->head_dim;
+    int32_t sums[INDEX_HEAD_DIM_MAX];
+    uint32_t near[MEMBERS_AT_ONCE], count = 0, near_a = 0;
     memset(a, 0, dim * sizeof a[0]);
-    memset(b, 0, dim * sizeof b[0]);
     for (uint32_t i = begin; i < begin + n; i++) {
-        index->kernel->add(division->values[i] <= 0.0f ? a : b, vector_at(division, i), dim);
+        near[count] = division->order[i];
+        count += division->values[i] <= 0.0f ? 1 : 0;
+        if (count == MEMBERS_AT_ONCE || i + 1 == begin + n) {
+            index->kernel->sums7(division->members->codes, dim, near, count, sums);
+            for (uint32_t j = 0; j < dim; j++) {
+                a[j] += (float)sums[j]; // exact
+            }
+            near_a += count;
+            count = 0;
+        }
     }
-    for (uint32_t i = 0; i < dim; i++) {
-        a[i] /= (float)near_a;
-        b[i] /= (float)(n - near_a);
+    const float of_a = 1.0f / (float)near_a, of_b = 1.0f / (float)(n - near_a);
+    for (uint32_t j = 0; j < dim; j++) {
+        b[j] = ((float)total[j] - a[j]) * of_b - DCI_MEMBER_ZERO;
+        a[j] = a[j] * of_a - DCI_MEMBER_ZERO;
     }
 }
 
@@ -117,43 +170,54 @@ static void select_left(const struct dci_division *division, uint32_t begin, uin
     }
 }
 
-// The vectors that lead: copies of two far ones, or of two seeded ones.
-static void choose_leads(const struct dci_division *division, uint32_t begin, uint32_t n, float *a, float *b)
+// The members that lead: two far ones, or two seeded ones.
+static void choose_leads(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t *leads, float *a,
+                         float *b)
 {
     const struct index *index = division->index;
-    const size_t bytes = index->head_dim * sizeof a[0];
     if (index->policy == INDEX_PROMOTION) {
         const uint32_t first = (uint32_t)(dci_mix(index->seed ^ division->seed) % n);
         const uint32_t second = (uint32_t)(dci_mix(index->seed ^ division->seed ^ 1) % (n - 1));
-        memcpy(a, vector_at(division, begin + first), bytes);
-        memcpy(b, vector_at(division, begin + (second >= first ? second + 1 : second)), bytes);
-        return;
+        leads[0] = begin + first;
+        leads[1] = begin + (second >= first ? second + 1 : second);
+    } else {
+        member_read(division, begin, a);
+        leads[0] = farthest_from(division, begin, n, a);
+        member_read(division, leads[0], a);
+        leads[1] = farthest_from(division, begin, n, a);
     }
-    memcpy(a, vector_at(division, farthest_from(division, begin, n, vector_at(division, begin))), bytes);
-    memcpy(b, vector_at(division, farthest_from(division, begin, n, a)), bytes);
+    member_read(division, leads[0], a);
+    member_read(division, leads[1], b);
 }
 
-// Brings the promoted vectors to the front of their parts (any vector equal to them will do).
-static void lead(const struct dci_division *division, uint32_t begin, uint32_t n, const float *vector)
+// Brings a promoted member to the front of its part.
+static void lead(const struct dci_division *division, uint32_t begin, uint32_t n, float value)
 {
     for (uint32_t i = begin; i < begin + n; i++) {
-        if (memcmp(vector_at(division, i), vector, division->index->head_dim * sizeof vector[0]) == 0) {
+        if (division->values[i] == value) {
             swap(division, begin, i);
             return;
         }
     }
 }
 
-static uint32_t divide(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t rounds, float *a,
-                       float *b)
+// Values of the members: below 0 in the first part.
+static uint32_t divide(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t rounds)
 {
-    choose_leads(division, begin, n, a, b);
+    const struct index *index = division->index;
+    float a[INDEX_HEAD_DIM_MAX], b[INDEX_HEAD_DIM_MAX];
+    int32_t total[INDEX_HEAD_DIM_MAX];
+    uint32_t leads[2];
+    choose_leads(division, begin, n, leads, a, b);
     uint32_t near_a = value_all(division, begin, n, a, b);
-    for (uint32_t round = 1; division->index->policy == INDEX_MEANS && round < rounds; round++) {
-        if (near_a == 0 || near_a == n) {
-            break;
-        }
-        means(division, begin, n, near_a, a, b);
+    if (index->policy == INDEX_PROMOTION) { // they stay in their parts wherever the cut is
+        division->values[leads[0]] = -INFINITY;
+        division->values[leads[1]] = INFINITY;
+        return near_a;
+    }
+    index->kernel->sums7(division->members->codes, index->head_dim, division->order + begin, n, total);
+    for (uint32_t round = 1; round < rounds && near_a > 0 && near_a < n; round++) {
+        means(division, begin, n, total, a, b);
         near_a = value_all(division, begin, n, a, b);
     }
     return near_a;
@@ -161,21 +225,19 @@ static uint32_t divide(const struct dci_division *division, uint32_t begin, uint
 
 uint32_t dci_divide(const struct dci_division *division, uint32_t begin, uint32_t n)
 {
-    float a[INDEX_HEAD_DIM_MAX], b[INDEX_HEAD_DIM_MAX];
-    uint32_t left = divide(division, begin, n, ROUNDS, a, b);
-    const uint32_t least = n / LEAST_SHARE > 1 ? n / LEAST_SHARE : 1;
+    uint32_t left = divide(division, begin, n, ROUNDS);
+    const uint32_t least = n / LEAST_SHARE;
     left = left < least ? least : left > n - least ? n - least : left;
     select_left(division, begin, n, left);
     if (division->index->policy == INDEX_PROMOTION) {
-        lead(division, begin, left, a);
-        lead(division, begin + left, n - left, b);
+        lead(division, begin, left, -INFINITY);
+        lead(division, begin + left, n - left, INFINITY);
     }
     return left;
 }
 
 void dci_divide_at(const struct dci_division *division, uint32_t begin, uint32_t n, uint32_t left)
 {
-    float a[INDEX_HEAD_DIM_MAX], b[INDEX_HEAD_DIM_MAX];
-    (void)divide(division, begin, n, PAGE_ROUNDS, a, b);
+    (void)divide(division, begin, n, PAGE_ROUNDS);
     select_left(division, begin, n, left);
 }

@@ -22,6 +22,9 @@
 // What an 8-bit code stores for 0; 5-bit codes stand for -15.5 .. 15.5.
 #define DCI_CODE_ZERO 128
 
+// The same in codes of vectors that are divided.
+#define DCI_MEMBER_ZERO 64
+
 // rough exp: 2^23 / ln 2, and 2^23 * (127 - 0.0574).
 #define DCI_ROUGH_SLOPE  12102203.0f
 #define DCI_ROUGH_OFFSET 1064871852.0f
@@ -140,7 +143,6 @@ struct dci_kernel {
     // n elements (multiple of 16) of the given type to fp32, exact, subnormals included.
     void (*widen)(enum index_dtype dtype, const void *elements, uint32_t n, float *out);
     float (*dot)(const float *a, const float *b, uint32_t n);
-    float (*distance2)(const float *a, const float *b, uint32_t n);
     void (*add)(float *sum, const float *x, uint32_t n); // sum[i] += x[i]
     // x[i] * signs[i] (1 or -1), then a Hadamard transform of n elements (a power of two, at least 16) that keeps
     // norms.
@@ -156,6 +158,17 @@ struct dci_kernel {
     // sum of code * q), a float of 16 bits. *spread2 gets the squared norm of what the code stands for.
     float (*encode5)(const float *key, const float *anchor, uint32_t n, uint8_t *code, float *spread2);
     float (*exp_one)(float x);
+
+    // Vectors that are divided, in 7 bits: codes[vector][n], DCI_MEMBER_ZERO for 0.
+    // lanes[16] are raised to |x[i] - center[i]|.
+    void (*largest16)(const float *x, const float *center, uint32_t n, float *lanes);
+    // Codes of (x - center) * inverse, which lies in -63 .. 63. Returns the squared norm of what they stand for.
+    int32_t (*encode7)(const float *x, const float *center, float inverse, uint32_t n, uint8_t *codes);
+    // values[i] = inner product of vector order[i], as coded, with what the probe stands for.
+    void (*dots7)(const uint8_t *codes, uint32_t n, const uint32_t *order, uint32_t count,
+                  const struct dci_probe *probe, float *values);
+    // sums[n] of the codes of vectors order[0 .. count-1], the offset included.
+    void (*sums7)(const uint8_t *codes, uint32_t n, const uint32_t *order, uint32_t count, int32_t *sums);
 
     // Distances of a probe to 16 entries: squared, or of their images under T_K. FLT_MAX where a lane is not in use.
     // Returns the nearest lane, the first one of equal ones.

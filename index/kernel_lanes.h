@@ -188,21 +188,6 @@ ENTRY float NAME(dot)(const float *a, const float *b, uint32_t n)
     return NAME(dot_lanes)(a, b, n);
 }
 
-ENTRY float NAME(distance2)(const float *a, const float *b, uint32_t n)
-{
-    NAME(floats) sum[KERNEL_PARTS] = {{0}};
-    for (uint32_t i = 0; i < n; i += DCI_LANES) {
-        for (uint32_t part = 0; part < KERNEL_PARTS; part++) {
-            NAME(floats) x, y;
-            memcpy(&x, a + i + part * KERNEL_WIDTH, sizeof x);
-            memcpy(&y, b + i + part * KERNEL_WIDTH, sizeof y);
-            const NAME(floats) difference = x - y;
-            sum[part] += difference * difference;
-        }
-    }
-    return NAME(sum_lanes)(sum);
-}
-
 ENTRY float NAME(exp_one)(float x)
 {
     const NAME(floats) zero = {0}, in = zero + x;
@@ -282,6 +267,8 @@ ENTRY void NAME(add)(float *sum, const float *x, uint32_t n)
 
 #include "index/kernel_keys.h"
 
+#include "index/kernel_divide.h"
+
 #define KERNEL_TEXT2(x) #x
 #define KERNEL_TEXT(x)  KERNEL_TEXT2(x)
 
@@ -289,7 +276,10 @@ static const struct dci_kernel NAME(kernel) = {
     .name = KERNEL_TEXT(KERNEL_SET),
     .widen = NAME(widen),
     .dot = NAME(dot),
-    .distance2 = NAME(distance2),
+    .largest16 = NAME(largest16),
+    .encode7 = NAME(encode7),
+    .dots7 = NAME(dots7),
+    .sums7 = NAME(sums7),
     .rest16 = NAME(rest16),
     .balance16 = NAME(balance16),
     .add = NAME(add),

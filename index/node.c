@@ -272,7 +272,10 @@ static void divide(struct index *index, uint32_t id, const struct entry *added, 
         anchors[lane] = scratch + (size_t)lane * dim;
         order[lane] = lane;
     }
-    const struct dci_division division = {index, anchors, order, values, index->digest ^ id};
+    int32_t norms2[TREE_NODE_MAX + 1];
+    struct dci_members members = {.codes = (uint8_t *)(scratch + ((size_t)full + 1) * dim), .norms2 = norms2};
+    dci_members_code(index, anchors, full + 1, index->base, &members);
+    const struct dci_division division = {index, &members, order, values, index->digest ^ id};
     const uint32_t left = dci_divide(&division, 0, full + 1);
     bool added_moves = false;
     uint32_t moved[TREE_NODE_MAX + 1], count = 0;

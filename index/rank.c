@@ -420,6 +420,15 @@ static void work_out(struct index_search *search, uint32_t block, float *merits)
                                     promises_of(search, block));
 }
 
+// What is promised of blocks that is not kept.
+static void promise_again(struct index_search *search, uint32_t block)
+{
+    float unused[DCI_LANES] = {0};
+    if (block >= search->center_blocks) {
+        work_out(search, block, unused);
+    }
+}
+
 // A block without hope: its cells' merits are nothing, and what the survey promised of them is good enough.
 static bool skips(struct index_search *search, uint32_t block)
 {
@@ -548,6 +557,7 @@ static bool balance(struct index_search *search)
     }
     memcpy(sums, scored, search->views * DCI_LANES * sizeof sums[0]);
     for (uint32_t block = 0; block < search->cell_blocks; block++) {
+        promise_again(search, block);
         search->index->kernel->balance16(search->views, promises_of(search, block), merits + (size_t)block * DCI_LANES,
                                          cell_block(search, block)->rows, best, sums);
     }
@@ -566,7 +576,7 @@ enum dci_pick dci_rank_pick(struct index_search *search)
 {
     search->to_open = 0;
     search->weighed = true;
-    if (!search->balanced && search->cell_blocks <= search->center_blocks) {
+    if (!search->balanced) {
         search->balanced = true;
         if (!balance(search)) {
             return PICK_AGAIN;
@@ -575,7 +585,7 @@ enum dci_pick dci_rank_pick(struct index_search *search)
     if (!search->barred) {
         clear_lanes(search, ROOM_ROUGH);
     }
-    if (!search->barred && search->balanced && !search->query.page_wise && tokens_missing(search) == 0) {
+    if (!search->barred && !search->query.page_wise && tokens_missing(search) == 0) {
         search->barred = true;
         search->bar = BAR_SHARE * search->least;
         dci_open_begin_sieve(search);
@@ -611,10 +621,7 @@ enum dci_pick dci_rank_pick(struct index_search *search)
 
 void dci_rank_rest(struct index_search *search, uint32_t block)
 {
-    float unused[DCI_LANES] = {0};
-    if (block >= search->center_blocks) {
-        work_out(search, block, unused);
-    }
+    promise_again(search, block);
     search->index->kernel->rest16(search->views, promises_of(search, block),
                                   SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES,
                                   SEARCH_ROOM(search, float, ROOM_SPREADS));

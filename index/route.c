@@ -6,7 +6,6 @@
 #include "index/tree.h"
 
 #include <float.h>
-#include <string.h>
 
 // Nodes that are more than 1.12 times as far (squared) as the nearest one of their level lead to no nearer cell, as
 // good as never.
@@ -16,6 +15,8 @@
 // fuller and costs nothing that could be measured.
 #define SPILL_DISTANCE2 1.1025f
 
+#define ASK_BYTES       512u // of the next block
+
 struct near {
     float distance;
     uint32_t node;
@@ -24,16 +25,32 @@ struct near {
 struct way {
     const struct index *index;
     struct dci_probe probe;
-    uint32_t avoid;              // a cell that does not count, or TREE_NONE
-    struct near list[TREE_BEAM]; // nodes, the nearest first
+    uint32_t avoid;                                             // a cell that does not count, or TREE_NONE
+    const struct dci_block *blocks[TREE_BEAM * TREE_PARTS_MAX]; // of the nearest nodes
     uint32_t count;
     struct dci_work *work;
 };
 
-static uint32_t look(const struct way *way, const struct dci_block *block, float *distances)
+static void enter(struct way *way, const struct near *list, uint32_t count)
 {
-    dci_work_spend(way->work, way->index, DCI_LANES);
-    return way->index->kernel->near16(&way->probe, block, way->index->head_dim, distances);
+    way->count = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const struct node *node = dci_node(way->index, list[i].node);
+        for (uint32_t part = 0; part < node->part_count; part++) {
+            way->blocks[way->count++] = dci_block(way->index, node->level, node->parts[part]);
+        }
+    }
+}
+
+// Distances to the entries of block i, and the lane of the nearest; the next block is asked for meanwhile.
+static uint32_t look(const struct way *way, uint32_t i, float *distances)
+{
+    const struct index *index = way->index;
+    if (i + 1 < way->count) {
+        dci_ask_for(way->blocks[i + 1], ASK_BYTES); // the rest follows by itself
+    }
+    dci_work_spend(way->work, index, DCI_LANES);
+    return index->kernel->near16(&way->probe, way->blocks[i], index->head_dim, distances);
 }
 
 static void keep_nearest(struct near *list, uint32_t *count, float distance, uint32_t node)
@@ -69,48 +86,39 @@ static void descend(struct way *way)
     struct near next[TREE_BEAM];
     uint32_t count = 0;
     for (uint32_t i = 0; i < way->count; i++) {
-        const struct node *node = dci_node(index, way->list[i].node);
-        for (uint32_t part = 0; part < node->part_count; part++) {
-            const struct dci_block *block = dci_block(index, node->level, node->parts[part]);
-            float distances[DCI_LANES];
-            const uint32_t nearest = look(way, block, distances);
-            keep_nearest(next, &count, distances[nearest], block->child[nearest]);
-            // Unused lanes are farther than anything.
-            uint32_t lanes = index->kernel->below16(distances, beam_bound(way, next, count)) & ~(1u << nearest);
-            for (; lanes != 0; lanes &= lanes - 1) {
-                const uint32_t lane = (uint32_t)__builtin_ctz(lanes);
-                keep_nearest(next, &count, distances[lane], block->child[lane]);
-            }
+        const struct dci_block *block = way->blocks[i];
+        float distances[DCI_LANES];
+        const uint32_t nearest = look(way, i, distances);
+        keep_nearest(next, &count, distances[nearest], block->child[nearest]);
+        // Unused lanes are farther than anything.
+        uint32_t lanes = index->kernel->below16(distances, beam_bound(way, next, count)) & ~(1u << nearest);
+        for (; lanes != 0; lanes &= lanes - 1) {
+            const uint32_t lane = (uint32_t)__builtin_ctz(lanes);
+            keep_nearest(next, &count, distances[lane], block->child[lane]);
         }
     }
     const float bound = beam_bound(way, next, count);
     while (count > 1 && next[count - 1].distance > bound) {
         count--;
     }
-    memcpy(way->list, next, count * sizeof next[0]);
-    way->count = count;
+    enter(way, next, count);
 }
 
 // The nearest of the cells below the nodes that are left.
 static struct near nearest_cell(struct way *way)
 {
-    const struct index *index = way->index;
     struct near found = {FLT_MAX, TREE_NONE};
     for (uint32_t i = 0; i < way->count; i++) {
-        const struct node *node = dci_node(index, way->list[i].node);
-        for (uint32_t part = 0; part < node->part_count; part++) {
-            const struct dci_block *block = dci_block(index, 2, node->parts[part]);
-            float distances[DCI_LANES];
-            uint32_t lane = look(way, block, distances);
-            if (block->child[lane] == way->avoid) {
-                distances[lane] = FLT_MAX;
-                for (uint32_t other = 0; other < DCI_LANES; other++) {
-                    lane = distances[other] < distances[lane] ? other : lane;
-                }
+        float distances[DCI_LANES];
+        uint32_t lane = look(way, i, distances);
+        if (way->blocks[i]->child[lane] == way->avoid) {
+            distances[lane] = FLT_MAX;
+            for (uint32_t other = 0; other < DCI_LANES; other++) {
+                lane = distances[other] < distances[lane] ? other : lane;
             }
-            if (distances[lane] < found.distance) {
-                found = (struct near){distances[lane], block->child[lane]};
-            }
+        }
+        if (distances[lane] < found.distance) {
+            found = (struct near){distances[lane], way->blocks[i]->child[lane]};
         }
     }
     return found;
@@ -127,17 +135,13 @@ static uint32_t spill(struct way *way, const struct near *full)
     const struct index *index = way->index;
     struct near found = {SPILL_DISTANCE2 * full->distance, full->node};
     for (uint32_t i = 0; i < way->count; i++) {
-        const struct node *node = dci_node(index, way->list[i].node);
-        for (uint32_t part = 0; part < node->part_count; part++) {
-            const struct dci_block *block = dci_block(index, 2, node->parts[part]);
-            float distances[DCI_LANES];
-            (void)look(way, block, distances);
-            uint32_t lanes = index->kernel->below16(distances, found.distance);
-            for (; lanes != 0; lanes &= lanes - 1) {
-                const uint32_t lane = (uint32_t)__builtin_ctz(lanes), cell = block->child[lane];
-                if (distances[lane] < found.distance && cell != way->avoid && has_room(index, dci_node(index, cell))) {
-                    found = (struct near){distances[lane], cell};
-                }
+        float distances[DCI_LANES];
+        (void)look(way, i, distances);
+        uint32_t lanes = index->kernel->below16(distances, found.distance);
+        for (; lanes != 0; lanes &= lanes - 1) {
+            const uint32_t lane = (uint32_t)__builtin_ctz(lanes), cell = way->blocks[i]->child[lane];
+            if (distances[lane] < found.distance && cell != way->avoid && has_room(index, dci_node(index, cell))) {
+                found = (struct near){distances[lane], cell};
             }
         }
     }
@@ -147,10 +151,11 @@ static uint32_t spill(struct way *way, const struct near *full)
 uint32_t dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_work *work)
 {
     int8_t codes[INDEX_HEAD_DIM_MAX];
-    struct way way = {.index = index, .avoid = avoid, .list = {{0.0f, index->root}}, .count = 1, .work = work};
+    struct way way = {.index = index, .avoid = avoid, .work = work};
     if (index->root == TREE_NONE) {
         return TREE_NONE;
     }
+    enter(&way, &(struct near){0.0f, index->root}, 1);
     index->kernel->probe(key, index->base, index->head_dim, codes, &way.probe);
     way.probe.norm2_max = index->policy == INDEX_PROMOTION ? index->tree_norm2_max : 0.0f;
     for (uint32_t level = dci_node(index, index->root)->level; level > 2; level--) {

@@ -110,6 +110,14 @@ static inline void dci_work_spend(struct dci_work *work, const struct index *ind
     work->left -= (int64_t)(vectors * index->head_dim);
 }
 
+// Asks for memory that is about to be used.
+static inline void dci_ask_for(const void *memory, size_t bytes)
+{
+    for (size_t offset = 0; offset < bytes; offset += 64) {
+        __builtin_prefetch((const unsigned char *)memory + offset);
+    }
+}
+
 // ---- keys.c ----
 void dci_rotation_init(struct index *index);
 void dci_rotate(const struct index *index, float *x); // in place
@@ -209,9 +217,12 @@ void dci_entry_write(const struct index *index, const struct node *parent, uint3
 void dci_cell_summarise(const struct index *index, const struct node *cell, struct entry *entry);
 // Room for hanging so many entries into the tree, so that it cannot fail; at most so many nodes above cells get full.
 INDEX_MUST_CHECK bool dci_nodes_reserve(struct index *index, uint32_t entries, uint32_t divisions);
-// Hangs an entry under a node of the level above its child's, dividing it when full. scratch: (node_max + 1) *
-// head_dim.
+// Hangs an entry under a node of the level above its child's, dividing it when full. scratch: dci_scratch_bytes.
 void dci_node_add(struct index *index, uint32_t parent, const struct entry *entry, float *scratch);
+static inline size_t dci_scratch_bytes(const struct index *index) // anchors of a full node and one more, and codes
+{
+    return ((size_t)index->node_max + 1) * index->head_dim * (sizeof(float) + 1);
+}
 void dci_node_release(struct index *index, uint32_t node);
 void dci_node_remove(struct index *index, uint32_t node); // takes a node without entries out of the tree
 void dci_root_create(struct index *index, const struct entry *entry);
@@ -222,11 +233,20 @@ void dci_root_create(struct index *index, const struct entry *entry);
 uint32_t dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_work *work);
 
 // ---- divide.c ----
-// Divides n vectors in two, none with less than n / 3 of them; permutes `order`. Returns the first
-// part's count. values: room for n.
+// Vectors to be divided, in 7 bits less a center; with promotion, whose space has an origin, that is 0.
+struct dci_members {
+    uint8_t *codes;  // [vector][head_dim]
+    int32_t *norms2; // squared norms of the codes
+    float step;
+};
+// Codes n vectors. codes and norms2: room for them.
+void dci_members_code(const struct index *index, const float *const *vectors, uint32_t n, const float *center,
+                      struct dci_members *members);
+// Divides n members in two, none with less than n / 3 of them; permutes `order`. Returns the first part's count. With
+// promotion the promoted members lead their parts. values: room for n.
 struct dci_division {
     const struct index *index;
-    const float *const *vectors;
+    const struct dci_members *members;
     uint32_t *order;
     float *values;
     uint64_t seed;

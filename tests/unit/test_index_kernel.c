@@ -188,16 +188,20 @@ static void bf16_and_fp32_are_exact(void **state)
 
 // ---- every instruction set against the portable kernels, bit for bit ----
 
-#define SUMS 9
+#define SUMS    9
+#define MEMBERS 5
 
 struct results {
-    float dot, distance, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
+    float dot, one, encoded, spread2, added[INDEX_HEAD_DIM_MAX], rotated[INDEX_HEAD_DIM_MAX];
     uint8_t code[INDEX_HEAD_DIM_MAX];
     float step, decoded[INDEX_HEAD_DIM_MAX];
     int8_t code8[2][INDEX_HEAD_DIM_MAX];
     int32_t code_sum;
     struct dci_probe probe;
     uint32_t nearest[2];
+    float largest[DCI_LANES], projections[MEMBERS];
+    uint8_t members[MEMBERS * INDEX_HEAD_DIM_MAX];
+    int32_t norms2[MEMBERS], sums7[INDEX_HEAD_DIM_MAX];
     float near[2][DCI_LANES], hopes[DCI_LANES], merits[DCI_LANES], mass[DCI_LANES];
     float centers[VIEWS_MAX * DCI_LANES], promised[VIEWS_MAX * DCI_LANES], promises[VIEWS_MAX * DCI_LANES];
     float scores[VIEWS_MAX * DCI_LANES], weights[VIEWS_MAX * DCI_LANES], estimated[VIEWS_MAX * DCI_LANES];
@@ -232,7 +236,6 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     const uint32_t n = scene->views.head_dim, views = scene->views.count;
     memset(out, 0, sizeof *out);
     out->dot = kernel->dot(in->a, in->b, n);
-    out->distance = kernel->distance2(in->a, in->b, n);
     out->one = kernel->exp_one(in->a[0]);
     memcpy(out->added, in->a, n * sizeof in->a[0]);
     kernel->add(out->added, in->b, n);
@@ -243,6 +246,14 @@ static void run_all(const struct dci_kernel *kernel, const struct scene *scene, 
     kernel->decode8(out->code8[0], out->step, in->a, n, out->decoded);
     kernel->probe(in->a, in->b, n, out->code8[1], &out->probe);
     out->probe.codes = NULL;
+    static const uint32_t order[MEMBERS] = {3, 0, 4, 1, 2};
+    kernel->largest16(in->a, in->b, n, out->largest);
+    for (uint32_t i = 0; i < MEMBERS; i++) {
+        const float inverse = 63.0f / dci_max_lanes(out->largest) / (float)(i + 1);
+        out->norms2[i] = kernel->encode7(in->a, in->b, inverse, n, out->members + (size_t)i * n);
+    }
+    kernel->dots7(out->members, n, order, MEMBERS, &in->probes[0], out->projections);
+    kernel->sums7(out->members, n, order, MEMBERS - 1, out->sums7);
     for (uint32_t i = 0; i < 2; i++) {
         out->nearest[i] = kernel->near16(&in->probes[i], scene->block, n, out->near[i]);
     }
@@ -343,15 +354,13 @@ static void sums_are_right(void **state)
     for (uint32_t round = 0; round < 200; round++) {
         const uint32_t n = 16 * (1 + rng_below(&rng, 16));
         float a[256], b[256], sum[256];
-        double dot = 0.0, distance = 0.0;
+        double dot = 0.0;
         for (uint32_t i = 0; i < n; i++) {
             sum[i] = a[i] = rng_normal(&rng);
             b[i] = rng_normal(&rng);
             dot += (double)a[i] * (double)b[i];
-            distance += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
         }
         assert_true(fabs((double)kernel->dot(a, b, n) - dot) < 1e-4);
-        assert_true(fabs((double)kernel->distance2(a, b, n) - distance) < 1e-4 * distance);
         kernel->add(sum, b, n);
         for (uint32_t i = 0; i < n; i++) {
             assert_true(sum[i] == a[i] + b[i]);
@@ -578,6 +587,56 @@ static void distances_follow_their_formulas(void **state)
     }
 }
 
+// Vectors in 7 bits: what their codes stand for, and that sums are exact also at the limits.
+static void members_are_exact(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(69);
+    enum { COUNT = 600 };
+    uint8_t *codes = malloc(COUNT * INDEX_HEAD_DIM_MAX);
+    uint32_t order[COUNT];
+    for (uint32_t round = 0; round < rounds_of(60); round++) {
+        const uint32_t n = 16 * (1 + rng_below(&rng, 16)), count = 1 + rng_below(&rng, COUNT);
+        float x[INDEX_HEAD_DIM_MAX], center[INDEX_HEAD_DIM_MAX], lanes[DCI_LANES] = {0}, values[COUNT];
+        int8_t probe_codes[INDEX_HEAD_DIM_MAX];
+        struct dci_probe probe = {.codes = probe_codes, .step = 0.5f};
+        int32_t sums[INDEX_HEAD_DIM_MAX];
+        const struct dci_kernel *kernel = dci_kernel_at(round % 2 == 0 ? 0 : 1);
+        kernel = kernel == NULL ? dci_kernel_best() : kernel;
+        for (uint32_t j = 0; j < n; j++) {
+            center[j] = rng_normal(&rng);
+            probe_codes[j] = (int8_t)(round % 3 == 0 ? DCI_PROBE_MOST : (int32_t)rng_below(&rng, 63) - DCI_PROBE_MOST);
+            probe.sum += probe_codes[j];
+        }
+        for (uint32_t i = 0; i < count; i++) {
+            int32_t norm2 = 0;
+            for (uint32_t j = 0; j < n; j++) {
+                x[j] = center[j] + (round % 4 == 0 ? 63.0f : (float)rng_below(&rng, 127) - 63.0f);
+                norm2 += (int32_t)((x[j] - center[j]) * (x[j] - center[j]) + 0.5f);
+            }
+            kernel->largest16(x, center, n, lanes);
+            assert_true(fabs((double)norm2 - kernel->encode7(x, center, 1.0f, n, codes + (size_t)i * n)) <
+                        0.01 * norm2 + 1);
+            order[i] = i;
+        }
+        assert_true(dci_max_lanes(lanes) < 63.01f);
+        kernel->dots7(codes, n, order, count, &probe, values);
+        kernel->sums7(codes, n, order, count, sums);
+        for (uint32_t i = 0; i < count; i++) {
+            int32_t dot = 0;
+            for (uint32_t j = 0; j < n; j++) {
+                dot += (codes[(size_t)i * n + j] - DCI_MEMBER_ZERO) * probe_codes[j];
+                sums[j] -= codes[(size_t)i * n + j];
+            }
+            assert_true(values[i] == 0.5f * (float)dot);
+        }
+        for (uint32_t j = 0; j < n; j++) {
+            assert_int_equal(sums[j], 0);
+        }
+    }
+    free(codes);
+}
+
 // In the space of T_K the order by near16 is that of the images of the keys (paper, section 3.1): a probe and entries
 // whose codes are exact.
 static void promotion_orders_by_images(void **state)
@@ -717,6 +776,7 @@ int main(void)
         cmocka_unit_test(tables_meet_their_query),
         cmocka_unit_test(the_sieve_follows_its_formula),
         cmocka_unit_test(distances_follow_their_formulas),
+        cmocka_unit_test(members_are_exact),
         cmocka_unit_test(promotion_orders_by_images),
         cmocka_unit_test(estimates_follow_their_formulas),
     };

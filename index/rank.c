@@ -12,8 +12,8 @@
 #include <string.h>
 
 // Tokens that are scored before merits are known: this many for each to select, and some.
-#define SCOUT_PER_BUDGET 4u
-#define SCOUT_TOKENS     256u
+#define SCOUT_PER_BUDGET 3u
+#define SCOUT_TOKENS     192u
 #define SCOUT_COVERAGE   1024u // at most, with a coverage target, whose budget is but a bound
 
 // With effort 0, cells are left unopened that together promise less than this share of all mass. (A share of what is

@@ -3,6 +3,13 @@
 // in integers.
 #define DOTS_VIEWS 4u
 
+// What NAME(dots) takes the offset of a code for: it is part of the products, or left out of them already.
+#if KERNEL_DOTS == DOTS_AVX2
+#define DOTS_ZERO 0
+#else
+#define DOTS_ZERO DCI_CODE_ZERO
+#endif
+
 #if KERNEL_DOTS == DOTS_VNNI
 LOCAL __m512i NAME(word16)(const int8_t *query)
 {
@@ -78,13 +85,13 @@ LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uin
 }
 #elif KERNEL_DOTS == DOTS_AVX2
 // Sums of two products must fit in 16 bits: the codes lose their offset and go in as size and sign, the query's bytes
-// take the sign (127 * 127 * 2 fits), and the offset's part is added back at the end.
+// take the sign (127 * 127 * 2 fits).
 LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uint32_t count, int32_t *dots)
 {
     const __m256i zero_code = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
-    __m256i sum[2][DOTS_VIEWS], query_sum[DOTS_VIEWS];
+    __m256i sum[2][DOTS_VIEWS];
     for (uint32_t v = 0; v < DOTS_VIEWS; v++) {
-        sum[0][v] = sum[1][v] = query_sum[v] = _mm256_setzero_si256();
+        sum[0][v] = sum[1][v] = _mm256_setzero_si256();
     }
     for (uint32_t i = 0; i < n; i += 4) {
         for (uint32_t half = 0; half < 2; half++) {
@@ -98,18 +105,10 @@ LOCAL void NAME(dots)(const uint8_t *codes, const int8_t *query, uint32_t n, uin
                 sum[half][v] = _mm256_add_epi32(sum[half][v], _mm256_madd_epi16(pairs, ones));
             }
         }
-        for (uint32_t v = 0; v < count; v++) {
-            int32_t word;
-            memcpy(&word, query + (size_t)v * n + i, sizeof word);
-            const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(64), _mm256_set1_epi32(word));
-            query_sum[v] = _mm256_add_epi32(query_sum[v], _mm256_madd_epi16(pairs, ones));
-        }
     }
     for (uint32_t v = 0; v < count; v++) {
-        const __m256i offset = _mm256_slli_epi32(query_sum[v], 1);
         for (uint32_t half = 0; half < 2; half++) {
-            _mm256_storeu_si256((__m256i *)(void *)(dots + v * DCI_LANES + half * 8),
-                                _mm256_add_epi32(sum[half][v], offset));
+            _mm256_storeu_si256((__m256i *)(void *)(dots + v * DCI_LANES + half * 8), sum[half][v]);
         }
     }
 }

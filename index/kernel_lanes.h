@@ -242,7 +242,7 @@ ENTRY void NAME(centers16)(const struct dci_views *views, const struct dci_block
                 NAME(ints) dot;
                 memcpy(&dot, dots + v * DCI_LANES + part * KERNEL_WIDTH, sizeof dot);
                 const NAME(floats) wide =
-                    __builtin_convertvector(dot - DCI_CODE_ZERO * views->sums[first + v], NAME(floats));
+                    __builtin_convertvector(dot - DOTS_ZERO * views->sums[first + v], NAME(floats));
                 NAME(floats) center = wide * (step * views->steps[first + v]) + views->bases[first + v];
                 NAME(choose)(&used, &center, &hidden, &center);
                 NAME(store_lanes)(centers + (size_t)(first + v) * DCI_LANES, part, &center);
@@ -319,3 +319,4 @@ static const struct dci_kernel NAME(kernel) = {
 #undef KERNEL_WIDTH
 #undef KERNEL_DOTS
 #undef DOTS_VIEWS
+#undef DOTS_ZERO

@@ -12,8 +12,8 @@
 #include <string.h>
 
 // Tokens that are scored before merits are known: this many for each to select, and some.
-#define SCOUT_PER_BUDGET 3u
-#define SCOUT_TOKENS     192u
+#define SCOUT_PER_BUDGET 4u
+#define SCOUT_TOKENS     256u
 #define SCOUT_COVERAGE   1024u // at most, with a coverage target, whose budget is but a bound
 
 // With effort 0, cells are left unopened that together promise less than this share of all mass. (A share of what is
@@ -34,7 +34,7 @@
 #define COVERAGE_MARGIN 1.005f
 
 // Masses may change between weighing and the end, as the shares of the views do: a token below this share of the worst
-// selected one's mass is taken to be out.
+// selected one's mass is taken to be out; half of it with an effort of 1.
 #define BAR_SHARE 0.6f
 
 // Blocks of anchors that are asked for ahead.
@@ -142,21 +142,25 @@ static uint64_t tokens_missing(const struct index_search *search)
     return budget > search->eligible_scored ? budget - search->eligible_scored : 0;
 }
 
-// Lines up all cells whose value is at least `bound` and that are not taken.
-static void line_up_from(struct index_search *search, float bound)
+// Lines up the cells whose value is at least `bound` and that are not taken, until they hold so many tokens. Returns
+// how many they hold.
+static uint64_t line_up_from(struct index_search *search, float bound, uint64_t most)
 {
     float *values = SEARCH_ROOM(search, float, ROOM_MERITS);
     uint32_t *slots = SEARCH_ROOM(search, uint32_t, ROOM_TO_OPEN);
-    search->to_open = 0;
-    for (uint32_t block = 0; block < search->cell_blocks; block++) {
+    uint64_t tokens = 0;
+    for (uint32_t block = 0; block < search->cell_blocks && tokens < most; block++) {
         float *lanes = values + (size_t)block * DCI_LANES;
+        const float *rows = cell_block(search, block)->rows;
         uint32_t found = search->index->kernel->above16(lanes, bound);
-        for (; found != 0; found &= found - 1) {
+        for (; found != 0 && tokens < most; found &= found - 1) {
             const uint32_t lane = (uint32_t)__builtin_ctz(found);
             slots[search->to_open++] = block * DCI_LANES + lane;
             lanes[lane] = DCI_TAKEN;
+            tokens += (uint64_t)rows[lane];
         }
     }
+    return tokens;
 }
 
 // Buckets by the distance from the highest hope, those of cells within `depth` of it. Returns their tokens.
@@ -190,20 +194,22 @@ void dci_rank_open_best(struct index_search *search)
     wanted = wanted > most ? most : wanted;
     wanted = wanted < least ? least : wanted;
     float depth = HOPE_DEPTH;
+    search->to_open = 0;
     if (!search->everything) {
         while (count_hopes(search, depth) < wanted && depth < HOPE_DEPTH_MAX) {
             depth *= HOPE_DEPTH_GROWTH;
         }
     }
     if (search->everything || depth >= HOPE_DEPTH_MAX) {
-        line_up_from(search, 0.5f * DCI_HIDDEN);
+        (void)line_up_from(search, 0.5f * DCI_HIDDEN, UINT64_MAX);
         return;
     }
     uint32_t bucket = 0;
     for (uint64_t tokens = search->counts[0]; tokens < wanted;) {
         tokens += search->counts[++bucket];
     }
-    line_up_from(search, search->highest_hope - (float)(bucket + 1) * (depth / (float)SEARCH_BUCKETS));
+    (void)line_up_from(search, search->highest_hope - (float)(bucket + 1) * (depth / (float)SEARCH_BUCKETS),
+                       UINT64_MAX);
 }
 
 // The first time, references are not below what was scored, and become the origins.
@@ -399,6 +405,11 @@ void dci_rank_fix_weights(struct index_search *search)
     }
 }
 
+static float bar_share(const struct index_search *search)
+{
+    return BAR_SHARE * (1.0f - 0.5f * search->query.effort);
+}
+
 void dci_rank_raise_bar(struct index_search *search, const float *masses)
 {
     uint32_t lanes = search->index->kernel->above16(masses, dci_bucket_least(search->bar_bucket));
@@ -410,7 +421,7 @@ void dci_rank_raise_bar(struct index_search *search, const float *masses)
     while (search->above_bar >= search->select_max && search->above_bar > 0) {
         search->above_bar -= search->tokens_of[++search->bar_bucket];
     }
-    search->bar = BAR_SHARE * dci_bucket_least(search->bar_bucket);
+    search->bar = bar_share(search) * dci_bucket_least(search->bar_bucket);
 }
 
 static void work_out(struct index_search *search, uint32_t block, float *merits)
@@ -587,7 +598,7 @@ enum dci_pick dci_rank_pick(struct index_search *search)
     }
     if (!search->barred && !search->query.page_wise && tokens_missing(search) == 0) {
         search->barred = true;
-        search->bar = BAR_SHARE * search->least;
+        search->bar = bar_share(search) * search->least;
         dci_open_begin_sieve(search);
     }
     if ((search->rounds > 1 && covers_enough(search)) ||
@@ -614,7 +625,10 @@ enum dci_pick dci_rank_pick(struct index_search *search)
     const uint32_t needed = bound_by_tokens(search, wanted);
     bound = needed < bound ? needed : bound;
     if (bound < SEARCH_BUCKETS) {
-        line_up_from(search, dci_bucket_least(bound));
+        const uint64_t tokens = line_up_from(search, dci_bucket_least(bound == 0 ? 1 : bound), UINT64_MAX);
+        if (bound == 0 && tokens < wanted) { // next to nothing, all of them: any will do, the first ones do
+            (void)line_up_from(search, 0.0f, wanted - tokens);
+        }
     }
     return search->to_open > 0 ? PICK_SOME : PICK_NONE;
 }

@@ -4,7 +4,7 @@
 // tokens, grown by insertion, searched by the queries of a decode step. Two policies build it, see index_policy.
 //
 // The index is pure: no I/O, no clock, no threads, no logging; memory only through the allocator it is given, none in
-// search. It keeps short codes of the keys (4 bits a coordinate), not the keys: K and V rows are the owner's. It moves
+// search. It keeps short codes of the keys (5 bits a coordinate), not the keys: K and V rows are the owner's. It moves
 // no bytes: it says where a row belongs (page and row), and a change of place is a plan that the owner carries out and
 // commits, or drops. Where it needs K rows again, to cluster tokens, it names their pages, see index_rows_get.
 // Pages are numbered by the index (dense u32, reused after release); the owner maps them to memory. Tokens are named by

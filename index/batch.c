@@ -69,6 +69,7 @@ bool dci_mend_begin(struct index *index)
         return false;
     }
     index->batch->phase = BATCH_SOURCE;
+    index->batch->cursor = index->mended;
     return true;
 }
 
@@ -131,6 +132,7 @@ static bool source_item(struct index *index, bool *found)
     if (!*found) {
         return true;
     }
+    index->mended = id; // again, should this batch come to nothing
     batch->source = id;
     batch->dissolves = is_small(index, cell);
     return need_pages(index, cell);
@@ -395,7 +397,7 @@ static bool step(struct index *index, struct dci_work *work, enum dci_progress *
     bool found = false;
     switch (batch->phase) {
     case BATCH_SOURCE:
-        if (batch->cursor == index->nodes.bound) {
+        if (batch->cursor >= index->nodes.bound) {
             index->ragged = false;
             *progress = PROGRESS_IDLE;
             return true;

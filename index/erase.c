@@ -84,6 +84,7 @@ static uint32_t forget_leaf(struct index *index, uint32_t position, struct relea
         drop_part(index, cell, page->part, released);
     }
     index->ragged = true;
+    index->mended = 0;
     return id;
 }
 

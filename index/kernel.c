@@ -37,6 +37,18 @@
 // The largest sum of the sizes of four table codes, before they are rounded.
 #define TABLE_SUM_MAX 125.0f
 
+// Is it the head_dim of many models, for which loops are unrolled? Neither that nor forced inlining under sanitizers:
+// compiling takes minutes then.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define KERNEL_FIXED(n, dim) ((void)(dim), false)
+#define KERNEL_INLINE
+#define KERNEL_UNROLLED
+#else
+#define KERNEL_INLINE        __attribute__((always_inline))
+#define KERNEL_UNROLLED      _Pragma("GCC unroll 64")
+#define KERNEL_FIXED(n, dim) ((n) == (dim))
+#endif
+
 #define DOTS_PORTABLE 0
 #define DOTS_AVX2     1
 #define DOTS_VNNI     2

@@ -23,7 +23,7 @@ LOCAL void NAME(largest_of)(const float *x, const float *center, uint32_t n, flo
 
 ENTRY void NAME(largest16)(const float *x, const float *center, uint32_t n, float *lanes)
 {
-    if (n == 128) {
+    if (KERNEL_FIXED(n, 128)) {
         NAME(largest_of)(x, center, 128, lanes);
     } else {
         NAME(largest_of)(x, center, n, lanes);
@@ -55,7 +55,8 @@ LOCAL int32_t NAME(encode7_of)(const float *x, const float *center, float invers
 
 ENTRY int32_t NAME(encode7)(const float *x, const float *center, float inverse, uint32_t n, uint8_t *codes)
 {
-    return n == 128 ? NAME(encode7_of)(x, center, inverse, 128, codes) : NAME(encode7_of)(x, center, inverse, n, codes);
+    return KERNEL_FIXED(n, 128) ? NAME(encode7_of)(x, center, inverse, 128, codes)
+                                : NAME(encode7_of)(x, center, inverse, n, codes);
 }
 
 // Sum of products of the bytes as they are.
@@ -102,9 +103,9 @@ LOCAL void NAME(dots7_of)(const uint8_t *codes, uint32_t n, const uint32_t *orde
 ENTRY void NAME(dots7)(const uint8_t *codes, uint32_t n, const uint32_t *order, uint32_t count,
                        const struct dci_probe *probe, float *values)
 {
-    if (n == 128) {
+    if (KERNEL_FIXED(n, 128)) {
         NAME(dots7_of)(codes, 128, order, count, probe, values);
-    } else if (n == 64) {
+    } else if (KERNEL_FIXED(n, 64)) {
         NAME(dots7_of)(codes, 64, order, count, probe, values);
     } else {
         NAME(dots7_of)(codes, n, order, count, probe, values);

@@ -48,7 +48,7 @@ LOCAL void NAME(hadamard_of)(float *x, uint32_t n, const float *signs)
     const uint32_t count = n / KERNEL_WIDTH;
     // 1 / sqrt(n) for a power of two, to the last bit on every machine: the root is correctly rounded.
     const float norm = 1.0f / sqrtf((float)n);
-#pragma GCC unroll 64
+    KERNEL_UNROLLED
     for (uint32_t i = 0; i < count; i++) {
         NAME(floats) sign;
         NAME(load_lanes)(x, i, &v[i]);
@@ -56,20 +56,20 @@ LOCAL void NAME(hadamard_of)(float *x, uint32_t n, const float *signs)
         v[i] *= sign;
     }
     uint32_t h = count / 2;
-#pragma GCC unroll 6
+    KERNEL_UNROLLED
     for (; h > 1; h /= 4) {
-#pragma GCC unroll 64
+        KERNEL_UNROLLED
         for (uint32_t i = 0; i < count / 4; i++) {
             NAME(butterflies4)(v + i / (h / 2) * 2 * h + i % (h / 2), h / 2);
         }
     }
-#pragma GCC unroll 64
+    KERNEL_UNROLLED
     for (uint32_t i = 0; h == 1 && i < count; i += 2) {
         const NAME(floats) a = v[i], b = v[i + 1];
         v[i] = a + b;
         v[i + 1] = a - b;
     }
-#pragma GCC unroll 64
+    KERNEL_UNROLLED
     for (uint32_t i = 0; i < count; i++) {
         NAME(butterflies)(&v[i]);
         v[i] *= norm;
@@ -79,21 +79,16 @@ LOCAL void NAME(hadamard_of)(float *x, uint32_t n, const float *signs)
 
 ENTRY void NAME(hadamard)(float *x, uint32_t n, const float *signs)
 {
-    switch (n) {
-    case 256:
+    if (KERNEL_FIXED(n, 256)) {
         NAME(hadamard_of)(x, 256, signs);
-        break;
-    case 128:
+    } else if (KERNEL_FIXED(n, 128)) {
         NAME(hadamard_of)(x, 128, signs);
-        break;
-    case 64:
+    } else if (KERNEL_FIXED(n, 64)) {
         NAME(hadamard_of)(x, 64, signs);
-        break;
-    case 32:
+    } else if (KERNEL_FIXED(n, 32)) {
         NAME(hadamard_of)(x, 32, signs);
-        break;
-    default:
-        NAME(hadamard_of)(x, 16, signs);
+    } else {
+        NAME(hadamard_of)(x, n, signs);
     }
 }
 
@@ -166,9 +161,9 @@ LOCAL float NAME(encode8_of)(const float *x, uint32_t n, int32_t limit, int8_t *
 
 ENTRY float NAME(encode8)(const float *x, uint32_t n, int8_t *codes, int32_t *sum)
 {
-    return n == 128  ? NAME(encode8_of)(x, 128, 127, codes, sum)
-           : n == 64 ? NAME(encode8_of)(x, 64, 127, codes, sum)
-                     : NAME(encode8_of)(x, n, 127, codes, sum);
+    return KERNEL_FIXED(n, 128)  ? NAME(encode8_of)(x, 128, 127, codes, sum)
+           : KERNEL_FIXED(n, 64) ? NAME(encode8_of)(x, 64, 127, codes, sum)
+                                 : NAME(encode8_of)(x, n, 127, codes, sum);
 }
 
 LOCAL void NAME(probe_of)(const float *key, const float *base, uint32_t n, int8_t *codes, struct dci_probe *probe)
@@ -182,9 +177,9 @@ LOCAL void NAME(probe_of)(const float *key, const float *base, uint32_t n, int8_
 
 ENTRY void NAME(probe)(const float *key, const float *base, uint32_t n, int8_t *codes, struct dci_probe *probe)
 {
-    if (n == 128) {
+    if (KERNEL_FIXED(n, 128)) {
         NAME(probe_of)(key, base, 128, codes, probe);
-    } else if (n == 64) {
+    } else if (KERNEL_FIXED(n, 64)) {
         NAME(probe_of)(key, base, 64, codes, probe);
     } else {
         NAME(probe_of)(key, base, n, codes, probe);
@@ -264,9 +259,9 @@ LOCAL float NAME(encode5_of)(const float *key, const float *anchor, uint32_t n, 
 
 ENTRY float NAME(encode5)(const float *key, const float *anchor, uint32_t n, uint8_t *code, float *spread2)
 {
-    return n == 128  ? NAME(encode5_of)(key, anchor, 128, code, spread2)
-           : n == 64 ? NAME(encode5_of)(key, anchor, 64, code, spread2)
-                     : NAME(encode5_of)(key, anchor, n, code, spread2);
+    return KERNEL_FIXED(n, 128)  ? NAME(encode5_of)(key, anchor, 128, code, spread2)
+           : KERNEL_FIXED(n, 64) ? NAME(encode5_of)(key, anchor, 64, code, spread2)
+                                 : NAME(encode5_of)(key, anchor, n, code, spread2);
 }
 
 // Inner products of 16 8-bit codes with a probe.

@@ -6,7 +6,7 @@
 #define KERNEL_PASTE2(a, b) a##_##b
 #define KERNEL_PASTE(a, b)  KERNEL_PASTE2(a, b)
 #define NAME(name)          KERNEL_PASTE(name, KERNEL_SET)
-#define LOCAL               KERNEL_TARGET static inline __attribute__((always_inline))
+#define LOCAL               KERNEL_TARGET static inline KERNEL_INLINE
 #define ENTRY               KERNEL_TARGET static
 
 typedef float NAME(floats) __attribute__((vector_size(4 * KERNEL_WIDTH)));

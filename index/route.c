@@ -27,6 +27,7 @@ struct way {
     struct dci_probe probe;
     uint32_t avoid;                                             // a cell that does not count, or TREE_NONE
     const struct dci_block *blocks[TREE_BEAM * TREE_PARTS_MAX]; // of the nearest nodes
+    float distances[TREE_BEAM * TREE_PARTS_MAX][DCI_LANES];     // to their entries, once looked at
     uint32_t count;
     struct dci_work *work;
 };
@@ -42,15 +43,15 @@ static void enter(struct way *way, const struct near *list, uint32_t count)
     }
 }
 
-// Distances to the entries of block i, and the lane of the nearest; the next block is asked for meanwhile.
-static uint32_t look(const struct way *way, uint32_t i, float *distances)
+// Finds the distances to the entries of block i; the next block is asked for meanwhile. Returns the nearest lane.
+static uint32_t look(struct way *way, uint32_t i)
 {
     const struct index *index = way->index;
     if (i + 1 < way->count) {
         dci_ask_for(way->blocks[i + 1], ASK_BYTES); // the rest follows by itself
     }
     dci_work_spend(way->work, index, DCI_LANES);
-    return index->kernel->near16(&way->probe, way->blocks[i], index->head_dim, distances);
+    return index->kernel->near16(&way->probe, way->blocks[i], index->head_dim, way->distances[i]);
 }
 
 static void keep_nearest(struct near *list, uint32_t *count, float distance, uint32_t node)
@@ -87,8 +88,8 @@ static void descend(struct way *way)
     uint32_t count = 0;
     for (uint32_t i = 0; i < way->count; i++) {
         const struct dci_block *block = way->blocks[i];
-        float distances[DCI_LANES];
-        const uint32_t nearest = look(way, i, distances);
+        const float *distances = way->distances[i];
+        const uint32_t nearest = look(way, i);
         keep_nearest(next, &count, distances[nearest], block->child[nearest]);
         // Unused lanes are farther than anything.
         uint32_t lanes = index->kernel->below16(distances, beam_bound(way, next, count)) & ~(1u << nearest);
@@ -109,8 +110,8 @@ static struct near nearest_cell(struct way *way)
 {
     struct near found = {FLT_MAX, TREE_NONE};
     for (uint32_t i = 0; i < way->count; i++) {
-        float distances[DCI_LANES];
-        uint32_t lane = look(way, i, distances);
+        float *distances = way->distances[i];
+        uint32_t lane = look(way, i);
         if (way->blocks[i]->child[lane] == way->avoid) {
             distances[lane] = FLT_MAX;
             for (uint32_t other = 0; other < DCI_LANES; other++) {
@@ -130,13 +131,12 @@ static bool has_room(const struct index *index, const struct node *cell)
 }
 
 // A cell with a free row instead of a full one, where there is one nearly as near.
-static uint32_t spill(struct way *way, const struct near *full)
+static uint32_t spill(const struct way *way, const struct near *full)
 {
     const struct index *index = way->index;
     struct near found = {SPILL_DISTANCE2 * full->distance, full->node};
     for (uint32_t i = 0; i < way->count; i++) {
-        float distances[DCI_LANES];
-        (void)look(way, i, distances);
+        const float *distances = way->distances[i];
         uint32_t lanes = index->kernel->below16(distances, found.distance);
         for (; lanes != 0; lanes &= lanes - 1) {
             const uint32_t lane = (uint32_t)__builtin_ctz(lanes), cell = way->blocks[i]->child[lane];
@@ -151,7 +151,10 @@ static uint32_t spill(struct way *way, const struct near *full)
 uint32_t dci_route(const struct index *index, const float *key, uint32_t avoid, struct dci_work *work)
 {
     int8_t codes[INDEX_HEAD_DIM_MAX];
-    struct way way = {.index = index, .avoid = avoid, .work = work};
+    struct way way; // its distances are written before they are read
+    way.index = index;
+    way.avoid = avoid;
+    way.work = work;
     if (index->root == TREE_NONE) {
         return TREE_NONE;
     }

@@ -88,7 +88,8 @@ struct index {
     uint32_t root;
     uint64_t digest;                // of every decision taken
     float tree_norm2_max;           // c^2 of T_K
-    bool ragged;                    // a truncation may have left cells worth mending
+    bool ragged;                    // forgetting may have left cells worth mending
+    uint32_t mended;                // nodes below it are not, or no more
     float base[INDEX_HEAD_DIM_MAX]; // what anchors are coded relative to; rotated
     struct dci_slab nodes, cell_blocks, node_blocks;
     struct dci_slab runs[TREE_PARTS_MAX]; // by pages, less one

@@ -41,12 +41,14 @@
 // compiling takes minutes then.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define KERNEL_FIXED(n, dim) ((void)(dim), false)
+#define KERNEL_LEAST(n, dim) (n)
 #define KERNEL_INLINE
 #define KERNEL_UNROLLED
 #else
 #define KERNEL_INLINE        __attribute__((always_inline))
 #define KERNEL_UNROLLED      _Pragma("GCC unroll 64")
 #define KERNEL_FIXED(n, dim) ((n) == (dim))
+#define KERNEL_LEAST(n, dim) (dim) // where no other is left
 #endif
 
 #define DOTS_PORTABLE 0

@@ -88,7 +88,7 @@ ENTRY void NAME(hadamard)(float *x, uint32_t n, const float *signs)
     } else if (KERNEL_FIXED(n, 32)) {
         NAME(hadamard_of)(x, 32, signs);
     } else {
-        NAME(hadamard_of)(x, n, signs);
+        NAME(hadamard_of)(x, KERNEL_LEAST(n, 16), signs);
     }
 }
 

@@ -5,12 +5,23 @@
 // kernel on a GPU can read counts and positions at fixed addresses. No pointers, no headers: both sides compute the
 // same offsets from the shape that was agreed on the control socket.
 //
+// A landing in GPU memory has the same layout there. In host memory it is **staged**: the memory holds one layer of
+// each row, that of the row's last retrieve, in the layout of a landing of one layer. Who reads the staging copies it
+// to the GPU before the row's next retrieve.
+//
 // The worker may write anywhere at any time: the daemon only ever writes, and never reads back what it wrote.
 #ifndef ICECACHE_PROTO_SHM_H
 #define ICECACHE_PROTO_SHM_H
 
 #include <stdbool.h>
 #include <stdint.h>
+
+// Where the daemon writes selections. Values are part of the wire protocol.
+enum landing_place {
+    LANDING_HOST = 0, // a memfd that holds the whole landing
+    LANDING_PULL = 1, // a memfd that stages it; the worker copies from there to its GPU
+    LANDING_PUSH = 2, // the worker's GPU memory; the daemon stages and copies
+};
 
 struct landing_shape {
     uint32_t rows, layers, kv_heads, slots, head_dim;
@@ -29,6 +40,14 @@ struct landing_layout {
 // Fills *layout on success; false where a dimension is zero or above its limit, the dtype is unknown, or the size
 // exceeds WIRE_SHARED_BYTES_MAX.
 bool landing_layout_init(struct landing_layout *layout, const struct landing_shape *shape);
+
+// The shape of what is held in host memory.
+static inline struct landing_shape landing_held_shape(const struct landing_shape *shape, enum landing_place place)
+{
+    struct landing_shape held = *shape;
+    held.layers = place == LANDING_HOST ? shape->layers : 1;
+    return held;
+}
 
 // Index of (row, layer, head) in the counts; times slots in the positions; times head_bytes in the data.
 static inline uint64_t landing_cell(const struct landing_shape *shape, uint32_t row, uint32_t layer, uint32_t kv_head)

@@ -187,15 +187,15 @@ static uint32_t copy_range(const struct op_lane *part, const struct gpu_target *
 }
 
 // Sinks, selection and window into the landing, ascending by position.
-static ice_status copy_selection(struct op_lane *part, const struct index_selection *selection,
-                                 const struct index_selected *tokens)
+static void copy_selection(struct op_lane *part, const struct index_selection *selection,
+                           const struct index_selected *tokens)
 {
     const struct op *op = part->op;
     const struct lane *lane = part->lane;
     size_t bytes = lane->sequence->row_bytes;
     uint32_t row = op->rows[part->sequence_index];
     struct gpu_target target;
-    gpu_host_ops.target(op->landing->memory, row, op->layer, lane->kv_head, &target);
+    op->landing->ops->target(op->landing->memory, row, op->layer, lane->kv_head, &target);
     uint64_t visible = op->first_queries[part->sequence_index] + op->queries;
     uint64_t sinks = op->sinks < visible ? op->sinks : visible;
     uint64_t window = op->window < visible ? visible - op->window : 0;
@@ -208,7 +208,7 @@ static ice_status copy_selection(struct op_lane *part, const struct index_select
     if (!op->holds_ends)
         slot = copy_range(part, &target, slot, window, visible);
     part->count = slot;
-    return gpu_host_ops.submit(op->landing->memory, row, op->layer, lane->kv_head, slot);
+    op->landing->ops->submit(op->landing->memory, row, op->layer, lane->kv_head, slot);
 }
 
 static bool out_of_time(const struct op *op)
@@ -251,14 +251,14 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     const struct index_selected *tokens;
     index_search_finish(shard->search, &selection, &tokens);
     uint64_t searched_ns = env_now_ns(env);
-    status = copy_selection(part, &selection, tokens);
+    copy_selection(part, &selection, tokens);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
     part->indexed = index_indexed(part->lane->index);
     part->version = index_version(part->lane->index);
     part->search_ns = searched_ns - part->begun_ns;
     part->copy_ns = env_now_ns(env) - searched_ns;
-    return status;
+    return ICE_OK;
 }
 
 // What a dead session has in flight is only finished as far as the lane needs it: nobody waits for the answer, but the
@@ -295,7 +295,9 @@ static void op_done(struct completion *completion, struct server *server)
     struct op *op = (struct op *)((char *)completion - offsetof(struct op, completion));
     ice_status status = (ice_status)atomic_load_explicit(&op->failure, memory_order_acquire);
     char text[256] = "";
-    if (op->failed)
+    if (op->copy_text[0])
+        snprintf(text, sizeof text, "%s", op->copy_text);
+    else if (op->failed)
         snprintf(text, sizeof text, "layer %u, KV head %u: %s", op->failed->lane->layer, op->failed->lane->kv_head,
                  status_text((int)status));
     op_finish(op, status, text);
@@ -309,6 +311,11 @@ static void next_phase(struct op *op)
         return;
     }
     op->completion.done = op_done;
+    bool failed = atomic_load_explicit(&op->failure, memory_order_acquire) != ICE_OK;
+    if (op->kind == OP_RETRIEVE && op->landing->copier && !failed) {
+        copier_push(op->landing->copier, op);
+        return;
+    }
     completion_post(&op->server->completions, &op->completion);
 }
 

@@ -119,6 +119,48 @@ struct ice_landing_view {
 ICE_CHECKED ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
                                         struct ice_landing_view *out);
 
+// ---- landings in GPU memory ----
+
+// The same layout as in host memory, at an address on a GPU: data [row, layer, KV head, {K, V}, slot, head_dim] at 0, a
+// uint32 count per (row, layer, KV head) at counts_offset, uint32 positions per (row, layer, KV head, slot) at
+// positions_offset. When a retrieve has been waited for, all of it is there for whatever is issued then, on any stream.
+//
+// push: the daemon copies into the memory, which the CUDA driver shares with it. pull: the daemon leaves a selection in
+// shared host memory, and the library copies it in ice_retrieve_wait; a ticket that is closed without having been
+// waited for lands nothing. In both, between submit and the end of the wait the row's cells of this layer may hold
+// anything.
+enum ice_gpu_mode {
+    ICE_GPU_ANY = 0, // push where possible, else pull; ice_landing_gpu says why
+    ICE_GPU_PUSH = 1,
+    ICE_GPU_PULL = 2,
+};
+
+struct ice_gpu_options {
+    uint64_t address; // in this process's GPU memory (a tensor's data_ptr()), a multiple of 16; 0: made by the library
+    uint64_t bytes;   // from address on, at least those of ice_landing_bytes
+    int device;       // where address is 0: the GPU's number in this process
+    enum ice_gpu_mode mode;
+};
+
+// Bytes of a landing of this shape, in host or GPU memory.
+ICE_CHECKED ice_status ice_landing_bytes(const struct ice_landing_shape *shape, uint64_t *bytes_out);
+// As ice_landing_open. The memory is borrowed until ice_landing_close: it must neither be freed nor moved before, nor
+// its CUDA context be destroyed. The CUDA driver is loaded from $ICECACHE_CUDA_LIBRARY or libcuda.so.1.
+// ICE_NOT_SUPPORTED, ICE_INVALID_ARGUMENT, ICE_OUT_OF_BOUNDS: the memory cannot be used, and ice_last_error says why.
+ICE_CHECKED ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_shape *shape,
+                                            const struct ice_gpu_options *options, uint64_t deadline_us,
+                                            ice_landing **out);
+
+struct ice_gpu_landing {
+    uint64_t address, bytes; // bytes: those of the landing
+    uint64_t counts_offset, positions_offset;
+    enum ice_gpu_mode mode;  // ICE_GPU_PUSH or ICE_GPU_PULL
+    const char *pull_reason; // why it is not push; "" where push was not asked for. Valid until the close
+    const char *device_name;
+};
+// ICE_INVALID_ARGUMENT for a landing in host memory. (ice_landing_view is for those.)
+ICE_CHECKED ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gpu_landing *out);
+
 // ---- sequence ----
 
 struct ice_sequence_options {

@@ -53,7 +53,11 @@ ice_status cuda_driver_open(const char *library, struct cuda_driver *out, char *
     const char *const name = library ? library : CUDA_LIBRARY_DEFAULT;
     void *const handle = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!handle) {
-        const char *const reason = dlerror();
+        const char *reason = dlerror();
+        const size_t length = strlen(name);
+        if (reason && strncmp(reason, name, length) == 0 && strncmp(reason + length, ": ", 2) == 0) {
+            reason += length + 2; // the name is said already
+        }
         return no_driver(text, name, reason ? reason : "it cannot be loaded");
     }
     void *const symbol = dlsym(handle, "cuGetProcAddress_v2");

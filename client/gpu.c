@@ -40,10 +40,10 @@ static ice_status push_request(ice_landing *landing, struct gpu_export *memory, 
     }
     gpu.piece_bytes = memory->piece_bytes;
     gpu.n_piece_bytes = memory->piece_count;
-    struct pending *pending = NULL;
+    ice_status status;
     (void)pthread_mutex_lock(&client->lock);
-    ice_status status = landing_request(landing, &gpu, memory->fds, memory->piece_count, until_us, &pending);
-    if (status == ICE_OK) {
+    struct pending *pending = landing_request(landing, &gpu, memory->fds, memory->piece_count, until_us, &status);
+    if (pending != NULL) {
         exchange_abandon(client, pending);
     }
     (void)pthread_mutex_unlock(&client->lock);
@@ -104,10 +104,10 @@ static ice_status pull_open(ice_landing *landing, uint64_t until_us)
     if (landing->gpu->row_sequences == NULL) {
         return error_set(ICE_NO_MEMORY, "no memory for a landing's record");
     }
-    struct pending *pending = NULL;
+    ice_status status;
     (void)pthread_mutex_lock(&client->lock);
-    ice_status status = landing_request(landing, NULL, NULL, 0, until_us, &pending);
-    if (status == ICE_OK) {
+    struct pending *pending = landing_request(landing, NULL, NULL, 0, until_us, &status);
+    if (pending != NULL) {
         status = landing_map(landing, pending);
         exchange_abandon(client, pending);
         if (status == ICE_OK) {
@@ -194,9 +194,8 @@ ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_sha
         return error_set(ICE_INVALID_ARGUMENT, "%s is NULL", options == NULL ? "options" : "out");
     }
     uint64_t until_us = client_until(client, deadline_us);
-    ice_landing *landing = NULL;
-    status = landing_create(client, shape, &landing);
-    if (status != ICE_OK) {
+    ice_landing *landing = landing_create(client, shape, &status);
+    if (landing == NULL) {
         return status;
     }
     (void)pthread_mutex_lock(&client->lock);

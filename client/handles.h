@@ -58,11 +58,12 @@ bool landing_rows_busy(const struct pending *pending);
 ICE_MUST_CHECK ice_status landing_rows_acquire(const struct pending *pending);
 void landing_rows_release(const struct pending *pending);
 
-// Landings of any place (landing.c). A record without memory behind it; asks the daemon (lock held; the descriptors are
-// borrowed); tells it to close, and waits: ICE_TIMEOUT where it may still use the memory.
-ICE_MUST_CHECK ice_status landing_create(ice_client *client, const struct ice_landing_shape *shape, ice_landing **out);
-ICE_MUST_CHECK ice_status landing_request(ice_landing *landing, Icecache__Wire__GpuMemory *memory, const int *fds,
-                                          uint32_t count, uint64_t until_us, struct pending **out);
+// Landings of any place (landing.c). A record without memory behind it, or NULL and why; asks the daemon (lock held;
+// the descriptors are borrowed); tells it to close, and waits: ICE_TIMEOUT where it may still use the memory.
+ICE_MUST_CHECK ice_landing *landing_create(ice_client *client, const struct ice_landing_shape *shape,
+                                           ice_status *status);
+ICE_MUST_CHECK struct pending *landing_request(ice_landing *landing, Icecache__Wire__GpuMemory *memory, const int *fds,
+                                               uint32_t count, uint64_t until_us, ice_status *status);
 ICE_MUST_CHECK ice_status landing_map(ice_landing *landing, const struct pending *pending);
 ice_status landing_request_close(ice_client *client, uint64_t generation, uint32_t id, uint64_t until_us);
 

@@ -111,36 +111,37 @@ static ice_status shape_check(const struct ice_landing_shape *shape, struct land
     return ICE_OK;
 }
 
-ice_status landing_create(ice_client *client, const struct ice_landing_shape *shape, ice_landing **out)
+ice_landing *landing_create(ice_client *client, const struct ice_landing_shape *shape, ice_status *status)
 {
     struct landing_shape wanted;
     struct landing_layout layout;
-    ice_status status = shape_check(shape, &wanted, &layout);
-    if (status != ICE_OK) {
-        return status;
+    *status = shape_check(shape, &wanted, &layout);
+    if (*status != ICE_OK) {
+        return NULL;
     }
     ice_landing *landing = calloc(1, sizeof *landing);
     uint64_t *owners = calloc(wanted.rows, sizeof *owners);
     if (landing == NULL || owners == NULL) {
         free(landing);
         free(owners);
-        return error_set(ICE_NO_MEMORY, "no memory for a landing's record");
+        *status = error_set(ICE_NO_MEMORY, "no memory for a landing's record");
+        return NULL;
     }
     landing->client = client;
     landing->shape = wanted;
     landing->layout = layout;
     landing->row_owners = owners;
-    *out = landing;
-    return ICE_OK;
+    return landing;
 }
 
-ice_status landing_request(ice_landing *landing, Icecache__Wire__GpuMemory *memory, const int *fds, uint32_t count,
-                           uint64_t until_us, struct pending **out)
+struct pending *landing_request(ice_landing *landing, Icecache__Wire__GpuMemory *memory, const int *fds, uint32_t count,
+                                uint64_t until_us, ice_status *status)
 {
     ice_client *client = landing->client;
     struct pending *pending = pending_create();
     if (pending == NULL) {
-        return ICE_NO_MEMORY;
+        *status = ICE_NO_MEMORY;
+        return NULL;
     }
     Icecache__Wire__LandingOpen open = ICECACHE__WIRE__LANDING_OPEN__INIT;
     open.rows = landing->shape.rows;
@@ -154,23 +155,22 @@ ice_status landing_request(ice_landing *landing, Icecache__Wire__GpuMemory *memo
     Icecache__Wire__ControlRequest request = ICECACHE__WIRE__CONTROL_REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN;
     request.landing_open = &open;
-    ice_status status = exchange_submit_descriptors(client, landing->generation, &request, fds, count, pending);
-    if (status != ICE_OK) {
+    *status = exchange_submit_descriptors(client, landing->generation, &request, fds, count, pending);
+    if (*status != ICE_OK) {
         pending_destroy(pending);
-        return status;
+        return NULL;
     }
-    status = exchange_wait(client, landing->generation, pending, until_us);
-    if (status == ICE_OK && (pending->control_reply == NULL ||
-                             pending->control_reply->body_case != ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING)) {
-        status = error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing");
+    *status = exchange_wait(client, landing->generation, pending, until_us);
+    const Icecache__Wire__ControlReply *reply = pending->control_reply;
+    if (*status == ICE_OK && reply != NULL && reply->body_case == ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING) {
+        landing->id = reply->landing->landing_id;
+        return pending;
     }
-    if (status != ICE_OK) {
-        exchange_abandon(client, pending);
-        return status;
+    if (*status == ICE_OK) {
+        *status = error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing");
     }
-    landing->id = pending->control_reply->landing->landing_id;
-    *out = pending;
-    return ICE_OK;
+    exchange_abandon(client, pending);
+    return NULL;
 }
 
 // Accepts the memory only if it is all there and cannot shrink under our reads. A GPU's driver writes to none of it,
@@ -181,7 +181,8 @@ ice_status landing_map(ice_landing *landing, const struct pending *pending)
     const struct landing_shape held_shape = landing_held_shape(&landing->shape, landing->place);
     struct landing_layout held;
     struct stat stat;
-    if (pending->fd < 0 || !landing_layout_init(&held, &held_shape)) {
+    if (reply == NULL || reply->body_case != ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING || pending->fd < 0 ||
+        !landing_layout_init(&held, &held_shape)) {
         return error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing memory");
     }
     int seals = fcntl(pending->fd, F_GET_SEALS);
@@ -229,9 +230,9 @@ static ice_status landing_open(ice_client *client, ice_landing *landing, uint64_
 {
     (void)pthread_mutex_lock(&client->lock);
     landing->generation = client->generation;
-    struct pending *pending = NULL;
-    ice_status status = landing_request(landing, NULL, NULL, 0, until_us, &pending);
-    if (status == ICE_OK) {
+    ice_status status;
+    struct pending *pending = landing_request(landing, NULL, NULL, 0, until_us, &status);
+    if (pending != NULL) {
         status = landing_map(landing, pending);
         if (status == ICE_OK) {
             handle_link(&client->landings, &landing->handle);
@@ -259,9 +260,8 @@ ice_status ice_landing_open(ice_client *client, const struct ice_landing_shape *
         return error_set(ICE_INVALID_ARGUMENT, "out is NULL");
     }
     uint64_t until_us = client_until(client, deadline_us);
-    ice_landing *landing = NULL;
-    status = landing_create(client, shape, &landing);
-    if (status != ICE_OK) {
+    ice_landing *landing = landing_create(client, shape, &status);
+    if (landing == NULL) {
         return status;
     }
     status = landing_open(client, landing, until_us);

@@ -1,0 +1,217 @@
+"""PyTorch's memory as landings of icecache, on a real GPU: checks bit for bit, and what a retrieve costs.
+
+    torch_landing.py --library PATH --daemon PATH [--tokens N] [--steps N] [--out FILE]
+
+Run it once as it is and once with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: the allocator's memory is then mapped
+in pieces. Exit status 0, 1 a check failed, 77 there is no PyTorch with a GPU.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "../../client/python"))
+
+import icecache  # noqa: E402
+
+try:
+    import torch
+except ImportError:
+    print("skipped: there is no PyTorch")
+    sys.exit(77)
+
+# Llama-3.1-8B's heads, fewer layers: a retrieve is one layer's.
+LAYERS, KV_HEADS, QUERY_HEADS, HEAD_DIM, SLOTS = 4, 8, 32, 128, 336
+SHAPE = dict(rows=2, layers=LAYERS, kv_heads=KV_HEADS, slots=SLOTS, head_dim=HEAD_DIM, dtype="bf16")
+
+
+class Daemon:
+    def __init__(self, path, tokens):
+        self.folder = tempfile.TemporaryDirectory(prefix="icecache-")
+        pool = (tokens * LAYERS * KV_HEADS * HEAD_DIM * 4 * 3 // 2 >> 20) + 512
+        self.log = open(os.path.join(self.folder.name, "log"), "w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [path, "--socket-dir", self.folder.name + "/s", "--pool-bytes", f"{pool}m", "--index-bytes", "4g", "--shards", "8"],
+            stderr=self.log,
+        )
+        end = time.monotonic() + 120
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                icecache.Client(self.folder.name + "/s").close()
+                return
+            except icecache.Error:
+                time.sleep(0.05)
+        raise RuntimeError("the daemon does not answer")
+
+    def stop(self):
+        self.process.terminate()
+        status = self.process.wait(timeout=30)
+        self.log.seek(0)
+        text = self.log.read()
+        if status != 0:
+            print(text[-4000:])
+        return status == 0
+
+
+def gpu_bytes(pid):
+    """What the GPU's memory holds for a process, or None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except OSError:
+        return None
+    for line in listed.splitlines():
+        found, used = line.split(",")
+        if found.strip() == str(pid) and used.strip().isdigit():
+            return int(used) << 20
+    return 0 if listed.strip() else None
+
+
+def make_history(tokens):
+    """K in clusters and V at random, [layer, token, KV head, head_dim] as int16 patterns of bf16."""
+    generator = torch.Generator().manual_seed(5)
+    centres = torch.randn(KV_HEADS, 64, HEAD_DIM, generator=generator) * 2
+    which = torch.randint(0, 64, (LAYERS, tokens, KV_HEADS), generator=generator)
+    keys = torch.randn(LAYERS, tokens, KV_HEADS, HEAD_DIM, generator=generator)
+    for head in range(KV_HEADS):
+        keys[:, :, head] += centres[head][which[:, :, head]]
+    values = torch.randn(LAYERS, tokens, KV_HEADS, HEAD_DIM, generator=generator)
+    return keys.to(torch.bfloat16), values.to(torch.bfloat16), centres
+
+
+def bits(tensor):
+    return tensor.view(torch.int16).numpy()
+
+
+class Worker:
+    def __init__(self, folder, tokens):
+        self.tokens = tokens
+        self.keys, self.values, centres = make_history(tokens)
+        self.client = icecache.Client(folder, name="torch", deadline_us=60_000_000)
+        self.sequence = self.client.open_sequence(
+            model_digest=b"torch", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="bf16"
+        )
+        for first in range(0, tokens, 4096):
+            until = min(first + 4096, tokens)
+            self.sequence.append(bits(self.keys[:, first:until].contiguous()), bits(self.values[:, first:until].contiguous()), first)
+        while not self.sequence.info().idle:
+            time.sleep(0.02)
+        generator = torch.Generator().manual_seed(6)
+        picked = torch.randint(0, 64, (256, KV_HEADS), generator=generator)
+        near = torch.stack([centres[head][picked[:, head]] for head in range(KV_HEADS)], 1)
+        noise = torch.randn(256, KV_HEADS, QUERY_HEADS // KV_HEADS, HEAD_DIM, generator=generator)
+        self.queries = (near.unsqueeze(2) + noise).reshape(256, QUERY_HEADS, HEAD_DIM).to(torch.bfloat16)
+
+    def retrieve(self, landing, layer, number, budget=256, row=0):
+        return self.client.retrieve(
+            landing,
+            layer=layer,
+            sequences=[self.sequence],
+            rows=[row],
+            first_queries=[self.tokens - 1],
+            queries=bits(self.queries[number % 256].contiguous()),
+            query_dtype="bf16",
+            budget=budget,
+        )
+
+
+def check_cells(worker, landing, layer, counts, row=0):
+    """The landing's slots are the appended rows, bit for bit, read by the GPU at once after the retrieve."""
+    data = torch.as_tensor(landing.data, device="cuda")[row, layer]
+    positions = torch.as_tensor(landing.positions, device="cuda")[row, layer]
+    on_gpu = torch.as_tensor(landing.counts, device="cuda")[row, layer]
+    data, positions, on_gpu = (tensor.clone() for tensor in (data, positions, on_gpu))
+    if on_gpu.tolist() != list(counts):
+        sys.exit(f"counts on the GPU: {on_gpu.tolist()}, in the reply: {counts}")
+    for head, count in enumerate(counts):
+        where = positions[head, :count].cpu().long()
+        for side, appended in ((0, worker.keys), (1, worker.values)):
+            wanted = appended[layer, where, head].view(torch.int16)
+            if not torch.equal(data[head, side, :count].cpu(), wanted):
+                sys.exit(f"layer {layer}, head {head}: the GPU does not hold what was appended")
+
+
+def percentile(values, share):
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+def measure(worker, landing, budget, steps):
+    """Microseconds as the worker sees them, and the daemon's part that is copying."""
+    for number in range(20):
+        worker.retrieve(landing, number % LAYERS, number, budget)
+    walls, copies, searches = [], [], []
+    for number in range(steps):
+        begun = time.perf_counter_ns()
+        found = worker.retrieve(landing, number % LAYERS, number, budget)
+        walls.append((time.perf_counter_ns() - begun) / 1000)
+        copies.append(found.copy_us)
+        searches.append(found.search_us)
+    return {
+        "p50_us": statistics.median(walls),
+        "p99_us": percentile(walls, 0.99),
+        "search_p50_us": statistics.median(searches),
+        "copy_p50_us": statistics.median(copies),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--daemon", required=True)
+    parser.add_argument("--tokens", type=int, default=36000)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--out")
+    known = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("skipped: PyTorch sees no GPU")
+        return 77
+    os.environ["ICECACHE_LIBRARY"] = known.library
+    expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    daemon = Daemon(known.daemon, known.tokens)
+    rows = []
+    try:
+        worker = Worker(daemon.folder.name + "/s", known.tokens)
+        nbytes = icecache.landing_bytes(**SHAPE)
+        # Not at the beginning of what the allocator took from the driver, as in a real program.
+        others = [torch.empty(3 << 20, dtype=torch.uint8, device="cuda") for _ in range(3)]
+        tensor = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        kinds = [("host", dict()), ("pull, tensor", dict(gpu=tensor, mode="pull")), ("push, tensor", dict(gpu=tensor, mode="push"))]
+        if not expandable:
+            kinds += [("pull, library's", dict(gpu=0, mode="pull")), ("push, library's", dict(gpu=0, mode="push"))]
+        for name, options in kinds:
+            landing = worker.client.open_landing(**SHAPE, **options)
+            if "gpu" in options:
+                for number in range(32):
+                    layer = number % LAYERS
+                    found = worker.retrieve(landing, layer, number, row=number % 2)
+                    check_cells(worker, landing, layer, found.counts, row=number % 2)
+            for budget in (64, 256):
+                row = {"landing": name, "expandable": expandable, "tokens": known.tokens, "budget": budget}
+                row.update(measure(worker, landing, budget, known.steps))
+                row["daemon_gpu_bytes"] = gpu_bytes(daemon.process.pid)
+                rows.append(row)
+            landing.close()
+        del others
+        worker.client.close()
+    finally:
+        clean = daemon.stop()
+    if known.out:
+        pathlib.Path(known.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"{'landing':18} {'segments':11} {'budget':>6} {'p50 us':>8} {'p99 us':>8} {'search':>7} {'copy':>6} {'daemon MiB':>10}")
+    for row in rows:
+        memory = "-" if row["daemon_gpu_bytes"] is None else row["daemon_gpu_bytes"] >> 20
+        print(
+            f"{row['landing']:18} {'expandable' if expandable else 'cudaMalloc':11} {row['budget']:6} {row['p50_us']:8.0f} "
+            f"{row['p99_us']:8.0f} {row['search_p50_us']:7.0f} {row['copy_p50_us']:6.0f} {memory:>10}"
+        )
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -178,7 +178,7 @@ static ice_status place_open(ice_landing *landing, enum ice_gpu_mode mode, uint6
         (void)strncpy(landing->gpu->pull_reason, ice_last_error(), sizeof landing->gpu->pull_reason - 1);
     }
     char text[CUDA_TEXT_BYTES] = "";
-    status = gpu_buffer_clear(&landing->gpu->buffer, &landing->layout, text); // a probe may have reached counts
+    status = gpu_buffer_clear(&landing->gpu->buffer, text); // of the probe too
     return status == ICE_OK ? pull_open(landing, until_us) : set_error(status, text);
 }
 
@@ -207,7 +207,7 @@ ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_sha
     }
     if (status == ICE_OK) {
         char text[CUDA_TEXT_BYTES] = "";
-        status = gpu_buffer_clear(&landing->gpu->buffer, &landing->layout, text);
+        status = gpu_buffer_clear(&landing->gpu->buffer, text);
         status = status == ICE_OK ? place_open(landing, options->mode, until_us) : set_error(status, text);
     }
     if (status != ICE_OK) {
@@ -234,8 +234,9 @@ ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gpu_landing *o
     *out = (struct ice_gpu_landing){
         .address = landing->gpu->buffer.address,
         .bytes = landing->layout.total_bytes,
-        .counts_offset = landing->layout.counts_offset,
+        .layer_bytes = landing->layout.block_bytes,
         .positions_offset = landing->layout.positions_offset,
+        .counts_offset = landing->layout.counts_offset,
         .mode = landing->place == LANDING_PUSH ? ICE_GPU_PUSH : ICE_GPU_PULL,
         .pull_reason = landing->gpu->pull_reason,
         .device_name = landing->gpu->buffer.device.name,

@@ -121,9 +121,10 @@ ICE_CHECKED ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint
 
 // ---- landings in GPU memory ----
 
-// The same layout as in host memory, at an address on a GPU: data [row, layer, KV head, {K, V}, slot, head_dim] at 0, a
-// uint32 count per (row, layer, KV head) at counts_offset, uint32 positions per (row, layer, KV head, slot) at
-// positions_offset. When a retrieve has been waited for, all of it is there for whatever is issued then, on any stream.
+// The same layout as in host memory, at an address on a GPU: one block for each (row, layer), layer_bytes from one to
+// the next, rows outermost. In a block: the data [KV head, {K, V}, slot, head_dim], at positions_offset uint32
+// positions [KV head, slot], at counts_offset uint32 counts [KV head]. When a retrieve has been waited for, all of it
+// is there for whatever is issued then, on any stream.
 //
 // push: the daemon copies into the memory, which the CUDA driver shares with it. pull: the daemon leaves a selection in
 // shared host memory, and the library copies it in ice_retrieve_wait; a ticket that is closed without having been
@@ -153,7 +154,7 @@ ICE_CHECKED ice_status ice_landing_open_gpu(ice_client *client, const struct ice
 
 struct ice_gpu_landing {
     uint64_t address, bytes; // bytes: those of the landing
-    uint64_t counts_offset, positions_offset;
+    uint64_t layer_bytes, positions_offset, counts_offset;
     enum ice_gpu_mode mode;  // ICE_GPU_PUSH or ICE_GPU_PULL
     const char *pull_reason; // why it is not push; "" where push was not asked for. Valid until the close
     const char *device_name;

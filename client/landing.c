@@ -385,15 +385,15 @@ ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, 
     if (status != ICE_OK) {
         return status;
     }
-    uint64_t cell = landing_cell(shape, row, layer, kv_head);
+    const uint8_t *block = landing->base + landing_block(&landing->layout, shape, row, layer);
     uint32_t count;
-    memcpy(&count, landing->base + landing->layout.counts_offset + cell * sizeof count, sizeof count);
+    memcpy(&count, block + landing->layout.counts_offset + kv_head * sizeof count, sizeof count);
     if (count > shape->slots) {
         return error_set(ICE_INTERNAL, "the landing says %u tokens in %u slots", count, shape->slots);
     }
-    const uint8_t *keys = landing->base + cell * landing->layout.head_bytes;
+    const uint8_t *keys = block + kv_head * landing->layout.head_bytes;
     const uint8_t *positions =
-        landing->base + landing->layout.positions_offset + cell * shape->slots * sizeof(uint32_t);
+        block + landing->layout.positions_offset + (uint64_t)kv_head * shape->slots * sizeof(uint32_t);
     out->keys = keys;
     out->values = keys + landing->layout.side_bytes;
     out->positions = (const void *)positions; // a multiple of 4 bytes from a page boundary

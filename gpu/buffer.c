@@ -72,16 +72,20 @@ void gpu_buffer_close(struct gpu_buffer *buffer)
     gpu_device_close(&buffer->device);
 }
 
-ice_status gpu_buffer_clear(const struct gpu_buffer *buffer, const struct landing_layout *layout, char *text)
+ice_status gpu_buffer_clear(const struct gpu_buffer *buffer, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
     if (status != ICE_OK) {
         return status;
     }
     const struct cuda_driver *driver = &buffer->device.driver;
-    const cuda_result result = driver->fill_waiting(buffer->address + layout->counts_offset, 0,
-                                                    layout->positions_offset - layout->counts_offset);
+    cuda_result result = driver->fill_waiting(buffer->address, 0, buffer->bytes);
     status = result == CUDA_OK ? ICE_OK : cuda_failed(driver, "cuMemsetD8", result, text);
+    if (status == ICE_OK) {
+        uint8_t first; // a fill may be under way when its call returns; a copy to the host comes after it, and is over
+        result = driver->copy_to_host_waiting(&first, buffer->address, sizeof(first));
+        status = result == CUDA_OK ? ICE_OK : cuda_failed(driver, "cuMemcpyDtoH", result, text);
+    }
     gpu_device_leave(&buffer->device);
     return status;
 }

@@ -24,9 +24,8 @@ ICE_MUST_CHECK ice_status gpu_buffer_open(const char *library, cuda_address addr
 // Nothing may be in flight, and no other process may have the memory open.
 void gpu_buffer_close(struct gpu_buffer *buffer);
 
-// The empty landing: all counts 0.
-ICE_MUST_CHECK ice_status gpu_buffer_clear(const struct gpu_buffer *buffer, const struct landing_layout *layout,
-                                           char *text);
+// Makes all of it 0, so all counts: the empty landing. Done when it returns, whatever stream comes next.
+ICE_MUST_CHECK ice_status gpu_buffer_clear(const struct gpu_buffer *buffer, char *text);
 // Describes the memory for the daemon and writes the probe, of which `random` is the pattern. Close the export.
 ICE_MUST_CHECK ice_status gpu_buffer_export(const struct gpu_buffer *buffer, const uint8_t *random,
                                             struct gpu_export *out, char *text);

@@ -59,29 +59,21 @@ static ice_status copy_piece(const struct gpu_path *path, uint64_t to, uint64_t 
 
 ice_status gpu_path_copy(const struct gpu_path *path, uint32_t row, uint32_t layer, char *text)
 {
-    const struct landing_layout *layout = &path->layout, *held = &path->held;
-    const uint64_t heads = path->shape.kv_heads;
-    const uint64_t to = landing_cell(&path->shape, row, layer, 0), from = row * heads;
-    const uint64_t positions_bytes = path->shape.slots * sizeof(uint32_t);
-    ice_status status =
-        copy_piece(path, to * layout->head_bytes, from * held->head_bytes, heads * held->head_bytes, text);
-    if (status == ICE_OK) {
-        status = copy_piece(path, layout->positions_offset + to * positions_bytes,
-                            held->positions_offset + from * positions_bytes, heads * positions_bytes, text);
-    }
-    if (status == ICE_OK) {
-        status = copy_piece(path, layout->counts_offset + to * sizeof(uint32_t),
-                            held->counts_offset + from * sizeof(uint32_t), heads * sizeof(uint32_t), text);
-    }
-    return status;
+    const struct landing_shape held = landing_held_shape(&path->shape, LANDING_PULL);
+    return copy_piece(path, landing_block(&path->layout, &path->shape, row, layer),
+                      landing_block(&path->held, &held, row, 0), path->layout.block_bytes, text);
 }
 
 ice_status gpu_path_clear(const struct gpu_path *path, uint32_t row, char *text)
 {
-    const uint64_t first = landing_cell(&path->shape, row, 0, 0);
-    const uint64_t cells = (uint64_t)path->shape.layers * path->shape.kv_heads;
-    const cuda_result result =
-        path->device->driver.fill(path->to + path->layout.counts_offset + first * sizeof(uint32_t), 0,
-                                  cells * sizeof(uint32_t), path->device->stream);
-    return result == CUDA_OK ? ICE_OK : cuda_failed(&path->device->driver, "cuMemsetD8Async", result, text);
+    const struct cuda_driver *driver = &path->device->driver;
+    for (uint32_t layer = 0; layer < path->shape.layers; layer++) {
+        const uint64_t counts = landing_block(&path->layout, &path->shape, row, layer) + path->layout.counts_offset;
+        const cuda_result result =
+            driver->fill(path->to + counts, 0, path->shape.kv_heads * sizeof(uint32_t), path->device->stream);
+        if (result != CUDA_OK) {
+            return cuda_failed(driver, "cuMemsetD8Async", result, text);
+        }
+    }
+    return ICE_OK;
 }

@@ -24,7 +24,7 @@ ICE_MUST_CHECK ice_status gpu_path_open(struct gpu_path *path, const struct gpu_
                                         const struct landing_shape *shape, uint8_t *staging, char *text);
 void gpu_path_close(struct gpu_path *path); // device entered; no copy may be in flight
 
-// Issues, in the device's stream: one copy of K and V of all heads, one of positions, one of counts. Device entered.
+// Issues, in the device's stream, one copy of a row's block: K and V of all heads, positions, counts. Device entered.
 ICE_MUST_CHECK ice_status gpu_path_copy(const struct gpu_path *path, uint32_t row, uint32_t layer, char *text);
 // Issues: the counts of all layers of a row become 0. Device entered.
 ICE_MUST_CHECK ice_status gpu_path_clear(const struct gpu_path *path, uint32_t row, char *text);

@@ -154,7 +154,11 @@ ice_status gpu_probe_write(const struct gpu_device *device, cuda_address address
         result = driver->copy_to_device_waiting(address + bytes - GPU_PROBE_SIDE_BYTES, probe + GPU_PROBE_SIDE_BYTES,
                                                 GPU_PROBE_SIDE_BYTES);
     }
-    return result == CUDA_OK ? ICE_OK : cuda_failed(driver, "cuMemcpyHtoD", result, text);
+    if (result != CUDA_OK) {
+        return cuda_failed(driver, "cuMemcpyHtoD", result, text);
+    }
+    // A small copy may be under way when its call returns; one to the host comes after it, and is over.
+    return gpu_probe_check(device, address, bytes, probe, false, text);
 }
 
 ice_status gpu_probe_check(const struct gpu_device *device, cuda_address address, uint64_t bytes, const uint8_t *probe,

@@ -50,7 +50,7 @@ void gpu_import_close(const struct gpu_device *device, struct gpu_import *import
 
 // ---- both ----
 
-// Writes the pattern to the first and last bytes of the landing.
+// Writes the pattern to the first and last bytes of the landing; it is there when the call returns.
 ICE_MUST_CHECK ice_status gpu_probe_write(const struct gpu_device *device, cuda_address address, uint64_t bytes,
                                           const uint8_t *probe, char *text);
 // Reads both ends and compares: ICE_CONFLICT where they hold something else. inverted: every bit of the pattern is.

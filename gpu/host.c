@@ -67,42 +67,43 @@ void held_close(struct gpu_landing *landing)
     }
 }
 
-// Every layer has the one place of its row where the memory is a staging.
-static uint64_t cell_index(const struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head)
+// Every layer has the one block of its row where the memory is a staging.
+static uint8_t *block_of(const struct gpu_landing *landing, uint32_t row, uint32_t layer)
 {
-    assert(row < landing->shape.rows && layer < landing->shape.layers && kv_head < landing->shape.kv_heads);
-    return landing_cell(&landing->held_shape, row, layer < landing->held_shape.layers ? layer : 0, kv_head);
+    assert(row < landing->shape.rows && layer < landing->shape.layers);
+    const uint32_t held_layer = layer < landing->held_shape.layers ? layer : 0;
+    return landing->memory + landing_block(&landing->held, &landing->held_shape, row, held_layer);
 }
 
-static _Atomic uint32_t *cell_count(struct gpu_landing *landing, uint64_t cell)
+static _Atomic uint32_t *counts_of(const struct gpu_landing *landing, uint8_t *block)
 {
-    return (_Atomic uint32_t *)(void *)(landing->memory + landing->held.counts_offset) + cell;
+    return (_Atomic uint32_t *)(void *)(block + landing->held.counts_offset);
 }
 
 void held_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, struct gpu_target *out)
 {
-    const uint64_t cell = cell_index(landing, row, layer, kv_head);
-    uint8_t *const head = landing->memory + cell * landing->held.head_bytes;
-    uint32_t *const positions = (void *)(landing->memory + landing->held.positions_offset);
-    out->keys = head;
-    out->values = head + landing->held.side_bytes;
-    out->positions = positions + cell * landing->shape.slots;
+    assert(kv_head < landing->shape.kv_heads);
+    uint8_t *const block = block_of(landing, row, layer);
+    out->keys = block + kv_head * landing->held.head_bytes;
+    out->values = out->keys + landing->held.side_bytes;
+    uint32_t *const positions = (void *)(block + landing->held.positions_offset);
+    out->positions = positions + (uint64_t)kv_head * landing->shape.slots;
 }
 
 void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count)
 {
-    const uint64_t cell = cell_index(landing, row, layer, kv_head);
-    assert(count <= landing->shape.slots);
+    assert(kv_head < landing->shape.kv_heads && count <= landing->shape.slots);
     // Pairs with the worker's acquire load: who sees the count sees what was gathered before it.
-    atomic_store_explicit(cell_count(landing, cell), count, memory_order_release);
+    atomic_store_explicit(counts_of(landing, block_of(landing, row, layer)) + kv_head, count, memory_order_release);
 }
 
 void held_clear_row(struct gpu_landing *landing, uint32_t row)
 {
-    const uint64_t first = cell_index(landing, row, 0, 0);
-    const uint64_t cells = (uint64_t)landing->held_shape.layers * landing->held_shape.kv_heads;
-    for (uint64_t i = 0; i < cells; i++) {
-        atomic_store_explicit(cell_count(landing, first + i), 0, memory_order_release);
+    for (uint32_t layer = 0; layer < landing->held_shape.layers; layer++) {
+        _Atomic uint32_t *const counts = counts_of(landing, block_of(landing, row, layer));
+        for (uint32_t head = 0; head < landing->held_shape.kv_heads; head++) {
+            atomic_store_explicit(counts + head, 0, memory_order_release);
+        }
     }
 }
 

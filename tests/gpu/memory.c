@@ -182,10 +182,11 @@ void worker_open_gpu(struct worker *worker, const char *sockets, const struct sh
     worker->sequence = sequence_open(worker->client, shape);
 }
 
-// Where a cell's parts are: the layout that icecache.h promises.
-static uint64_t cell_of(const struct worker *worker, uint32_t row, uint32_t layer, uint32_t head)
+// Where a block is: the layout that icecache.h promises.
+static cuda_address block_of(const struct worker *worker, const struct ice_gpu_landing *gpu, uint32_t row,
+                             uint32_t layer)
 {
-    return ((uint64_t)row * worker->shape.layers + layer) * worker->shape.kv_heads + head;
+    return gpu->address + ((uint64_t)row * worker->shape.layers + layer) * gpu->layer_bytes;
 }
 
 void gpu_check_counts(const struct worker *worker, uint32_t row, uint32_t layer, uint32_t count)
@@ -194,7 +195,7 @@ void gpu_check_counts(const struct worker *worker, uint32_t row, uint32_t layer,
     assert_ok(ice_landing_gpu(worker->landing, &gpu));
     for (uint32_t head = 0; head < worker->shape.kv_heads; head++) {
         uint32_t found = 0;
-        memory_read(&found, gpu.address + gpu.counts_offset + 4 * cell_of(worker, row, layer, head), sizeof found);
+        memory_read(&found, block_of(worker, &gpu, row, layer) + gpu.counts_offset + 4 * head, sizeof found);
         assert_int_equal(found, count);
     }
 }
@@ -205,22 +206,21 @@ void gpu_check(const struct worker *worker, uint32_t row, uint32_t layer, const 
     size_t bytes = shape_row_bytes(&worker->shape), side = worker->slots * bytes;
     struct ice_gpu_landing gpu;
     assert_ok(ice_landing_gpu(worker->landing, &gpu));
-    uint8_t *data = malloc(2 * side);
-    uint32_t *positions = malloc(worker->slots * sizeof *positions);
+    uint8_t *block = malloc(gpu.layer_bytes);
+    assert_non_null(block);
     gpu_check_counts(worker, row, layer, count);
+    memory_read(block, block_of(worker, &gpu, row, layer), gpu.layer_bytes);
     for (uint32_t head = 0; head < worker->shape.kv_heads; head++) {
-        uint64_t cell = cell_of(worker, row, layer, head);
-        memory_read(data, gpu.address + cell * 2 * side, 2 * side);
-        memory_read(positions, gpu.address + gpu.positions_offset + cell * worker->slots * sizeof *positions,
-                    worker->slots * sizeof *positions);
+        const uint8_t *keys = block + head * 2 * side, *values = keys + side;
+        const uint32_t *positions =
+            (const void *)(block + gpu.positions_offset + (uint64_t)head * worker->slots * sizeof *positions);
         for (uint32_t slot = 0; slot < count; slot++) {
             assert_true(positions[slot] < visible && (slot == 0 || positions[slot - 1] < positions[slot]));
-            if (memcmp(data + slot * bytes, history_key(history, layer, head, positions[slot]), bytes) != 0 ||
-                memcmp(data + side + slot * bytes, history_value(history, layer, head, positions[slot]), bytes) != 0)
+            if (memcmp(keys + slot * bytes, history_key(history, layer, head, positions[slot]), bytes) != 0 ||
+                memcmp(values + slot * bytes, history_value(history, layer, head, positions[slot]), bytes) != 0)
                 fail_msg("layer %u head %u slot %u does not hold the bytes of position %u", layer, head, slot,
                          positions[slot]);
         }
     }
-    free(data);
-    free(positions);
+    free(block);
 }

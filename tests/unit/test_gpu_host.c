@@ -92,6 +92,17 @@ static char text[CUDA_TEXT_BYTES]; // of a failed open
 static const struct landing_shape shape = {
     .rows = 3, .layers = 2, .kv_heads = 4, .slots = 5, .head_dim = 16, .dtype = DTYPE_BF16};
 
+// Cells are numbered row by row: 2 layers of 4 heads.
+static const uint8_t *block_at(const struct landing_layout *layout, const uint8_t *seen, uint32_t cell)
+{
+    return seen + landing_block(layout, &shape, cell / 8, cell / 4 % 2);
+}
+
+static const uint32_t *counts_at(const struct landing_layout *layout, const uint8_t *seen, uint32_t cell)
+{
+    return (const void *)(block_at(layout, seen, cell) + layout->counts_offset);
+}
+
 static void selection_reaches_the_worker(void **unused)
 {
     (void)unused;
@@ -105,12 +116,10 @@ static void selection_reaches_the_worker(void **unused)
     assert_memory_equal(gpu_landing_shape(landing), &shape, sizeof(shape));
     const uint8_t *seen = mmap(NULL, layout->total_bytes, PROT_READ, MAP_SHARED, fd, 0);
     assert_ptr_not_equal(seen, MAP_FAILED);
-    const uint32_t *counts = (const void *)(seen + layout->counts_offset);
-    const uint32_t *positions = (const void *)(seen + layout->positions_offset);
 
     for (uint32_t cell = 0; cell < 24; cell++) {
         const uint32_t row = cell / 8, layer = cell / 4 % 2, head = cell % 4, count = cell % (shape.slots + 1);
-        assert_int_equal(counts[cell], 0);
+        assert_int_equal(counts_at(layout, seen, cell)[head], 0);
         struct gpu_target target;
         gpu_host_ops.target(landing, row, layer, head, &target);
         memset(target.keys, (int)(cell + 1), layout->side_bytes);
@@ -121,14 +130,16 @@ static void selection_reaches_the_worker(void **unused)
         gpu_host_ops.submit(landing, row, layer, head, count);
     }
     for (uint32_t cell = 0; cell < 24; cell++) { // no cell has written over another
-        assert_int_equal(counts[cell], cell % (shape.slots + 1));
-        const uint8_t *head = seen + cell * layout->head_bytes;
+        const uint32_t number = cell % 4;
+        const uint8_t *block = block_at(layout, seen, cell), *head = block + number * layout->head_bytes;
+        const uint32_t *positions = (const void *)(block + layout->positions_offset);
+        assert_int_equal(counts_at(layout, seen, cell)[number], cell % (shape.slots + 1));
         for (uint64_t i = 0; i < layout->side_bytes; i++) {
             assert_int_equal(head[i], cell + 1);
             assert_int_equal(head[layout->side_bytes + i], cell + 101);
         }
         for (uint32_t slot = 0; slot < shape.slots; slot++) {
-            assert_int_equal(positions[cell * shape.slots + slot], cell * 100 + slot);
+            assert_int_equal(positions[number * shape.slots + slot], cell * 100 + slot);
         }
     }
 
@@ -150,16 +161,45 @@ static void clear_row_empties_that_row_only(void **unused)
     const uint64_t bytes = gpu_landing_layout(landing)->total_bytes;
     const uint8_t *seen = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
     assert_ptr_not_equal(seen, MAP_FAILED);
-    const uint32_t *counts = (const void *)(seen + gpu_landing_layout(landing)->counts_offset);
+    const struct landing_layout *layout = gpu_landing_layout(landing);
     for (uint32_t cell = 0; cell < 24; cell++) {
         gpu_host_ops.submit(landing, cell / 8, cell / 4 % 2, cell % 4, shape.slots);
     }
     gpu_host_ops.clear_row(landing, 1);
     for (uint32_t cell = 0; cell < 24; cell++) {
-        assert_int_equal(counts[cell], cell / 8 == 1 ? 0 : shape.slots);
+        assert_int_equal(counts_at(layout, seen, cell)[cell % 4], cell / 8 == 1 ? 0 : shape.slots);
     }
     assert_int_equal(munmap((void *)(uintptr_t)seen, bytes), 0);
     gpu_host_ops.close(landing);
+    real_close(&state, fd);
+}
+
+// Pull: a row has one block, for whichever layer its last retrieve was of.
+static void a_staging_has_one_block_a_row(void **unused)
+{
+    (void)unused;
+    struct system_state state = {0};
+    const struct gpu_system system = system_of(&state);
+    struct gpu_landing *landing = NULL;
+    int fd = -1;
+    assert_int_equal(gpu_pull_ops.open(&system, &shape, NULL, &landing, &fd, text), ICE_OK);
+    const struct landing_layout *layout = gpu_landing_layout(landing);
+    assert_int_equal(layout->total_bytes, 12288); // 6 blocks of 1536
+    assert_int_equal(state.bytes, 8192);          // 3 of them
+    uint8_t *places[3][2];
+    for (uint32_t row = 0; row < 3; row++) {
+        for (uint32_t layer = 0; layer < 2; layer++) {
+            struct gpu_target target;
+            gpu_pull_ops.target(landing, row, layer, 0, &target);
+            places[row][layer] = target.keys;
+        }
+        assert_ptr_equal(places[row][0], places[row][1]);
+        assert_ptr_equal(places[row][0], places[0][0] + row * layout->block_bytes);
+    }
+    assert_null(gpu_pull_ops.copy);
+    assert_null(gpu_host_ops.copy);
+    gpu_pull_ops.close(landing);
+    assert_int_equal(state.maps, 0);
     real_close(&state, fd);
 }
 
@@ -278,6 +318,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(selection_reaches_the_worker),
         cmocka_unit_test(clear_row_empties_that_row_only),
+        cmocka_unit_test(a_staging_has_one_block_a_row),
         cmocka_unit_test(a_worker_that_scribbles_harms_nobody),
         cmocka_unit_test(failures_unwind),
         cmocka_unit_test(bad_shapes_make_no_call),

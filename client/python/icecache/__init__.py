@@ -180,15 +180,20 @@ _MODES = {"any": 0, "push": 1, "pull": 2}
 class GpuArray:
     """A part of a landing in GPU memory, for whatever takes __cuda_array_interface__: torch.as_tensor(array, device="cuda")."""
 
-    def __init__(self, landing, address, shape, typestr):
+    def __init__(self, landing, address, shape, typestr, layer_bytes):
+        strides = [int(typestr[2:])]
+        for count in reversed(shape[3:]):
+            strides.insert(0, strides[0] * count)
+        strides[:0] = [shape[1] * layer_bytes, layer_bytes]
         self.landing = landing  # whoever holds the array holds the landing
         self.shape = shape
+        self.strides = tuple(strides)  # in bytes: not contiguous, a layer's positions and counts follow its data
         self.__cuda_array_interface__ = {
             "version": 3,
             "data": (address, False),
             "shape": shape,
             "typestr": typestr,
-            "strides": None,
+            "strides": tuple(strides),
         }
 
 
@@ -230,9 +235,10 @@ class GpuLanding(_Handle):
         self.device_name = found.device_name.decode("utf-8", "replace")
         cells = (shape.rows, shape.layers, shape.kv_heads)
         element = {"bf16": "<i2", "fp16": "<f2", "fp32": "<f4"}[dtype]
-        self.data = GpuArray(self, found.address, (*cells, 2, shape.slots, shape.head_dim), element)
-        self.counts = GpuArray(self, found.address + found.counts_offset, cells, "<i4")
-        self.positions = GpuArray(self, found.address + found.positions_offset, (*cells, shape.slots), "<i4")
+        step = found.layer_bytes
+        self.data = GpuArray(self, found.address, (*cells, 2, shape.slots, shape.head_dim), element, step)
+        self.counts = GpuArray(self, found.address + found.counts_offset, cells, "<i4", step)
+        self.positions = GpuArray(self, found.address + found.positions_offset, (*cells, shape.slots), "<i4", step)
 
     def close(self):
         super().close()

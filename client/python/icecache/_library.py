@@ -96,8 +96,9 @@ class GpuLanding(ctypes.Structure):
     _fields_ = [
         ("address", c_uint64),
         ("bytes", c_uint64),
-        ("counts_offset", c_uint64),
+        ("layer_bytes", c_uint64),
         ("positions_offset", c_uint64),
+        ("counts_offset", c_uint64),
         ("mode", c_int),
         ("pull_reason", c_char_p),
         ("device_name", c_char_p),

@@ -401,15 +401,12 @@ class GpuTest(ClientBase):
         self.assertEqual(self.driver.cuCtxPushCurrent(context), 0)
         super().setUp()
 
-    def content(self, array):
-        """A GpuArray's memory, as bytes."""
-        interface = array.__cuda_array_interface__
-        nbytes = int(interface["typestr"][2:])
-        for count in array.shape:
-            nbytes *= count
+    def content(self, array, row, layer):
+        """A GpuArray's part of one (row, layer), as bytes."""
+        nbytes = array.shape[2] * array.strides[2]
         copied = (ctypes.c_ubyte * nbytes)()
-        address = ctypes.c_uint64(interface["data"][0])
-        self.assertEqual(self.driver.cuMemcpyDtoH(copied, address, ctypes.c_size_t(nbytes)), 0)
+        address = array.__cuda_array_interface__["data"][0] + row * array.strides[0] + layer * array.strides[1]
+        self.assertEqual(self.driver.cuMemcpyDtoH(copied, ctypes.c_uint64(address), ctypes.c_size_t(nbytes)), 0)
         return bytes(copied)
 
     def test_every_kind_holds_what_a_host_landing_holds(self):
@@ -427,17 +424,18 @@ class GpuTest(ClientBase):
                 self.assertEqual(landing.device_name, "Fake GPU 0")
                 found = client.retrieve(landing, **self.arguments(sequence, row=1, at=49))
                 self.assertEqual(found.counts, [14] * KV_HEADS)
-                counts = memoryview(self.content(landing.counts)).cast("i", landing.counts.shape)
-                positions = memoryview(self.content(landing.positions)).cast("i", landing.positions.shape)
-                data = self.content(landing.data)
+                counts = memoryview(self.content(landing.counts, 1, 1)).cast("i")
+                positions = memoryview(self.content(landing.positions, 1, 1)).cast("i", (KV_HEADS, 64))
+                data = self.content(landing.data, 1, 1)
+                side = 64 * HEAD_DIM * 4
                 for head in range(KV_HEADS):
                     view = host.view(row=1, layer=1, kv_head=head)
-                    self.assertEqual(counts[1, 1, head], 14)
-                    self.assertEqual([positions[1, 1, head, slot] for slot in range(14)], view.positions.tolist())
-                    cell = ((LAYERS + 1) * KV_HEADS + head) * 2 * 64 * HEAD_DIM * 4
-                    self.assertEqual(data[cell : cell + 14 * HEAD_DIM * 4], words(view.keys))
-                    cell += 64 * HEAD_DIM * 4
-                    self.assertEqual(data[cell : cell + 14 * HEAD_DIM * 4], words(view.values))
+                    self.assertEqual(counts[head], 14)
+                    self.assertEqual([positions[head, slot] for slot in range(14)], view.positions.tolist())
+                    for number, rows in enumerate((view.keys, view.values)):
+                        at = (2 * head + number) * side
+                        self.assertEqual(data[at : at + 14 * HEAD_DIM * 4], words(rows))
+                    rows = None
                     del view
                 landing.close()
 

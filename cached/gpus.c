@@ -10,6 +10,7 @@
 #include "cached/server.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -20,11 +21,13 @@ struct copier {
     pthread_t thread;
     struct gpu_device device;
 
+    // Written by the copier's thread, once; read by the opener's too.
+    _Atomic bool broken;               // the GPU answers with errors, or not at all
+    char broken_text[CUDA_TEXT_BYTES]; // before the flag
+
     // The copier's thread only.
     struct op *flying[GPU_FENCES_MAX]; // in order of issue; the fence is the place
     uint32_t first, count;
-    bool broken; // the GPU answers with errors, or not at all
-    char broken_text[CUDA_TEXT_BYTES];
 };
 
 // ---- one copier ----
@@ -37,12 +40,16 @@ static void fail_op(struct op *op, ice_status status, const char *text)
         snprintf(op->copy_text, sizeof op->copy_text, "copying to the GPU: %.200s", text);
 }
 
+static bool is_broken(const struct copier *copier)
+{
+    return atomic_load_explicit(&copier->broken, memory_order_acquire);
+}
+
 static void break_off(struct copier *copier, const char *text)
 {
-    if (!copier->broken)
-        log_error("GPU %s is given up until the daemon starts again: %s", copier->device.name, text);
-    copier->broken = true;
+    log_error("GPU %s is given up until the daemon starts again: %s", copier->device.name, text);
     snprintf(copier->broken_text, sizeof copier->broken_text, "%s", text);
+    atomic_store_explicit(&copier->broken, true, memory_order_release);
 }
 
 static void complete(struct copier *copier, struct op *op)
@@ -69,7 +76,7 @@ static void issue(struct task *task, void *thread)
     struct landing *landing = op->landing;
     char text[CUDA_TEXT_BYTES];
     op->pushed_ns = env_now_ns(copier->server->env);
-    if (copier->broken) {
+    if (is_broken(copier)) {
         fail_op(op, ICE_SYSTEM, copier->broken_text);
         complete(copier, op);
         return;
@@ -123,8 +130,10 @@ static void pause_a_little(const struct copier *copier)
 static void *copier_main(void *argument)
 {
     struct copier *copier = argument;
-    if (gpu_device_enter(&copier->device, copier->broken_text) != ICE_OK)
-        copier->broken = true;
+    char text[CUDA_TEXT_BYTES];
+    bool entered = gpu_device_enter(&copier->device, text) == ICE_OK;
+    if (!entered)
+        break_off(copier, text);
     for (;;) {
         bool stopped = false;
         struct task *task = NULL;
@@ -137,7 +146,8 @@ static void *copier_main(void *argument)
         else if (stopped && copier->count == 0)
             break;
     }
-    gpu_device_leave(&copier->device);
+    if (entered)
+        gpu_device_leave(&copier->device);
     return NULL;
 }
 
@@ -208,10 +218,15 @@ ice_status gpus_copier(struct server *server, const uint8_t *uuid, struct copier
     struct gpus *gpus = &server->gpus;
     text[0] = '\0';
     for (uint32_t i = 0; i < gpus->copier_count; i++) {
-        if (memcmp(gpus->copiers[i]->device.uuid, uuid, CUDA_UUID_BYTES) == 0) {
-            *out = gpus->copiers[i];
-            return ICE_OK;
+        struct copier *copier = gpus->copiers[i];
+        if (memcmp(copier->device.uuid, uuid, CUDA_UUID_BYTES) != 0)
+            continue;
+        if (is_broken(copier)) {
+            snprintf(text, CUDA_TEXT_BYTES, "the daemon has given the GPU up: %.200s", copier->broken_text);
+            return ICE_NOT_SUPPORTED;
         }
+        *out = copier;
+        return ICE_OK;
     }
     cuda_device id;
     ice_status status = seek_driver(server, text);

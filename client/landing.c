@@ -57,11 +57,15 @@ void landing_rows_release(const struct pending *pending)
     }
 }
 
+// No request in flight owns a row. (A row whose copy to a GPU has failed is owned for good: nothing comes for it any
+// more.)
 static bool all_rows_free(void *argument)
 {
     const ice_landing *landing = argument;
     for (uint32_t row = 0; row < landing->shape.rows; row++) {
-        if (landing->row_owners[row] != 0) {
+        uint64_t owner = landing->row_owners[row];
+        const struct pending *pending = landing->client->table[owner % EXCHANGE_REQUESTS_MAX];
+        if (owner != 0 && pending != NULL && pending->id == owner) {
             return false;
         }
     }

@@ -79,7 +79,8 @@ static void copy_out(uint8_t *to, cuda_address from, size_t bytes)
 {
     while (bytes > 0) {
         size_t part = bytes;
-        memcpy(to, fake_content(from, &part), part);
+        const uint8_t *content = fake_content(from, &part);
+        memcpy(to, content, part);
         to += part;
         from += part;
         bytes -= part;

@@ -83,6 +83,11 @@ uint32_t memory_foreign_mappings(void)
     return each_file("open-", false);
 }
 
+void memory_forget_mappings(void)
+{
+    each_file("open-", true);
+}
+
 void memory_forget_folder(void)
 {
     if (!memory_is_fake())

@@ -16,7 +16,8 @@ const char *memory_library(void); // ICECACHE_CUDA_LIBRARY, or NULL
 void memory_fail(const char *line);
 // How many mappings of another process's memory there are, by all processes of the fake driver.
 uint32_t memory_foreign_mappings(void);
-void memory_forget_folder(void); // the fake driver's, at the end
+void memory_forget_mappings(void); // of processes that ended without closing them
+void memory_forget_folder(void);   // the fake driver's, at the end
 
 // The driver with its primary context current, once per process.
 const struct cuda_driver *memory_driver(void);

@@ -27,8 +27,16 @@ except ImportError:
     sys.exit(77)
 
 # Llama-3.1-8B's heads, fewer layers: a retrieve is one layer's.
-LAYERS, KV_HEADS, QUERY_HEADS, HEAD_DIM, SLOTS = 4, 8, 32, 128, 336
-SHAPE = dict(rows=2, layers=LAYERS, kv_heads=KV_HEADS, slots=SLOTS, head_dim=HEAD_DIM, dtype="bf16")
+LAYERS, KV_HEADS, QUERY_HEADS, HEAD_DIM = 4, 8, 32, 128
+BUDGETS = (64, 256)
+ROUNDS = 8  # all landings in turn, so that what drifts is the same for each
+
+
+def shape_of(budget):
+    """With as many slots as a retrieve of this budget fills."""
+    slots = icecache.DEFAULT_SINKS + icecache.DEFAULT_WINDOW + budget
+    return dict(rows=2, layers=LAYERS, kv_heads=KV_HEADS, slots=slots, head_dim=HEAD_DIM, dtype="bf16")
+
 
 
 class Daemon:
@@ -106,16 +114,17 @@ class Worker:
         picked = torch.randint(0, 64, (256, KV_HEADS), generator=generator)
         near = torch.stack([centres[head][picked[:, head]] for head in range(KV_HEADS)], 1)
         noise = torch.randn(256, KV_HEADS, QUERY_HEADS // KV_HEADS, HEAD_DIM, generator=generator)
-        self.queries = (near.unsqueeze(2) + noise).reshape(256, QUERY_HEADS, HEAD_DIM).to(torch.bfloat16)
+        queries = (near.unsqueeze(2) + noise).reshape(256, QUERY_HEADS, HEAD_DIM).to(torch.bfloat16)
+        self.queries = [bits(query.contiguous()) for query in queries]
 
-    def retrieve(self, landing, layer, number, budget=256, row=0):
+    def retrieve(self, landing, layer, number, budget, row=0):
         return self.client.retrieve(
             landing,
             layer=layer,
             sequences=[self.sequence],
             rows=[row],
             first_queries=[self.tokens - 1],
-            queries=bits(self.queries[number % 256].contiguous()),
+            queries=self.queries[number % 256],
             query_dtype="bf16",
             budget=budget,
         )
@@ -141,23 +150,55 @@ def percentile(values, share):
     return sorted(values)[int(share * (len(values) - 1))]
 
 
-def measure(worker, landing, budget, steps):
-    """Microseconds as the worker sees them, and the daemon's part that is copying."""
-    for number in range(20):
-        worker.retrieve(landing, number % LAYERS, number, budget)
-    walls, copies, searches = [], [], []
-    for number in range(steps):
-        begun = time.perf_counter_ns()
-        found = worker.retrieve(landing, number % LAYERS, number, budget)
-        walls.append((time.perf_counter_ns() - begun) / 1000)
-        copies.append(found.copy_us)
-        searches.append(found.search_us)
-    return {
-        "p50_us": statistics.median(walls),
-        "p99_us": percentile(walls, 0.99),
-        "search_p50_us": statistics.median(searches),
-        "copy_p50_us": statistics.median(copies),
-    }
+class Kind:
+    """One kind of landing at one budget, and what its retrieves took."""
+
+    def __init__(self, worker, name, budget, options):
+        self.worker, self.name, self.budget = worker, name, budget
+        self.landing = worker.client.open_landing(**shape_of(budget), **options)
+        self.walls, self.searches, self.copies = [], [], []
+
+    def check(self):
+        for number in range(32):
+            layer, row = number % LAYERS, number // LAYERS % 2
+            found = self.worker.retrieve(self.landing, layer, number, self.budget, row)
+            if isinstance(self.landing, icecache.GpuLanding):
+                check_cells(self.worker, self.landing, layer, found.counts, row)
+
+    def measure(self, steps):
+        for number in range(steps):
+            begun = time.perf_counter_ns()
+            found = self.worker.retrieve(self.landing, number % LAYERS, number, self.budget)
+            self.walls.append((time.perf_counter_ns() - begun) / 1000)
+            self.searches.append(found.search_us)
+            self.copies.append(found.copy_us)
+
+    def row(self):
+        return {
+            "landing": self.name,
+            "budget": self.budget,
+            "p50_us": statistics.median(self.walls),
+            "p99_us": percentile(self.walls, 0.99),
+            "search_p50_us": statistics.median(self.searches),
+            "copy_p50_us": statistics.median(self.copies),
+        }
+
+
+def open_kinds(worker, expandable):
+    """In an order that begins with pull, so that what the daemon takes of the GPU for push is seen."""
+    kinds = []
+    for budget in BUDGETS:
+        nbytes = icecache.landing_bytes(**shape_of(budget))
+        for name in ("host", "pull", "push"):
+            options = {}
+            if name != "host":
+                # Not at the beginning of what the allocator took from the driver, as in a real program.
+                worker.others.append(torch.empty(3 << 20, dtype=torch.uint8, device="cuda"))
+                options = dict(gpu=torch.empty(nbytes, dtype=torch.uint8, device="cuda"), mode=name)
+            kinds.append((name, budget, options))
+            if name != "host" and not expandable:
+                kinds.append((name + ", own memory", budget, dict(gpu=0, mode=name)))
+    return [Kind(worker, *kind) for kind in sorted(kinds, key=lambda kind: kind[0].startswith("push"))]
 
 
 def main():
@@ -165,7 +206,7 @@ def main():
     parser.add_argument("--library", required=True)
     parser.add_argument("--daemon", required=True)
     parser.add_argument("--tokens", type=int, default=36000)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800, help="retrieves of each kind that are timed")
     parser.add_argument("--out")
     known = parser.parse_args()
     if not torch.cuda.is_available():
@@ -174,42 +215,34 @@ def main():
     os.environ["ICECACHE_LIBRARY"] = known.library
     expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     daemon = Daemon(known.daemon, known.tokens)
-    rows = []
     try:
         worker = Worker(daemon.folder.name + "/s", known.tokens)
-        nbytes = icecache.landing_bytes(**SHAPE)
-        # Not at the beginning of what the allocator took from the driver, as in a real program.
-        others = [torch.empty(3 << 20, dtype=torch.uint8, device="cuda") for _ in range(3)]
-        tensor = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-        kinds = [("host", dict()), ("pull, tensor", dict(gpu=tensor, mode="pull")), ("push, tensor", dict(gpu=tensor, mode="push"))]
-        if not expandable:
-            kinds += [("pull, library's", dict(gpu=0, mode="pull")), ("push, library's", dict(gpu=0, mode="push"))]
-        for name, options in kinds:
-            landing = worker.client.open_landing(**SHAPE, **options)
-            if "gpu" in options:
-                for number in range(32):
-                    layer = number % LAYERS
-                    found = worker.retrieve(landing, layer, number, row=number % 2)
-                    check_cells(worker, landing, layer, found.counts, row=number % 2)
-            for budget in (64, 256):
-                row = {"landing": name, "expandable": expandable, "tokens": known.tokens, "budget": budget}
-                row.update(measure(worker, landing, budget, known.steps))
-                row["daemon_gpu_bytes"] = gpu_bytes(daemon.process.pid)
-                rows.append(row)
-            landing.close()
-        del others
+        worker.others = []
+        memory = {"before": gpu_bytes(daemon.process.pid)}
+        kinds = open_kinds(worker, expandable)
+        memory["with push"] = gpu_bytes(daemon.process.pid)
+        for kind in kinds:
+            kind.check()
+        for _ in range(ROUNDS):
+            for kind in kinds:
+                kind.measure(known.steps // ROUNDS)
+        rows = [kind.row() for kind in kinds]
+        for kind in kinds:
+            kind.check()
+            kind.landing.close()
         worker.client.close()
     finally:
         clean = daemon.stop()
+    segments = "expandable segments" if expandable else "cudaMalloc"
     if known.out:
-        pathlib.Path(known.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(f"{'landing':18} {'segments':11} {'budget':>6} {'p50 us':>8} {'p99 us':>8} {'search':>7} {'copy':>6} {'daemon MiB':>10}")
+        result = {"segments": segments, "tokens": known.tokens, "daemon_gpu_bytes": memory, "rows": rows}
+        pathlib.Path(known.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{segments}, {known.tokens} tokens; one layer, {KV_HEADS} KV heads; microseconds, {known.steps} retrieves each")
+    print(f"{'landing':18} {'budget':>6} {'p50':>6} {'p99':>6} {'search':>7} {'copy':>6}")
     for row in rows:
-        memory = "-" if row["daemon_gpu_bytes"] is None else row["daemon_gpu_bytes"] >> 20
-        print(
-            f"{row['landing']:18} {'expandable' if expandable else 'cudaMalloc':11} {row['budget']:6} {row['p50_us']:8.0f} "
-            f"{row['p99_us']:8.0f} {row['search_p50_us']:7.0f} {row['copy_p50_us']:6.0f} {memory:>10}"
-        )
+        figures = [row[key] for key in ("p50_us", "p99_us", "search_p50_us", "copy_p50_us")]
+        print(f"{row['landing']:18} {row['budget']:6} {figures[0]:6.0f} {figures[1]:6.0f} {figures[2]:7.0f} {figures[3]:6.0f}")
+    print("the daemon's GPU memory, MiB:", *(f"{name} {'?' if found is None else found >> 20}" for name, found in memory.items()))
     return 0 if clean else 1
 
 

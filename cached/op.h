@@ -53,6 +53,7 @@ struct op {
     uint32_t tokens;
     uint64_t reserve_tokens;
     uint64_t staging_offset;
+    bool token_major;        // append: how the staging is laid out
     struct landing *landing; // held
     uint32_t queries, query_dtype, budget, sinks, window;
     bool holds_ends, append, page_wise;

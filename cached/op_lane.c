@@ -85,14 +85,17 @@ static struct lane_input riding_input(const struct op_lane *part)
     return (struct lane_input){keys, keys + side, stride, op->first_queries[part->sequence_index], op->queries};
 }
 
-// Where this lane's block lies in the staging, K [layer][kv_head][token][head_dim], then V.
-static uint8_t *staging_block(const struct op_lane *part, uint64_t *side_bytes)
+// Where this lane's first row lies in the staging, K [layer][kv_head][token][head_dim], or
+// [layer][token][kv_head][head_dim], then V. *stride_bytes: from one token's row to the next.
+static uint8_t *staging_rows(const struct op_lane *part, uint64_t *side_bytes, size_t *stride_bytes)
 {
     const struct op *op = part->op;
     const struct sequence *sequence = part->lane->sequence;
     *side_bytes = staging_side_bytes(op->layers, sequence->shape.kv_heads, op->tokens, sequence->row_bytes);
-    uint64_t block = (uint64_t)part->layer_index * sequence->shape.kv_heads + part->lane->kv_head;
-    return op->session->staging.base + op->staging_offset + block * op->tokens * sequence->row_bytes;
+    uint64_t heads = sequence->shape.kv_heads, head = part->lane->kv_head;
+    uint64_t before = part->layer_index * heads * op->tokens + head * (op->token_major ? 1 : op->tokens); // rows
+    *stride_bytes = sequence->row_bytes * (op->token_major ? heads : 1);
+    return op->session->staging.base + op->staging_offset + before * sequence->row_bytes;
 }
 
 // Judged before the step's K and V are stored, so that a refused retrieve has no effect.
@@ -125,8 +128,9 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
     }
     if (op->kind == OP_APPEND) {
         uint64_t side;
-        const uint8_t *keys = staging_block(part, &side);
-        input = (struct lane_input){keys, keys + side, part->lane->sequence->row_bytes, op->first, op->tokens};
+        size_t stride;
+        const uint8_t *keys = staging_rows(part, &side, &stride);
+        input = (struct lane_input){keys, keys + side, stride, op->first, op->tokens};
     } else {
         input = riding_input(part);
     }
@@ -138,7 +142,8 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
 static ice_status run_read(struct op_lane *part)
 {
     uint64_t side;
-    uint8_t *keys = staging_block(part, &side);
+    size_t stride; // packed: a read's staging is head by head
+    uint8_t *keys = staging_rows(part, &side, &stride);
     lane_read(part->lane, part->op->first, part->op->tokens, keys, keys + side);
     return ICE_OK;
 }

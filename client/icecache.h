@@ -215,6 +215,16 @@ struct ice_kv_source {
 ICE_CHECKED ice_status ice_append(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
                                   const struct ice_kv_source *source, uint64_t deadline_us, uint64_t *length_out);
 
+// The same from GPU memory: keys and values of the source are GPU addresses of this process (a tensor's data_ptr()).
+// Either a token's heads lie side by side (head_stride is that of one row: [layer, token, KV head, head_dim]), or a
+// head's tokens do (token_stride is: [layer, KV head, token, head_dim]); anything else is ICE_NOT_SUPPORTED. The
+// library copies on `stream` (a CUstream or cudaStream_t of the memory's context; NULL: the default stream), so behind
+// whatever has been issued there, and returns when K and V have been stored. A client appends from one GPU, with at
+// most 256 MiB of staging_bytes.
+ICE_CHECKED ice_status ice_append_gpu(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
+                                      const struct ice_kv_source *source, void *stream, uint64_t deadline_us,
+                                      uint64_t *length_out);
+
 // Writes K and V of positions first .. first+n-1 in position order into memory laid out like ice_kv_source.
 struct ice_kv_target {
     void *keys, *values;

@@ -20,6 +20,7 @@ static void staging_unreference(struct staging *staging)
 {
     staging->references--;
     if (staging->references == 0) {
+        staging_fetch_close(staging);
         (void)munmap(staging->base, staging->mapped_bytes);
         free(staging);
     }

@@ -101,7 +101,12 @@ void gpu_device_close(struct gpu_device *device)
 
 ice_status gpu_fence_set(const struct gpu_device *device, uint32_t fence, char *text)
 {
-    const cuda_result result = device->driver.event_record(device->fences[fence], device->stream);
+    return gpu_fence_set_in(device, device->stream, fence, text);
+}
+
+ice_status gpu_fence_set_in(const struct gpu_device *device, cuda_stream stream, uint32_t fence, char *text)
+{
+    const cuda_result result = device->driver.event_record(device->fences[fence], stream);
     return result == CUDA_OK ? ICE_OK : cuda_failed(&device->driver, "cuEventRecord", result, text);
 }
 

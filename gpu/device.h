@@ -34,6 +34,9 @@ void gpu_device_leave(const struct gpu_device *device);
 
 // A fence behind everything issued so far. Setting it again moves it there.
 ICE_MUST_CHECK ice_status gpu_fence_set(const struct gpu_device *device, uint32_t fence, char *text);
+// The same in another stream of the context, which is the worker's.
+ICE_MUST_CHECK ice_status gpu_fence_set_in(const struct gpu_device *device, cuda_stream stream, uint32_t fence,
+                                           char *text);
 // *done: all that was issued before it has been carried out. An error is the device's, and stays.
 ICE_MUST_CHECK ice_status gpu_fence_poll(const struct gpu_device *device, uint32_t fence, bool *done, char *text);
 

@@ -29,6 +29,7 @@ enum {
     CUDA_POINTER_DEVICE_ORDINAL = 9,
     CUDA_POINTER_LEGACY_IPC = 10,
     CUDA_POINTER_HANDLE_TYPES = 14,
+    CUDA_MEMORY_HOST = 1,
     CUDA_MEMORY_DEVICE = 2, // what CUDA_POINTER_MEMORY_TYPE says of memory on a GPU
     // Flags and kinds.
     CUDA_PROC_ADDRESS_DEFAULT = 0,
@@ -61,6 +62,23 @@ struct cuda_access {
         int type, id;
     } location;
     int flags;
+};
+
+// A copy of `height` rows; of the memory types only those of host and device are used.
+struct cuda_rows {
+    size_t from_x, from_y;
+    int from_type;
+    const void *from_host;
+    cuda_address from_device;
+    void *from_array;
+    size_t from_pitch;
+    size_t to_x, to_y;
+    int to_type;
+    void *to_host;
+    cuda_address to_device;
+    void *to_array;
+    size_t to_pitch;
+    size_t width_bytes, height;
 };
 
 // Every entry point that is used: field, symbol, the CUDA version whose form of it is meant, parameters.
@@ -101,6 +119,7 @@ struct cuda_access {
     X(event_query,            "cuEventQuery",                   2000,  (cuda_event event)) \
     X(event_destroy,          "cuEventDestroy",                 4000,  (cuda_event event)) \
     X(copy_to_device,         "cuMemcpyHtoDAsync",              3020,  (cuda_address to, const void *from, size_t bytes, cuda_stream stream)) \
+    X(copy_rows,              "cuMemcpy2DAsync",                3020,  (const struct cuda_rows *rows, cuda_stream stream)) \
     X(fill,                   "cuMemsetD8Async",                3020,  (cuda_address to, unsigned char value, size_t bytes, cuda_stream stream)) \
     X(copy_to_device_waiting, "cuMemcpyHtoD",                   3020,  (cuda_address to, const void *from, size_t bytes)) \
     X(copy_to_host_waiting,   "cuMemcpyDtoH",                   3020,  (void *to, cuda_address from, size_t bytes)) \

@@ -22,7 +22,17 @@ SAME_SIZE(struct cuda_access, CUmemAccessDesc);
 SAME_PLACE(struct cuda_access, location.type, CUmemAccessDesc, location.type);
 SAME_PLACE(struct cuda_access, location.id, CUmemAccessDesc, location.id);
 SAME_PLACE(struct cuda_access, flags, CUmemAccessDesc, flags);
+SAME_SIZE(struct cuda_rows, CUDA_MEMCPY2D);
+SAME_PLACE(struct cuda_rows, from_type, CUDA_MEMCPY2D, srcMemoryType);
+SAME_PLACE(struct cuda_rows, from_device, CUDA_MEMCPY2D, srcDevice);
+SAME_PLACE(struct cuda_rows, from_pitch, CUDA_MEMCPY2D, srcPitch);
+SAME_PLACE(struct cuda_rows, to_type, CUDA_MEMCPY2D, dstMemoryType);
+SAME_PLACE(struct cuda_rows, to_host, CUDA_MEMCPY2D, dstHost);
+SAME_PLACE(struct cuda_rows, to_pitch, CUDA_MEMCPY2D, dstPitch);
+SAME_PLACE(struct cuda_rows, width_bytes, CUDA_MEMCPY2D, WidthInBytes);
+SAME_PLACE(struct cuda_rows, height, CUDA_MEMCPY2D, Height);
 
+SAME_VALUE(CUDA_MEMORY_HOST, CU_MEMORYTYPE_HOST);
 SAME_VALUE(CUDA_INVALID_VALUE, CUDA_ERROR_INVALID_VALUE);
 SAME_VALUE(CUDA_OUT_OF_MEMORY, CUDA_ERROR_OUT_OF_MEMORY);
 SAME_VALUE(CUDA_NO_DEVICE, CUDA_ERROR_NO_DEVICE);

@@ -23,6 +23,8 @@ struct work {
     const uint8_t *from; // NULL: fill
     unsigned char value;
     size_t bytes;
+    bool outwards; // rows, from the GPU
+    struct cuda_rows rows;
 };
 
 struct cuda_stream {
@@ -91,14 +93,33 @@ static void carry_out(struct cuda_stream *stream, uint64_t until)
 {
     for (; stream->done < until; stream->done++) {
         const struct work *work = &stream->works[stream->done % WORKS_MAX];
-        copy_in(work->to, work->from, work->value, work->bytes);
+        const struct cuda_rows *rows = &work->rows;
+        for (size_t i = 0; work->outwards && i < rows->height; i++) {
+            copy_out((uint8_t *)rows->to_host + i * rows->to_pitch, rows->from_device + i * rows->from_pitch,
+                     rows->width_bytes);
+        }
+        if (!work->outwards) {
+            copy_in(work->to, work->from, work->value, work->bytes);
+        }
     }
+}
+
+// The stream itself, or the context's default one.
+static struct cuda_stream *named(struct cuda_stream *stream)
+{
+    static struct cuda_stream default_streams[4];
+    struct cuda_context *current = fake_current();
+    if (stream) {
+        return stream->context == current ? stream : NULL;
+    }
+    default_streams[current->device].context = current;
+    return &default_streams[current->device];
 }
 
 static cuda_result issue(struct cuda_stream *stream, struct work work)
 {
-    if (!stream || stream->context != fake_current() || !reachable(work.to, work.bytes) ||
-        stream->issued - stream->done == WORKS_MAX) {
+    stream = named(stream);
+    if (!stream || (!work.outwards && !reachable(work.to, work.bytes)) || stream->issued - stream->done == WORKS_MAX) {
         return CUDA_INVALID_VALUE;
     }
     stream->works[stream->issued++ % WORKS_MAX] = work;
@@ -123,6 +144,24 @@ EXPORT cuda_result cuMemcpyHtoDAsync(cuda_address to, const void *from, size_t b
         return fake_leave(CUDA_INVALID_VALUE);
     }
     return fake_leave(issue(stream, (struct work){.to = to, .from = from, .bytes = bytes}));
+}
+
+EXPORT cuda_result cuMemcpy2DAsync(const struct cuda_rows *rows, cuda_stream stream);
+EXPORT cuda_result cuMemcpy2DAsync(const struct cuda_rows *rows, cuda_stream stream)
+{
+    ENTER("cuMemcpy2DAsync", true);
+    if (rows->from_x || rows->from_y || rows->to_x || rows->to_y || rows->from_type != CUDA_MEMORY_DEVICE ||
+        rows->to_type != CUDA_MEMORY_HOST || rows->from_pitch < rows->width_bytes ||
+        rows->to_pitch < rows->width_bytes || rows->height == 0 ||
+        !registered(rows->to_host, (rows->height - 1) * rows->to_pitch + rows->width_bytes)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    for (size_t i = 0; i < rows->height; i++) {
+        if (!reachable(rows->from_device + i * rows->from_pitch, rows->width_bytes)) {
+            return fake_leave(CUDA_INVALID_VALUE);
+        }
+    }
+    return fake_leave(issue(stream, (struct work){.outwards = true, .rows = *rows}));
 }
 
 EXPORT cuda_result cuMemsetD8Async(cuda_address to, unsigned char value, size_t bytes, cuda_stream stream);
@@ -254,7 +293,8 @@ EXPORT cuda_result cuEventRecord(cuda_event event, cuda_stream stream);
 EXPORT cuda_result cuEventRecord(cuda_event event, cuda_stream stream)
 {
     ENTER("cuEventRecord", true);
-    if (!event || !stream || stream->context != fake_current()) {
+    stream = named(stream);
+    if (!event || !stream) {
         return fake_leave(INVALID_HANDLE);
     }
     *event = (struct cuda_event){.stream = stream, .number = stream->issued};

@@ -42,7 +42,7 @@ def shape_of(budget):
 class Daemon:
     def __init__(self, path, tokens):
         self.folder = tempfile.TemporaryDirectory(prefix="icecache-")
-        pool = (tokens * LAYERS * KV_HEADS * HEAD_DIM * 4 * 3 // 2 >> 20) + 512
+        pool = (tokens * LAYERS * KV_HEADS * HEAD_DIM * 4 * 3 // 2 >> 20) + 1024
         self.log = open(os.path.join(self.folder.name, "log"), "w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [path, "--socket-dir", self.folder.name + "/s", "--pool-bytes", f"{pool}m", "--index-bytes", "4g", "--shards", "8"],
@@ -97,14 +97,16 @@ def bits(tensor):
     return tensor.view(torch.int16).numpy()
 
 
+def bits_of(tensor):
+    return tensor.view(torch.int16)
+
+
 class Worker:
     def __init__(self, folder, tokens):
         self.tokens = tokens
         self.keys, self.values, centres = make_history(tokens)
         self.client = icecache.Client(folder, name="torch", deadline_us=60_000_000)
-        self.sequence = self.client.open_sequence(
-            model_digest=b"torch", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="bf16"
-        )
+        self.sequence = self.open_sequence()
         for first in range(0, tokens, 4096):
             until = min(first + 4096, tokens)
             self.sequence.append(bits(self.keys[:, first:until].contiguous()), bits(self.values[:, first:until].contiguous()), first)
@@ -116,6 +118,11 @@ class Worker:
         noise = torch.randn(256, KV_HEADS, QUERY_HEADS // KV_HEADS, HEAD_DIM, generator=generator)
         queries = (near.unsqueeze(2) + noise).reshape(256, QUERY_HEADS, HEAD_DIM).to(torch.bfloat16)
         self.queries = [bits(query.contiguous()) for query in queries]
+
+    def open_sequence(self):
+        return self.client.open_sequence(
+            model_digest=b"torch", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="bf16"
+        )
 
     def retrieve(self, landing, layer, number, budget, row=0):
         return self.client.retrieve(
@@ -148,6 +155,30 @@ def check_cells(worker, landing, layer, counts, row=0):
 
 def percentile(values, share):
     return sorted(values)[int(share * (len(values) - 1))]
+
+
+def append_rates(worker):
+    """GB/s of K and V appended to fresh sequences from host and from GPU memory, in turn; what is stored is compared."""
+    tokens = min(worker.tokens, 8192)
+    keys, values = worker.keys[:, :tokens].contiguous(), worker.values[:, :tokens].contiguous()
+    on_gpu = [side.cuda() for side in (keys, values)]
+    nbytes = 2 * keys.numel() * keys.element_size()
+    stream = torch.cuda.current_stream().cuda_stream
+    rates = {"host": [], "gpu": []}
+    for _ in range(3):
+        for where, found in rates.items():
+            with worker.open_sequence() as sequence:
+                begun = time.perf_counter()
+                if where == "gpu":
+                    sequence.append_gpu(*on_gpu, first=0, stream=stream)
+                else:
+                    sequence.append(bits(keys), bits(values), first=0)
+                found.append(nbytes / (time.perf_counter() - begun) / 1e9)
+                stored = [torch.empty_like(keys) for _ in range(2)]
+                sequence.read_into(bits(stored[0]), bits(stored[1]), first=0)
+                if not torch.equal(bits_of(stored[0]), bits_of(keys)) or not torch.equal(bits_of(stored[1]), bits_of(values)):
+                    sys.exit(f"what was appended from {where} memory is not what is stored")
+    return {where: statistics.median(found) for where, found in rates.items()}
 
 
 class Kind:
@@ -230,18 +261,20 @@ def main():
         for kind in kinds:
             kind.check()
             kind.landing.close()
+        rates = append_rates(worker)
         worker.client.close()
     finally:
         clean = daemon.stop()
     segments = "expandable segments" if expandable else "cudaMalloc"
     if known.out:
-        result = {"segments": segments, "tokens": known.tokens, "daemon_gpu_bytes": memory, "rows": rows}
+        result = {"segments": segments, "tokens": known.tokens, "daemon_gpu_bytes": memory, "append_gb_per_s": rates, "rows": rows}
         pathlib.Path(known.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{segments}, {known.tokens} tokens; one layer, {KV_HEADS} KV heads; microseconds, {known.steps} retrieves each")
     print(f"{'landing':18} {'budget':>6} {'p50':>6} {'p99':>6} {'search':>7} {'copy':>6}")
     for row in rows:
         figures = [row[key] for key in ("p50_us", "p99_us", "search_p50_us", "copy_p50_us")]
         print(f"{row['landing']:18} {row['budget']:6} {figures[0]:6.0f} {figures[1]:6.0f} {figures[2]:7.0f} {figures[3]:6.0f}")
+    print("appends, GB/s of K and V:", *(f"from {where} memory {rate:.2f}" for where, rate in rates.items()))
     print("the daemon's GPU memory, MiB:", *(f"{name} {'?' if found is None else found >> 20}" for name, found in memory.items()))
     return 0 if clean else 1
 

@@ -212,6 +212,20 @@ def _gpu_memory(memory):
     return memory.data_ptr(), memory.numel() * memory.element_size()
 
 
+def _gpu_layout(array):
+    """(address, shape, strides in bytes) of an array on a GPU."""
+    if hasattr(array, "data_ptr"):
+        size = array.element_size()
+        return array.data_ptr(), tuple(array.shape), tuple(stride * size for stride in array.stride())
+    interface = array.__cuda_array_interface__
+    shape, strides = tuple(interface["shape"]), interface.get("strides")
+    if strides is None:
+        strides = [int(interface["typestr"][2:])]
+        for count in reversed(shape[1:]):
+            strides.insert(0, strides[0] * count)
+    return interface["data"][0], shape, tuple(strides)
+
+
 class GpuLanding(_Handle):
     """A landing in GPU memory. mode: "push" or "pull", pull_reason: why it is not push.
 
@@ -284,6 +298,32 @@ class Sequence(_Handle):
         with Buffer(keys) as k, Buffer(values) as v:
             tokens, memory = self._memory(k, v, layer)
             status = library().ice_append(handle, layer, first, tokens, byref(memory), deadline_us, byref(length))
+        _check(status, length.value)
+        return length.value
+
+    def append_gpu(self, keys, values, first, layer=ALL_LAYERS, stream=0, deadline_us=0):
+        """As append, from arrays in GPU memory, for example torch tensors: [layer, token, KV head, head_dim] each.
+
+        A token's heads must lie side by side. stream is the handle of the stream that made them, such as
+        torch.cuda.current_stream().cuda_stream (0: the default stream): the copies go there.
+        """
+        handle = self._open()
+        length = c_uint64()
+        layouts = [_gpu_layout(array) for array in (keys, values)]
+        if layouts[0][1:] != layouts[1][1:]:
+            raise ValueError("keys and values must have the same shape and strides")
+        _, shape, strides = layouts[0]
+        layers = self.layers if layer == ALL_LAYERS else 1
+        element_bytes = _DTYPES[self.dtype][1]
+        if len(shape) != 4 or shape[0] != layers or shape[2:] != (self.kv_heads, self.head_dim):
+            raise ValueError(f"keys and values must be [{layers}, tokens, {self.kv_heads}, {self.head_dim}]")
+        if strides[3] != element_bytes:
+            raise ValueError(f"elements must be {self.dtype}, and those of a head contiguous")
+        extent = sum((count - 1) * stride for count, stride in zip(shape, strides)) + element_bytes
+        memory = _library.KvMemory(layouts[0][0], layouts[1][0], extent, extent, *strides[:3])
+        status = library().ice_append_gpu(
+            handle, layer, first, shape[1], byref(memory), stream or None, deadline_us, byref(length)
+        )
         _check(status, length.value)
         return length.value
 

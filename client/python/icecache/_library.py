@@ -211,6 +211,10 @@ _SIGNATURES = {
     "ice_sequence_close": (None, [c_void_p]),
     "ice_sequence_info": (c_int, [c_void_p, c_uint64, POINTER(SequenceInfo)]),
     "ice_append": (c_int, [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_uint64, POINTER(c_uint64)]),
+    "ice_append_gpu": (
+        c_int,
+        [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_void_p, c_uint64, POINTER(c_uint64)],
+    ),
     "ice_read": (c_int, [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_uint64]),
     "ice_retrieve": (c_int, [c_void_p, POINTER(RetrieveOptions), POINTER(RetrieveResult)]),
     "ice_retrieve_submit": (c_int, [c_void_p, POINTER(RetrieveOptions), POINTER(c_void_p)]),

@@ -439,6 +439,25 @@ class GpuTest(ClientBase):
                     del view
                 landing.close()
 
+    def test_append_from_the_gpu(self):
+        client = self.connect()
+        _, sequence = self.open(client)
+        sides = []
+        for seed in (1, 2):
+            host = numbers(seed, LAYERS * 50 * ROW)
+            memory = FakeMemory(self.driver, len(host) * 4)
+            self.driver.cuMemcpyHtoD(ctypes.c_uint64(memory.address), bytes(host), ctypes.c_size_t(memory.nbytes))
+            interface = {"version": 3, "data": (memory.address, False), "shape": (LAYERS, 50, KV_HEADS, HEAD_DIM)}
+            interface["typestr"] = "<f4"
+            sides.append((host, type("Array", (), {"__cuda_array_interface__": interface})()))
+        self.assertEqual(sequence.append_gpu(sides[0][1], sides[1][1], first=0), 50)
+        keys, values = array.array("f", bytes(4 * LAYERS * 50 * ROW)), array.array("f", bytes(4 * LAYERS * 50 * ROW))
+        sequence.read_into(keys, values, first=0)
+        self.assertEqual([keys, values], [sides[0][0], sides[1][0]])
+        sides[0][1].__cuda_array_interface__["shape"] = (LAYERS, 25, 2 * KV_HEADS, HEAD_DIM)
+        with self.assertRaises(ValueError):
+            sequence.append_gpu(sides[0][1], sides[1][1], first=50)
+
     def test_refusals(self):
         client = self.connect()
         with self.assertRaises(ValueError):

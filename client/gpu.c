@@ -211,6 +211,9 @@ ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_sha
         status = status == ICE_OK ? place_open(landing, options->mode, until_us) : set_error(status, text);
     }
     if (status != ICE_OK) {
+        if (status == ICE_TIMEOUT && landing->place == LANDING_PUSH) {
+            landing->gpu->buffer.owned = false; // the daemon may still open it: rather lost than freed under it
+        }
         landing_free(landing);
         return status;
     }

@@ -145,9 +145,10 @@ struct ice_gpu_options {
 
 // Bytes of a landing of this shape, in host or GPU memory.
 ICE_CHECKED ice_status ice_landing_bytes(const struct ice_landing_shape *shape, uint64_t *bytes_out);
-// As ice_landing_open. The memory is borrowed until ice_landing_close: it must neither be freed nor moved before, nor
-// its CUDA context be destroyed. The CUDA driver is loaded from $ICECACHE_CUDA_LIBRARY or libcuda.so.1.
-// ICE_NOT_SUPPORTED, ICE_INVALID_ARGUMENT, ICE_OUT_OF_BOUNDS: the memory cannot be used, and ice_last_error says why.
+// As ice_landing_open; what was in the memory is lost. It is borrowed until ice_landing_close: it must neither be freed
+// nor moved before, nor its CUDA context be destroyed. The CUDA driver is loaded from $ICECACHE_CUDA_LIBRARY or
+// libcuda.so.1. ICE_NOT_SUPPORTED, ICE_INVALID_ARGUMENT, ICE_OUT_OF_BOUNDS: the memory cannot be used, and
+// ice_last_error says why.
 ICE_CHECKED ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_shape *shape,
                                             const struct ice_gpu_options *options, uint64_t deadline_us,
                                             ice_landing **out);

@@ -188,6 +188,11 @@ ice_status staging_acquire(ice_client *client, uint64_t generation, uint64_t unt
     }
 }
 
+void staging_lose(struct staging *staging)
+{
+    staging_unreference(staging); // the half stays busy; where the area goes, the driver waits for its copies first
+}
+
 void staging_release(ice_client *client, struct staging *staging, uint32_t half)
 {
     staging->busy[half] = false;

@@ -23,6 +23,8 @@ ICE_MUST_CHECK ice_status staging_acquire(ice_client *client, uint64_t generatio
 // The other half, if it is free at once.
 bool staging_try_acquire(ice_client *client, struct staging **staging, uint32_t *half);
 void staging_release(ice_client *client, struct staging *staging, uint32_t half);
+// Gives a half up that something may still write to: it is never free again.
+void staging_lose(struct staging *staging);
 // The reply to the request that opens it has come: maps the memory or stores why not.
 void staging_adopt(ice_client *client, struct pending *pending);
 // The session has ended.

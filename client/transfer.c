@@ -209,6 +209,9 @@ static ice_status part_fetch(const struct transfer *transfer, struct part *part)
     const ice_status waited =
         gpu_fetch_wait(part->staging->fetch, part->half, transfer->stream, transfer->until_us, text);
     if (waited != ICE_OK) {
+        (void)pthread_mutex_lock(&transfer->client->lock);
+        staging_lose(part->staging);
+        (void)pthread_mutex_unlock(&transfer->client->lock);
         part->staging = NULL;
         status = waited;
     }

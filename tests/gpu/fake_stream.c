@@ -38,10 +38,12 @@ struct cuda_event {
     struct cuda_stream *stream;
     uint64_t number; // of the works before it
     bool asked;
+    struct cuda_event *next;
 };
 
 static struct host_range ranges[RANGES_MAX];
 static struct cuda_stream *streams;
+static struct cuda_event *events;
 
 // ---- copies ----
 
@@ -286,6 +288,8 @@ EXPORT cuda_result cuEventCreate(cuda_event *event, unsigned flags)
     if (!*event) {
         abort();
     }
+    (*event)->next = events;
+    events = *event;
     return fake_leave(CUDA_OK);
 }
 
@@ -297,7 +301,7 @@ EXPORT cuda_result cuEventRecord(cuda_event event, cuda_stream stream)
     if (!event || !stream) {
         return fake_leave(INVALID_HANDLE);
     }
-    *event = (struct cuda_event){.stream = stream, .number = stream->issued};
+    *event = (struct cuda_event){.stream = stream, .number = stream->issued, .next = event->next};
     return fake_leave(CUDA_OK);
 }
 
@@ -320,6 +324,11 @@ EXPORT cuda_result cuEventDestroy(cuda_event event);
 EXPORT cuda_result cuEventDestroy(cuda_event event)
 {
     ENTER("cuEventDestroy", true);
+    struct cuda_event **link = &events;
+    while (*link != event) {
+        link = &(*link)->next;
+    }
+    *link = event->next;
     free(event);
     return fake_leave(CUDA_OK);
 }

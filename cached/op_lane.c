@@ -166,8 +166,13 @@ static struct index_query make_query(const struct op_lane *part, const float *qu
     };
 }
 
-static void note_position(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint32_t position)
+static void copy_token(const struct op_lane *part, const struct gpu_target *target, uint32_t slot,
+                       struct index_place place, uint32_t position)
 {
+    size_t bytes = part->lane->sequence->row_bytes;
+    const uint8_t *row = lane_token(part->lane, place);
+    target->store(target->keys + slot * bytes, row, bytes);
+    target->store(target->values + slot * bytes, row + bytes, bytes);
     target->positions[slot] = position;
     if (part->positions)
         part->positions[slot] = position;
@@ -178,15 +183,12 @@ static uint32_t copy_range(const struct op_lane *part, const struct gpu_target *
                            uint64_t until)
 {
     const struct lane *lane = part->lane;
-    size_t bytes = lane->sequence->row_bytes;
     struct index_place places[64];
     while (from < until) {
         uint32_t n = until - from < 64 ? (uint32_t)(until - from) : 64;
         index_locate(lane->index, from, n, places);
-        for (uint32_t i = 0; i < n; i++, slot++, from++) {
-            lane_copy_token(lane, places[i], target->keys + slot * bytes, target->values + slot * bytes);
-            note_position(part, target, slot, (uint32_t)from);
-        }
+        for (uint32_t i = 0; i < n; i++, slot++, from++)
+            copy_token(part, target, slot, places[i], (uint32_t)from);
     }
     return slot;
 }
@@ -197,7 +199,6 @@ static void copy_selection(struct op_lane *part, const struct index_selection *s
 {
     const struct op *op = part->op;
     const struct lane *lane = part->lane;
-    size_t bytes = lane->sequence->row_bytes;
     uint32_t row = op->rows[part->sequence_index];
     struct gpu_target target;
     op->landing->ops->target(op->landing->memory, row, op->layer, lane->kv_head, &target);
@@ -206,10 +207,8 @@ static void copy_selection(struct op_lane *part, const struct index_selection *s
     uint64_t window = op->window < visible ? visible - op->window : 0;
     window = window > sinks ? window : sinks;
     uint32_t slot = op->holds_ends ? 0 : copy_range(part, &target, 0, 0, sinks);
-    for (uint32_t i = 0; i < selection->count; i++, slot++) {
-        lane_copy_token(lane, tokens[i].place, target.keys + slot * bytes, target.values + slot * bytes);
-        note_position(part, &target, slot, tokens[i].position);
-    }
+    for (uint32_t i = 0; i < selection->count; i++, slot++)
+        copy_token(part, &target, slot, tokens[i].place, tokens[i].position);
     if (!op->holds_ends)
         slot = copy_range(part, &target, slot, window, visible);
     part->count = slot;

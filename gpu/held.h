@@ -8,6 +8,7 @@
 struct gpu_push;
 
 struct gpu_landing {
+    enum landing_place place;
     struct landing_shape shape; // of the landing
     struct landing_layout layout;
     struct landing_shape held_shape; // of `memory`: equal where nothing is staged, else of one layer

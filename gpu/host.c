@@ -9,6 +9,7 @@
 // Asserts are for our own bugs and stay on in release builds.
 #undef NDEBUG
 #include "gpu/held.h"
+#include "gpu/store.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -30,7 +31,8 @@ ice_status held_open(const struct gpu_system *system, const struct landing_shape
     if (!landing) {
         return ICE_NO_MEMORY;
     }
-    *landing = (struct gpu_landing){.shape = *shape, .held_shape = landing_held_shape(shape, place), .system = *system};
+    *landing = (struct gpu_landing){
+        .place = place, .shape = *shape, .held_shape = landing_held_shape(shape, place), .system = *system};
     ice_status status = ICE_TOO_LARGE;
     if (!landing_layout_init(&landing->layout, shape) || !landing_layout_init(&landing->held, &landing->held_shape)) {
         goto free_landing;
@@ -75,6 +77,12 @@ static uint8_t *block_of(const struct gpu_landing *landing, uint32_t row, uint32
     return landing->memory + landing_block(&landing->held, &landing->held_shape, row, held_layer);
 }
 
+// Read by a GPU next, not by a core.
+static bool is_staged(const struct gpu_landing *landing)
+{
+    return landing->place != LANDING_HOST;
+}
+
 static _Atomic uint32_t *counts_of(const struct gpu_landing *landing, uint8_t *block)
 {
     return (_Atomic uint32_t *)(void *)(block + landing->held.counts_offset);
@@ -88,11 +96,15 @@ void held_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint
     out->values = out->keys + landing->held.side_bytes;
     uint32_t *const positions = (void *)(block + landing->held.positions_offset);
     out->positions = positions + (uint64_t)kv_head * landing->shape.slots;
+    out->store = is_staged(landing) ? store_streaming : store_cached;
 }
 
 void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count)
 {
     assert(kv_head < landing->shape.kv_heads && count <= landing->shape.slots);
+    if (is_staged(landing)) {
+        store_fence();
+    }
     // Pairs with the worker's acquire load: who sees the count sees what was gathered before it.
     atomic_store_explicit(counts_of(landing, block_of(landing, row, layer)) + kv_head, count, memory_order_release);
 }

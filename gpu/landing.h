@@ -32,6 +32,8 @@ struct gpu_target {
     uint8_t *keys;       // slots x slot_bytes
     uint8_t *values;     // slots x slot_bytes
     uint32_t *positions; // one per slot
+    // How rows are written to keys and values: memcpy's contract, for whole slots.
+    void (*store)(void *to, const void *from, size_t bytes);
 };
 
 // What a push landing opens. NULL for the other places.

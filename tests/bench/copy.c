@@ -9,6 +9,7 @@
 #include "random.h"
 
 #include "gpu/buffer.h"
+#include "gpu/store.h"
 #include "proto/dtype.h"
 
 #include <stdio.h>
@@ -36,7 +37,7 @@ struct selection {
     struct random random;   // chooses the rows
 };
 
-static void gather(struct selection *selection)
+static void gather(struct selection *selection, void (*store)(void *to, const void *from, size_t bytes))
 {
     for (uint32_t head = 0; head < KV_HEADS; head++) {
         uint8_t *keys = selection->landing + head * selection->layout.head_bytes;
@@ -44,10 +45,11 @@ static void gather(struct selection *selection)
         for (uint32_t i = 0; i < selection->tokens; i++) {
             size_t row = random_below(&selection->random, (uint32_t)selection->pool_rows);
             const uint8_t *from = selection->pool + row * 2 * selection->row_bytes;
-            memcpy(keys + i * selection->row_bytes, from, selection->row_bytes);
-            memcpy(values + i * selection->row_bytes, from + selection->row_bytes, selection->row_bytes);
+            store(keys + i * selection->row_bytes, from, selection->row_bytes);
+            store(values + i * selection->row_bytes, from + selection->row_bytes, selection->row_bytes);
         }
     }
+    store_fence();
 }
 
 // As many bytes in one piece, out of cache too.
@@ -98,14 +100,14 @@ static ice_status run_path(struct selection *selection, enum path path, char *te
         copy_run(selection);
         return ICE_OK;
     case PATH_HOST:
-        gather(selection);
+        gather(selection, store_cached);
         return ICE_OK;
     case PATH_LINK:
         return link_copy(selection, text);
     case PATH_COPY:
         return landing_copy(selection, text);
     default:
-        gather(selection);
+        gather(selection, store_streaming);
         return landing_copy(selection, text);
     }
 }

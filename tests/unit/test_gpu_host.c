@@ -8,6 +8,7 @@
 
 #include "gpu/driver.h"
 #include "gpu/landing.h"
+#include "gpu/store.h"
 #include "proto/dtype.h"
 #include "proto/limits.h"
 
@@ -192,6 +193,7 @@ static void a_staging_has_one_block_a_row(void **unused)
             struct gpu_target target;
             gpu_pull_ops.target(landing, row, layer, 0, &target);
             places[row][layer] = target.keys;
+            assert_true(target.store == store_streaming);
         }
         assert_ptr_equal(places[row][0], places[row][1]);
         assert_ptr_equal(places[row][0], places[0][0] + row * layout->block_bytes);
@@ -201,6 +203,32 @@ static void a_staging_has_one_block_a_row(void **unused)
     gpu_pull_ops.close(landing);
     assert_int_equal(state.maps, 0);
     real_close(&state, fd);
+}
+
+// Rows of every size that a slot may have, to every place in the caches' lines that a slot may begin at.
+static void stores_are_copies(void **unused)
+{
+    (void)unused;
+    static _Alignas(64) uint8_t to[4096];
+    static uint8_t from[2048];
+    for (size_t i = 0; i < sizeof(from); i++) {
+        from[i] = (uint8_t)(i * 7 + i / 256);
+    }
+    for (size_t bytes = 32; bytes <= 1024; bytes += 32) {
+        for (size_t at = 0; at < 128; at += 32) {
+            for (size_t odd = 0; odd < 3; odd++) {
+                memset(to, 0xee, sizeof(to));
+                store_streaming(to + 64 + at, from + odd, bytes);
+                store_fence();
+                assert_memory_equal(to + 64 + at, from + odd, bytes);
+                assert_int_equal(to[64 + at - 1], 0xee);
+                assert_int_equal(to[64 + at + bytes], 0xee);
+            }
+        }
+    }
+    memset(to, 0, sizeof(to));
+    store_cached(to, from, 96);
+    assert_memory_equal(to, from, 96);
 }
 
 static void a_worker_that_scribbles_harms_nobody(void **unused)
@@ -319,6 +347,7 @@ int main(void)
         cmocka_unit_test(selection_reaches_the_worker),
         cmocka_unit_test(clear_row_empties_that_row_only),
         cmocka_unit_test(a_staging_has_one_block_a_row),
+        cmocka_unit_test(stores_are_copies),
         cmocka_unit_test(a_worker_that_scribbles_harms_nobody),
         cmocka_unit_test(failures_unwind),
         cmocka_unit_test(bad_shapes_make_no_call),

@@ -6,6 +6,7 @@
 #include "cached/op.h"
 
 #include "cached/server.h"
+#include "gpu/store.h"
 #include "proto/dtype.h"
 
 #include <assert.h>
@@ -183,12 +184,16 @@ static uint32_t copy_range(const struct op_lane *part, const struct gpu_target *
                            uint64_t until)
 {
     const struct lane *lane = part->lane;
+    size_t bytes = lane->sequence->row_bytes;
     struct index_place places[64];
     while (from < until) {
         uint32_t n = until - from < 64 ? (uint32_t)(until - from) : 64;
         index_locate(lane->index, from, n, places);
-        for (uint32_t i = 0; i < n; i++, slot++, from++)
+        for (uint32_t i = 0; i < n; i++, slot++, from++) {
+            if (i + STORE_ROWS_AHEAD < n)
+                store_ask(lane_token(lane, places[i + STORE_ROWS_AHEAD]), 2 * bytes);
             copy_token(part, target, slot, places[i], (uint32_t)from);
+        }
     }
     return slot;
 }
@@ -207,8 +212,11 @@ static void copy_selection(struct op_lane *part, const struct index_selection *s
     uint64_t window = op->window < visible ? visible - op->window : 0;
     window = window > sinks ? window : sinks;
     uint32_t slot = op->holds_ends ? 0 : copy_range(part, &target, 0, 0, sinks);
-    for (uint32_t i = 0; i < selection->count; i++, slot++)
+    for (uint32_t i = 0; i < selection->count; i++, slot++) {
+        if (i + STORE_ROWS_AHEAD < selection->count)
+            store_ask(lane_token(lane, tokens[i + STORE_ROWS_AHEAD].place), 2 * lane->sequence->row_bytes);
         copy_token(part, &target, slot, tokens[i].place, tokens[i].position);
+    }
     if (!op->holds_ends)
         slot = copy_range(part, &target, slot, window, visible);
     part->count = slot;

@@ -39,14 +39,20 @@ struct selection {
 
 static void gather(struct selection *selection, void (*store)(void *to, const void *from, size_t bytes))
 {
+    const size_t bytes = 2 * selection->row_bytes;
     for (uint32_t head = 0; head < KV_HEADS; head++) {
         uint8_t *keys = selection->landing + head * selection->layout.head_bytes;
         uint8_t *values = keys + selection->layout.side_bytes;
-        for (uint32_t i = 0; i < selection->tokens; i++) {
-            size_t row = random_below(&selection->random, (uint32_t)selection->pool_rows);
-            const uint8_t *from = selection->pool + row * 2 * selection->row_bytes;
-            store(keys + i * selection->row_bytes, from, selection->row_bytes);
-            store(values + i * selection->row_bytes, from + selection->row_bytes, selection->row_bytes);
+        const uint8_t *next[STORE_ROWS_AHEAD]; // asked for
+        for (uint32_t i = 0; i < selection->tokens + STORE_ROWS_AHEAD; i++) {
+            const uint32_t place = i % STORE_ROWS_AHEAD;
+            if (i >= STORE_ROWS_AHEAD) {
+                const size_t slot = i - STORE_ROWS_AHEAD;
+                store(keys + slot * selection->row_bytes, next[place], selection->row_bytes);
+                store(values + slot * selection->row_bytes, next[place] + selection->row_bytes, selection->row_bytes);
+            }
+            next[place] = selection->pool + random_below(&selection->random, (uint32_t)selection->pool_rows) * bytes;
+            store_ask(next[place], bytes);
         }
     }
     store_fence();

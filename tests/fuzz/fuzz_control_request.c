@@ -27,6 +27,11 @@ static void check_landing(const Icecache__Wire__LandingOpen *landing)
     FUZZ_CHECK(layout.positions_offset + 4ull * shape.kv_heads * shape.slots <= layout.counts_offset);
     FUZZ_CHECK(layout.counts_offset + 4ull * shape.kv_heads <= layout.block_bytes);
     FUZZ_CHECK(last + layout.block_bytes <= layout.total_bytes);
+    FUZZ_CHECK(landing->place <= LANDING_PUSH && (landing->place == LANDING_PUSH) == (landing->gpu != NULL));
+    const Icecache__Wire__GpuMemory *gpu = landing->gpu;
+    FUZZ_CHECK(!gpu || (gpu->uuid.len == WIRE_GPU_UUID_BYTES && gpu->probe.len == WIRE_GPU_PROBE_BYTES));
+    FUZZ_CHECK(!gpu || (gpu->handle.len == WIRE_GPU_HANDLE_BYTES) != (gpu->n_piece_bytes > 0));
+    FUZZ_CHECK(!gpu || (gpu->n_piece_bytes <= WIRE_DESCRIPTORS_MAX && gpu->offset <= WIRE_SHARED_BYTES_MAX));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)

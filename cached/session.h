@@ -63,6 +63,7 @@ struct session {
     uint64_t inflight_bytes; // memory of requests in flight
     uint32_t landing_count, sequence_count;
     uint32_t next_landing_id;
+    uint32_t descriptors; // of GPU memory, on their way to the opener
     struct landing *landings;
     struct sequence *sequences;
     struct op *ops; // in flight

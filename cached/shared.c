@@ -8,6 +8,7 @@
 #include "gpu/export.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 // Work for the keeper or the opener: makes or unmakes shared memory, then reports to the reactor.
@@ -53,6 +54,7 @@ static void job_free(struct server *server, struct job *job)
     struct session *session = job->session;
     server->env->close_fd(server->env, job->fd); // the worker has its own by now
     if (job->memory) {
+        session->descriptors -= job->memory->piece_count;
         gpu_export_close(job->memory);
         server->env->release(server->env, job->memory, sizeof *job->memory);
     }
@@ -239,6 +241,14 @@ static struct gpu_export *take_gpu_memory(struct server *server, struct session 
                       "not all descriptors of the GPU memory have arrived; raise the daemon's limit of open files");
         return NULL;
     }
+    // The opener may be kept waiting, and the table of open files is everybody's.
+    if (session->descriptors + descriptors->count > WIRE_DESCRIPTORS_MAX) {
+        char text[128];
+        snprintf(text, sizeof text, "%u descriptors of GPU memory are on their way, more than %u of a session may be",
+                 session->descriptors + descriptors->count, WIRE_DESCRIPTORS_MAX);
+        control_error(server, session, request_id, ICE_LIMIT, text);
+        return NULL;
+    }
     struct gpu_export *memory = env_acquire_zeroed(server->env, sizeof *memory);
     if (!memory) {
         control_error(server, session, request_id, ICE_NO_MEMORY, NULL);
@@ -255,6 +265,7 @@ static struct gpu_export *take_gpu_memory(struct server *server, struct session 
         memory->fds[i] = descriptors->fds[i];
     }
     memory->piece_count = descriptors->count;
+    session->descriptors += descriptors->count;
     descriptors->count = 0;
     return memory;
 }
@@ -302,6 +313,7 @@ void landing_open(struct server *server, struct session *session, uint64_t reque
         job_create(server, session, place == LANDING_PUSH ? run_landing_open_gpu : run_landing_open, landing_opened);
     if (!job) {
         if (memory) {
+            session->descriptors -= memory->piece_count;
             gpu_export_close(memory);
             server->env->release(server->env, memory, sizeof *memory);
         }

@@ -160,11 +160,10 @@ static ice_status buffer_open(ice_landing *landing, const struct ice_gpu_options
 }
 
 // Whether another place may do where this error came.
-static bool may_pull(const ice_landing *landing, ice_status status, enum ice_gpu_mode mode)
+static bool may_pull(ice_status status, enum ice_gpu_mode mode)
 {
-    const ice_client *client = landing->client;
     return mode == ICE_GPU_ANY && status_scope((int)status) == ICE_SCOPE_REQUEST && status != ICE_TIMEOUT &&
-           status != ICE_LIMIT && !client->dead;
+           status != ICE_LIMIT;
 }
 
 static ice_status place_open(ice_landing *landing, enum ice_gpu_mode mode, uint64_t until_us)
@@ -172,7 +171,7 @@ static ice_status place_open(ice_landing *landing, enum ice_gpu_mode mode, uint6
     ice_status status = ICE_OK;
     if (mode != ICE_GPU_PULL) {
         status = push_open(landing, until_us);
-        if (status == ICE_OK || !may_pull(landing, status, mode)) {
+        if (status == ICE_OK || !may_pull(status, mode)) {
             return status;
         }
         (void)strncpy(landing->gpu->pull_reason, ice_last_error(), sizeof landing->gpu->pull_reason - 1);

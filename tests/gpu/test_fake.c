@@ -394,8 +394,7 @@ static void lie_init(struct lie *lie, cuda_address address)
     lie->open.gpu = &lie->gpu;
 }
 
-static void lie_tell(struct raw *raw, struct lie *lie, const int *fds, uint32_t count, ice_status status,
-                     const char *text)
+static void lie_send(struct raw *raw, struct lie *lie, const int *fds, uint32_t count)
 {
     raw_control_request request = ICECACHE__WIRE__CONTROL_REQUEST__INIT;
     uint8_t bytes[WIRE_CONTROL_BYTES_MAX];
@@ -404,7 +403,43 @@ static void lie_tell(struct raw *raw, struct lie *lie, const int *fds, uint32_t 
     request.landing_open = &lie->open;
     size_t size = icecache__wire__control_request__pack(&request, bytes);
     assert_int_equal(control_send_all(raw->control_fd, bytes, size, fds, count, 1000), ICE_OK);
+}
+
+static void lie_tell(struct raw *raw, struct lie *lie, const int *fds, uint32_t count, ice_status status,
+                     const char *text)
+{
+    lie_send(raw, lie, fds, count);
     raw_control_expect(raw_control_receive(raw, NULL), status, text);
+}
+
+// While the opener hangs, descriptors do not heap up.
+static void descriptors_wait_in_small_numbers(void **state)
+{
+    struct daemon *daemon = *state;
+    struct raw raw;
+    struct lie lie;
+    int fds[100];
+    cuda_address address = memory_alloc(landing_bytes());
+    raw_open(&raw, daemon);
+    lie_init(&lie, address);
+    lie.gpu.handle.len = 0;
+    uint64_t pieces[100];
+    for (uint32_t i = 0; i < 100; i++) {
+        fds[i] = open("/dev/null", O_RDWR | O_CLOEXEC);
+        pieces[i] = 2u << 20;
+    }
+    lie.gpu.piece_bytes = pieces;
+    lie.gpu.n_piece_bytes = 100;
+    memory_fail("icecached cuMemAddressReserve hang");
+    lie_send(&raw, &lie, fds, 100); // no answer to it
+    lie_tell(&raw, &lie, fds, 100, ICE_LIMIT, "200 descriptors");
+    for (uint32_t i = 0; i < 100; i++)
+        close(fds[i]);
+    raw_close(&raw);
+    expect_service(daemon, ICE_GPU_PULL);
+    memory_fail(NULL);
+    daemon_kill(daemon); // its opener hangs for good
+    memory_free(address);
 }
 
 static void lies(void **state)
@@ -504,6 +539,7 @@ int main(int argc, char **argv)
         DAEMON_TEST(two_gpus),
         cmocka_unit_test(one_process_is_not_two),
         DAEMON_TEST(lies),
+        DAEMON_TEST(descriptors_wait_in_small_numbers),
     };
     if (argc > 1) // one test by its name
         cmocka_set_test_filter(argv[1]);

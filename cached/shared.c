@@ -19,9 +19,11 @@ struct job {
     struct session *session; // held
     struct landing *landing; // being opened or closed; NULL: staging
     uint64_t request_id;
-    uint64_t bytes;            // of shared memory, already counted
-    uint8_t *base;             // staging
-    int fd;                    // for the worker
+    uint64_t bytes;             // of shared memory, already counted
+    uint8_t *base;              // staging
+    int fd;                     // for the worker
+    struct gpu_landing *opened; // handed to the landing on the reactor, like the next
+    struct copier *copier;
     struct gpu_export *memory; // on the worker's GPU, of a landing being opened there; owned
     ice_status status;
     char text[CUDA_TEXT_BYTES]; // why, where the status does not say it
@@ -75,9 +77,9 @@ static void run_landing_open(struct task *task, void *thread)
 {
     (void)thread;
     struct job *job = (struct job *)task;
-    struct landing *landing = job->landing;
+    const struct landing *landing = job->landing;
     job->status =
-        landing->ops->open(&job->server->gpu_system, &landing->shape, NULL, &landing->memory, &job->fd, job->text);
+        landing->ops->open(&job->server->gpu_system, &landing->shape, NULL, &job->opened, &job->fd, job->text);
     completion_post(&job->server->completions, &job->completion);
 }
 
@@ -85,12 +87,12 @@ static void run_landing_open_gpu(struct task *task, void *thread)
 {
     (void)thread;
     struct job *job = (struct job *)task;
-    struct landing *landing = job->landing;
-    job->status = gpus_copier(job->server, job->memory->uuid, &landing->copier, job->text);
+    const struct landing *landing = job->landing;
+    job->status = gpus_copier(job->server, job->memory->uuid, &job->copier, job->text);
     if (job->status == ICE_OK) {
-        const struct gpu_source source = {copier_device(landing->copier), job->memory};
-        job->status = landing->ops->open(&job->server->gpu_system, &landing->shape, &source, &landing->memory, &job->fd,
-                                         job->text);
+        const struct gpu_source source = {copier_device(job->copier), job->memory};
+        job->status =
+            landing->ops->open(&job->server->gpu_system, &landing->shape, &source, &job->opened, &job->fd, job->text);
     }
     completion_post(&job->server->completions, &job->completion);
 }
@@ -181,6 +183,8 @@ static void landing_opened(struct completion *completion, struct server *server)
         job_free(server, job);
         return;
     }
+    landing->memory = job->opened;
+    landing->copier = job->copier;
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     Icecache__Wire__LandingReply body = ICECACHE__WIRE__LANDING_REPLY__INIT;
     reply.request_id = job->request_id;

@@ -2,6 +2,7 @@
 // cannot differ. Runs before any thread.
 #include "cached/config.h"
 
+#include "gpu/driver.h"
 #include "proto/control.h"
 
 #include <ctype.h>
@@ -29,7 +30,7 @@ static const struct number numbers[] = {
 };
 #define NUMBER_COUNT (sizeof numbers / sizeof *numbers)
 
-enum { FLAG_SOCKET_DIR = 1000, FLAG_LOG_LEVEL, FLAG_HELP, FLAG_VERSION };
+enum { FLAG_SOCKET_DIR = 1000, FLAG_LOG_LEVEL, FLAG_CUDA_LIBRARY, FLAG_HELP, FLAG_VERSION };
 
 bool config_parse_size(const char *text, uint64_t *out)
 {
@@ -123,19 +124,24 @@ static bool read_environment(struct config *config, char *error, size_t capacity
     const char *level = environment_of("log-level", name);
     if (level && !set_text(config->log_level, sizeof config->log_level, "log-level", level, error, capacity))
         return blame_variable(name, error, capacity);
+    const char *library = environment_of("cuda-library", name);
+    if (library &&
+        !set_text(config->cuda_library, sizeof config->cuda_library, "cuda-library", library, error, capacity))
+        return blame_variable(name, error, capacity);
     return true;
 }
 
 static enum config_outcome read_arguments(struct config *config, int argc, char *const *argv, char *error,
                                           size_t capacity)
 {
-    struct option options[NUMBER_COUNT + 5] = {{0}};
+    struct option options[NUMBER_COUNT + 6] = {{0}};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         options[i] = (struct option){numbers[i].flag, required_argument, NULL, (int)i};
     options[NUMBER_COUNT] = (struct option){"socket-dir", required_argument, NULL, FLAG_SOCKET_DIR};
     options[NUMBER_COUNT + 1] = (struct option){"log-level", required_argument, NULL, FLAG_LOG_LEVEL};
     options[NUMBER_COUNT + 2] = (struct option){"help", no_argument, NULL, FLAG_HELP};
     options[NUMBER_COUNT + 3] = (struct option){"version", no_argument, NULL, FLAG_VERSION};
+    options[NUMBER_COUNT + 4] = (struct option){"cuda-library", required_argument, NULL, FLAG_CUDA_LIBRARY};
     optind = 1;
     opterr = 0;
     for (int flag; (flag = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
@@ -154,6 +160,8 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
                           capacity);
         else if (flag == FLAG_LOG_LEVEL)
             ok = set_text(config->log_level, sizeof config->log_level, "log-level", optarg, error, capacity);
+        else if (flag == FLAG_CUDA_LIBRARY)
+            ok = set_text(config->cuda_library, sizeof config->cuda_library, "cuda-library", optarg, error, capacity);
         else
             ok = set_number(config, &numbers[flag], optarg, error, capacity);
         if (!ok)
@@ -168,7 +176,7 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
 
 enum config_outcome config_read(struct config *config, int argc, char *const *argv, char *error, size_t capacity)
 {
-    *config = (struct config){.log_level = "info"};
+    *config = (struct config){.log_level = "info", .cuda_library = CUDA_LIBRARY_DEFAULT};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         memcpy((char *)config + numbers[i].offset, &numbers[i].initial, sizeof numbers[i].initial);
     if (control_default_directory(config->socket_directory, sizeof config->socket_directory) != ICE_OK)
@@ -186,11 +194,13 @@ enum config_outcome config_read(struct config *config, int argc, char *const *ar
 
 void config_print_help(FILE *file)
 {
-    fprintf(file,
-            "usage: icecached [options]\n"
-            "Keeps the KV caches of inference workers on this node and finds the tokens their queries attend to.\n\n"
-            "  --socket-dir DIR          where the sockets and the lock file are (ICECACHE_SOCKET_DIR)\n"
-            "  --log-level LEVEL         error, warn, info or debug (default info)\n");
+    fprintf(
+        file,
+        "usage: icecached [options]\n"
+        "Keeps the KV caches of inference workers on this node and finds the tokens their queries attend to.\n\n"
+        "  --socket-dir DIR          where the sockets and the lock file are (ICECACHE_SOCKET_DIR)\n"
+        "  --log-level LEVEL         error, warn, info or debug (default info)\n"
+        "  --cuda-library FILE       the CUDA driver, loaded for the first landing on a GPU (default libcuda.so.1)\n");
     for (size_t i = 0; i < NUMBER_COUNT; i++) {
         const struct number *number = &numbers[i];
         char value[32];

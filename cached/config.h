@@ -23,6 +23,7 @@
     X(staging_bytes_max,     "staging-bytes-max",     SIZE,     256ull << 20,1u << 12,   1ull << 40, "largest staging area of a session") \
     X(retrieve_deadline_ms,  "retrieve-deadline-ms",  NUMBER,   1000,        1,          600000,     "deadline of a retrieve that names none") \
     X(drain_ms,              "drain-ms",              NUMBER,   5000,        0,          600000,     "how long SIGTERM waits for requests in flight") \
+    X(gpu_push,              "gpu-push",              NUMBER,   1,           0,          1,          "1: copy to workers' GPUs, which takes a CUDA context there; 0: workers fetch") \
     X(socket_mode,           "socket-mode",           OCTAL,    0600,        0,          0777,       "mode of the sockets; 0660 admits the folder's group")
 // clang-format on
 
@@ -32,6 +33,7 @@ struct config {
 #undef CONFIG_FIELD
     char socket_directory[108];
     char log_level[16];
+    char cuda_library[108];
 };
 
 enum config_outcome { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION, CONFIG_ERROR };

@@ -6,6 +6,7 @@
 #ifndef ICECACHE_CACHED_ENV_H
 #define ICECACHE_CACHED_ENV_H
 
+#include "proto/control.h"
 #include "proto/status.h"
 
 #include <stddef.h>
@@ -73,7 +74,8 @@ struct env {
     int (*listen)(struct env *env, const char *path, mode_t mode, int *fd_out);
     int (*accept)(struct env *env, int listener, int *fd_out); // -EAGAIN: none waiting
     ice_status (*control_send)(struct env *env, int socket, const void *bytes, size_t size, int fd);
-    ice_status (*control_receive)(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out);
+    ice_status (*control_receive)(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out,
+                                  struct control_descriptors *descriptors); // the caller's on ICE_OK, else none
 
     // The data bus. One thread only (the reactor).
     int (*bus_open)(struct env *env, const char *path, mode_t mode, struct env_bus **out);

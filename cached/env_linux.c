@@ -278,12 +278,11 @@ static ice_status send_control(struct env *env, int socket, const void *bytes, s
     return control_send(socket, bytes, size, fd, 0);
 }
 
-static ice_status receive_control(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out)
+static ice_status receive_control(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out,
+                                  struct control_descriptors *descriptors)
 {
-    int fd = -1;
-    ice_status status = control_receive(socket, bytes, capacity, size_out, &fd, 0);
-    close_fd(env, fd); // clients have nothing to pass
-    return status;
+    (void)env;
+    return control_receive_all(socket, bytes, capacity, size_out, descriptors, 0);
 }
 
 void *env_acquire_zeroed(struct env *env, size_t bytes)

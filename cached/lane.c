@@ -137,12 +137,9 @@ static uint8_t *row_of(const struct lane *lane, struct index_place place)
     return (uint8_t *)lane->frames[place.page] + place.row * token_bytes(lane);
 }
 
-void lane_copy_token(const struct lane *lane, struct index_place place, uint8_t *key, uint8_t *value)
+const uint8_t *lane_token(const struct lane *lane, struct index_place place)
 {
-    const uint8_t *row = row_of(lane, place);
-    size_t bytes = lane->sequence->row_bytes;
-    memcpy(key, row, bytes);
-    memcpy(value, row + bytes, bytes);
+    return row_of(lane, place);
 }
 
 // ---- append ----
@@ -323,8 +320,11 @@ void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t
     for (uint32_t done = 0; done < tokens;) {
         uint32_t n = tokens - done < 64 ? tokens - done : 64;
         index_locate(lane->index, first + done, n, places);
-        for (uint32_t i = 0; i < n; i++, done++)
-            lane_copy_token(lane, places[i], keys + done * bytes, values + done * bytes);
+        for (uint32_t i = 0; i < n; i++, done++) {
+            const uint8_t *row = row_of(lane, places[i]);
+            memcpy(keys + done * bytes, row, bytes);
+            memcpy(values + done * bytes, row + bytes, bytes);
+        }
     }
 }
 

@@ -55,8 +55,8 @@ uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, ui
 uint64_t lane_length(const struct lane *lane);
 // K rows of first .. first+tokens-1 to keys, V rows to values, packed. The positions must exist.
 void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t *keys, uint8_t *values);
-// Copies one token's rows.
-void lane_copy_token(const struct lane *lane, struct index_place place, uint8_t *key, uint8_t *value);
+// One token's K row and, right behind it, its V row. Borrowed until the lane's next change.
+const uint8_t *lane_token(const struct lane *lane, struct index_place place);
 void lane_destroy(struct lane *lane);
 
 enum lane_work { LANE_IDLE, LANE_MORE, LANE_STALLED };

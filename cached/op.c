@@ -189,7 +189,7 @@ static void bind_rows(struct op *op)
         struct landing_row *row = &landing->rows[op->rows[i]];
         uint64_t id = op->admissions[i].sequence->id;
         if (row->sequence_id != id && row->sequence_id != 0)
-            gpu_host_ops.clear_row(landing->memory, op->rows[i]);
+            landing->ops->clear_row(landing->memory, op->rows[i]);
         row->sequence_id = id;
     }
 }
@@ -298,6 +298,7 @@ struct op_totals op_totals(const struct op *op)
         totals.bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
     }
     totals.queue_ns = begun_ns - op->received_ns;
+    totals.copy_ns += op->push_ns;
     return totals;
 }
 

@@ -5,7 +5,7 @@
 //
 // Phases: APPEND = prepare, then commit or drop; RETRIEVE = search, or prepare, then commit and search, or drop; READ =
 // read. The shard that finishes a phase last starts the next one; the last phase's last shard hands the op to the
-// reactor.
+// reactor, or to the copier of a GPU, which does so when the selections are there.
 #ifndef ICECACHE_CACHED_OP_H
 #define ICECACHE_CACHED_OP_H
 
@@ -14,6 +14,7 @@
 #include "cached/sequence.h"
 #include "cached/session.h"
 #include "cached/task_queue.h"
+#include "gpu/driver.h"
 #include "proto/wire.h"
 
 enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE };
@@ -52,6 +53,7 @@ struct op {
     uint32_t tokens;
     uint64_t reserve_tokens;
     uint64_t staging_offset;
+    bool token_major;        // append: how the staging is laid out
     struct landing *landing; // held
     uint32_t queries, query_dtype, budget, sinks, window;
     bool holds_ends, append, page_wise;
@@ -72,6 +74,11 @@ struct op {
     uint32_t admissions_missing;
     bool rows_taken;
     struct completion completion;
+
+    // The copier of the landing's GPU, after the last phase.
+    struct task copy_task;
+    uint64_t pushed_ns, push_ns;     // when the copies were issued, how long they took
+    char copy_text[CUDA_TEXT_BYTES]; // why they failed
 
     // Shards, in phases.
     enum op_phase phase;

@@ -116,6 +116,7 @@ static struct op *create_append(struct server *server, struct session *session, 
     if (op) {
         op->first = message->first;
         op->reserve_tokens = message->reserve_tokens;
+        op->token_major = message->token_major;
     }
     return op;
 }

@@ -6,6 +6,7 @@
 #include "cached/op.h"
 
 #include "cached/server.h"
+#include "gpu/store.h"
 #include "proto/dtype.h"
 
 #include <assert.h>
@@ -85,14 +86,17 @@ static struct lane_input riding_input(const struct op_lane *part)
     return (struct lane_input){keys, keys + side, stride, op->first_queries[part->sequence_index], op->queries};
 }
 
-// Where this lane's block lies in the staging, K [layer][kv_head][token][head_dim], then V.
-static uint8_t *staging_block(const struct op_lane *part, uint64_t *side_bytes)
+// Where this lane's first row lies in the staging, K [layer][kv_head][token][head_dim], or
+// [layer][token][kv_head][head_dim], then V. *stride_bytes: from one token's row to the next.
+static uint8_t *staging_rows(const struct op_lane *part, uint64_t *side_bytes, size_t *stride_bytes)
 {
     const struct op *op = part->op;
     const struct sequence *sequence = part->lane->sequence;
     *side_bytes = staging_side_bytes(op->layers, sequence->shape.kv_heads, op->tokens, sequence->row_bytes);
-    uint64_t block = (uint64_t)part->layer_index * sequence->shape.kv_heads + part->lane->kv_head;
-    return op->session->staging.base + op->staging_offset + block * op->tokens * sequence->row_bytes;
+    uint64_t heads = sequence->shape.kv_heads, head = part->lane->kv_head;
+    uint64_t before = part->layer_index * heads * op->tokens + head * (op->token_major ? 1 : op->tokens); // rows
+    *stride_bytes = sequence->row_bytes * (op->token_major ? heads : 1);
+    return op->session->staging.base + op->staging_offset + before * sequence->row_bytes;
 }
 
 // Judged before the step's K and V are stored, so that a refused retrieve has no effect.
@@ -125,8 +129,9 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
     }
     if (op->kind == OP_APPEND) {
         uint64_t side;
-        const uint8_t *keys = staging_block(part, &side);
-        input = (struct lane_input){keys, keys + side, part->lane->sequence->row_bytes, op->first, op->tokens};
+        size_t stride;
+        const uint8_t *keys = staging_rows(part, &side, &stride);
+        input = (struct lane_input){keys, keys + side, stride, op->first, op->tokens};
     } else {
         input = riding_input(part);
     }
@@ -138,7 +143,8 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
 static ice_status run_read(struct op_lane *part)
 {
     uint64_t side;
-    uint8_t *keys = staging_block(part, &side);
+    size_t stride; // packed: a read's staging is head by head
+    uint8_t *keys = staging_rows(part, &side, &stride);
     lane_read(part->lane, part->op->first, part->op->tokens, keys, keys + side);
     return ICE_OK;
 }
@@ -161,8 +167,13 @@ static struct index_query make_query(const struct op_lane *part, const float *qu
     };
 }
 
-static void note_position(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint32_t position)
+static void copy_token(const struct op_lane *part, const struct gpu_target *target, uint32_t slot,
+                       struct index_place place, uint32_t position)
 {
+    size_t bytes = part->lane->sequence->row_bytes;
+    const uint8_t *row = lane_token(part->lane, place);
+    target->store(target->keys + slot * bytes, row, bytes);
+    target->store(target->values + slot * bytes, row + bytes, bytes);
     target->positions[slot] = position;
     if (part->positions)
         part->positions[slot] = position;
@@ -179,36 +190,37 @@ static uint32_t copy_range(const struct op_lane *part, const struct gpu_target *
         uint32_t n = until - from < 64 ? (uint32_t)(until - from) : 64;
         index_locate(lane->index, from, n, places);
         for (uint32_t i = 0; i < n; i++, slot++, from++) {
-            lane_copy_token(lane, places[i], target->keys + slot * bytes, target->values + slot * bytes);
-            note_position(part, target, slot, (uint32_t)from);
+            if (i + STORE_ROWS_AHEAD < n)
+                store_ask(lane_token(lane, places[i + STORE_ROWS_AHEAD]), 2 * bytes);
+            copy_token(part, target, slot, places[i], (uint32_t)from);
         }
     }
     return slot;
 }
 
 // Sinks, selection and window into the landing, ascending by position.
-static ice_status copy_selection(struct op_lane *part, const struct index_selection *selection,
-                                 const struct index_selected *tokens)
+static void copy_selection(struct op_lane *part, const struct index_selection *selection,
+                           const struct index_selected *tokens)
 {
     const struct op *op = part->op;
     const struct lane *lane = part->lane;
-    size_t bytes = lane->sequence->row_bytes;
     uint32_t row = op->rows[part->sequence_index];
     struct gpu_target target;
-    gpu_host_ops.target(op->landing->memory, row, op->layer, lane->kv_head, &target);
+    op->landing->ops->target(op->landing->memory, row, op->layer, lane->kv_head, &target);
     uint64_t visible = op->first_queries[part->sequence_index] + op->queries;
     uint64_t sinks = op->sinks < visible ? op->sinks : visible;
     uint64_t window = op->window < visible ? visible - op->window : 0;
     window = window > sinks ? window : sinks;
     uint32_t slot = op->holds_ends ? 0 : copy_range(part, &target, 0, 0, sinks);
     for (uint32_t i = 0; i < selection->count; i++, slot++) {
-        lane_copy_token(lane, tokens[i].place, target.keys + slot * bytes, target.values + slot * bytes);
-        note_position(part, &target, slot, tokens[i].position);
+        if (i + STORE_ROWS_AHEAD < selection->count)
+            store_ask(lane_token(lane, tokens[i + STORE_ROWS_AHEAD].place), 2 * lane->sequence->row_bytes);
+        copy_token(part, &target, slot, tokens[i].place, tokens[i].position);
     }
     if (!op->holds_ends)
         slot = copy_range(part, &target, slot, window, visible);
     part->count = slot;
-    return gpu_host_ops.submit(op->landing->memory, row, op->layer, lane->kv_head, slot);
+    op->landing->ops->submit(op->landing->memory, row, op->layer, lane->kv_head, slot);
 }
 
 static bool out_of_time(const struct op *op)
@@ -251,14 +263,14 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     const struct index_selected *tokens;
     index_search_finish(shard->search, &selection, &tokens);
     uint64_t searched_ns = env_now_ns(env);
-    status = copy_selection(part, &selection, tokens);
+    copy_selection(part, &selection, tokens);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
     part->indexed = index_indexed(part->lane->index);
     part->version = index_version(part->lane->index);
     part->search_ns = searched_ns - part->begun_ns;
     part->copy_ns = env_now_ns(env) - searched_ns;
-    return status;
+    return ICE_OK;
 }
 
 // What a dead session has in flight is only finished as far as the lane needs it: nobody waits for the answer, but the
@@ -295,7 +307,9 @@ static void op_done(struct completion *completion, struct server *server)
     struct op *op = (struct op *)((char *)completion - offsetof(struct op, completion));
     ice_status status = (ice_status)atomic_load_explicit(&op->failure, memory_order_acquire);
     char text[256] = "";
-    if (op->failed)
+    if (op->copy_text[0])
+        snprintf(text, sizeof text, "%s", op->copy_text);
+    else if (op->failed)
         snprintf(text, sizeof text, "layer %u, KV head %u: %s", op->failed->lane->layer, op->failed->lane->kv_head,
                  status_text((int)status));
     op_finish(op, status, text);
@@ -309,6 +323,11 @@ static void next_phase(struct op *op)
         return;
     }
     op->completion.done = op_done;
+    bool failed = atomic_load_explicit(&op->failure, memory_order_acquire) != ICE_OK;
+    if (op->kind == OP_RETRIEVE && op->landing->copier && !failed) {
+        copier_push(op->landing->copier, op);
+        return;
+    }
     completion_post(&op->server->completions, &op->completion);
 }
 

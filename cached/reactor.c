@@ -193,8 +193,12 @@ static void end_sessions(struct server *server)
         session_end(server, session, "the daemon stops");
     }
     bool more = true;
-    while (server->session_count > 0)
+    uint64_t until_ns = env_now_ns(server->env) + SERVER_LEAVE_NS;
+    while (server->session_count > 0) {
+        if (env_now_ns(server->env) >= until_ns)
+            server_abandon("what workers held is not given back");
         one_round(server, &more);
+    }
 }
 
 // Until nothing is in flight, and a little longer: the last replies must have reached their workers before the closing

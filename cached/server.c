@@ -6,6 +6,7 @@
 #include "proto/control.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -54,6 +55,7 @@ bool server_init(struct server *server, struct env *env, const struct config *co
     budget_init(&server->index_budget, config->index_bytes);
     budget_init(&server->shared_budget, config->shared_bytes);
     task_queue_init(&server->keeper_queue);
+    gpus_init(&server->gpus);
     return true;
 }
 
@@ -63,6 +65,7 @@ void server_fini(struct server *server)
     pool_destroy(server->pool);
     completion_list_fini(&server->completions);
     task_queue_fini(&server->keeper_queue);
+    gpus_fini(&server->gpus);
     budget_fini(&server->shared_budget);
     budget_fini(&server->index_budget);
     env->close_fd(env, server->lock_fd); // the lock goes last: then nothing of ours is left
@@ -147,6 +150,11 @@ bool server_start_threads(struct server *server)
         return false;
     }
     server->keeper_runs = true;
+    error = gpus_start(&server->gpus, server);
+    if (error) {
+        log_error("cannot start threads: %s", strerror(-error));
+        return false;
+    }
     while (server->shard_count < wanted && error == 0) {
         error = shard_start(server, &server->shards[server->shard_count], server->shard_count);
         server->shard_count += error == 0;
@@ -156,8 +164,16 @@ bool server_start_threads(struct server *server)
     return error == 0;
 }
 
+void server_abandon(const char *what)
+{
+    log_error("%s; leaving without freeing what the driver may still use", what);
+    _exit(EXIT_FAILURE);
+}
+
 void server_stop_threads(struct server *server)
 {
+    if (!gpus_stop(&server->gpus, server))
+        server_abandon("a thread does not end");
     for (uint32_t i = 0; i < server->shard_count; i++)
         shard_stop(&server->shards[i]);
     server->shard_count = 0;

@@ -6,6 +6,7 @@
 #include "cached/completion.h"
 #include "cached/config.h"
 #include "cached/env.h"
+#include "cached/gpus.h"
 #include "cached/histogram.h"
 #include "cached/op.h"
 #include "cached/pool.h"
@@ -20,6 +21,7 @@
 #define SERVER_SPARE_CONNECTIONS  8u // beyond --sessions-max: for icecachectl, and for those that are yet to say hello
 #define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
 #define SERVER_ACCEPT_PAUSE_NS    (100ull * 1000000u)
+#define SERVER_LEAVE_NS           (5ull * 1000000000u) // beyond it what sessions hold is not waited for at a stop
 #define SERVER_FAREWELL_NS        (100ull * 1000000u) // between the last reply and the closing of the sockets at a stop
 #define SERVER_INFLIGHT_BYTES_MAX (128ull << 20)      // of a session's requests, beyond which it must wait for replies
 #define SERVER_STALL_RETRY_NS     (100ull * 1000000u)
@@ -48,6 +50,7 @@ struct server {
     struct task_queue keeper_queue; // work that takes long: populate, unmap
     pthread_t keeper;
     bool keeper_runs; // main thread
+    struct gpus gpus;
 
     // Reactor only.
     int epoll_fd, listener_fd, lock_fd, signal_fd;
@@ -70,7 +73,10 @@ ICE_MUST_CHECK bool server_init(struct server *server, struct env *env, const st
 ICE_MUST_CHECK bool server_take_directory(struct server *server);
 ICE_MUST_CHECK bool server_take_pool(struct server *server);
 ICE_MUST_CHECK bool server_start_threads(struct server *server);
-void server_stop_threads(struct server *server); // runs what is queued, joins
+// Runs what is queued, joins. Ends the process where a CUDA driver that hangs keeps a thread.
+void server_stop_threads(struct server *server);
+// Ends the process at once, with a failure: a CUDA driver holds memory that cannot be freed under it.
+_Noreturn void server_abandon(const char *what);
 void server_fini(struct server *server);
 
 // Reactor (reactor.c).

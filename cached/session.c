@@ -112,8 +112,10 @@ static void refuse_connection(struct server *server, int fd, ice_status status)
     ice_status sent = env->control_send(env, fd, bytes, size, -1);
     log_warn("connection refused: %s%s", reply.text, sent == ICE_OK ? "" : " (and it did not listen)");
     // The hello is taken out first: closing over unread data would reset the connection before the reason is read.
-    ice_status ignored = env->control_receive(env, fd, bytes, sizeof bytes, &size);
+    struct control_descriptors descriptors;
+    ice_status ignored = env->control_receive(env, fd, bytes, sizeof bytes, &size, &descriptors);
     (void)ignored;
+    control_descriptors_close(&descriptors);
     env->close_fd(env, fd);
 }
 
@@ -210,7 +212,7 @@ static void close_named_landing(struct server *server, struct session *session, 
 }
 
 static void control_request(struct server *server, struct session *session,
-                            const Icecache__Wire__ControlRequest *request)
+                            const Icecache__Wire__ControlRequest *request, struct control_descriptors *descriptors)
 {
     uint64_t id = request->request_id;
     if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_HELLO) {
@@ -224,7 +226,7 @@ static void control_request(struct server *server, struct session *session,
     } else if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_STAGING_OPEN) {
         staging_open(server, session, id, request->staging_open->bytes);
     } else if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN) {
-        landing_open(server, session, id, request->landing_open);
+        landing_open(server, session, id, request->landing_open, descriptors);
     } else {
         close_named_landing(server, session, id, request->landing_close->landing_id);
     }
@@ -238,7 +240,8 @@ void session_readable(struct server *server, struct session *session)
     size_t size;
     if (session->dead)
         return;
-    ice_status status = env->control_receive(env, session->control_fd, bytes, sizeof bytes, &size);
+    struct control_descriptors descriptors;
+    ice_status status = env->control_receive(env, session->control_fd, bytes, sizeof bytes, &size, &descriptors);
     if (status == ICE_TIMEOUT)
         return;
     if (status != ICE_OK) {
@@ -254,7 +257,8 @@ void session_readable(struct server *server, struct session *session)
     if (status != ICE_OK)
         control_error(server, session, request_id, status, error.text);
     else
-        control_request(server, session, request);
+        control_request(server, session, request, &descriptors);
+    control_descriptors_close(&descriptors); // what the request has not taken
 }
 
 // ---- the end ----

@@ -9,10 +9,12 @@
 #include "cached/env.h"
 #include "cached/task_queue.h"
 #include "gpu/landing.h"
+#include "proto/control.h"
 #include "proto/limits.h"
 #include "proto/wire.h"
 
-struct job; // work of the keeper (shared.c)
+struct copier; // of a GPU (gpus.c)
+struct job;    // work of the keeper (shared.c)
 struct op;
 struct sequence;
 struct server;
@@ -26,9 +28,11 @@ struct landing_row {
 struct landing {
     uint32_t id;
     struct session *session;
+    const struct gpu_landing_ops *ops;
     struct gpu_landing *memory;
+    struct copier *copier; // of the GPU that selections are pushed to; NULL: none
     struct landing_shape shape;
-    uint64_t bytes;
+    uint64_t bytes; // of host memory
     struct landing_row *rows;
     uint32_t users; // requests in flight
     bool closing;
@@ -59,6 +63,7 @@ struct session {
     uint64_t inflight_bytes; // memory of requests in flight
     uint32_t landing_count, sequence_count;
     uint32_t next_landing_id;
+    uint32_t descriptors; // of GPU memory, on their way to the opener
     struct landing *landings;
     struct sequence *sequences;
     struct op *ops; // in flight
@@ -84,8 +89,9 @@ void control_error(struct server *server, struct session *session, uint64_t requ
                    const char *text);
 
 // Landings and staging (shared.c).
+// Takes the descriptors that it needs.
 void landing_open(struct server *server, struct session *session, uint64_t request_id,
-                  const Icecache__Wire__LandingOpen *message);
+                  const Icecache__Wire__LandingOpen *message, struct control_descriptors *descriptors);
 void landing_close(struct server *server, struct landing *landing); // idempotent; gone when its last user is
 void staging_open(struct server *server, struct session *session, uint64_t request_id, uint64_t bytes);
 void staging_close(struct server *server, struct session *session); // where nobody uses it

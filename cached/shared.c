@@ -1,13 +1,17 @@
 // Memory shared with workers: landings and staging. The reactor owns them; the keeper thread makes and unmakes them,
-// because populating and unmapping take long, and touches nothing but its job meanwhile.
+// because populating and unmapping take long, and touches nothing but its job meanwhile. What a CUDA driver is needed
+// for is the opener's: a driver may hang.
 //
 // Invariant: memory is unmapped only when no request uses it, and a closing needs no memory of its own (close_job).
 #include "cached/log.h"
 #include "cached/server.h"
+#include "gpu/export.h"
 
 #include <errno.h>
+#include <stdio.h>
+#include <string.h>
 
-// Work for the keeper: makes or unmakes shared memory, then reports to the reactor.
+// Work for the keeper or the opener: makes or unmakes shared memory, then reports to the reactor.
 struct job {
     struct task task;
     struct completion completion;
@@ -15,10 +19,14 @@ struct job {
     struct session *session; // held
     struct landing *landing; // being opened or closed; NULL: staging
     uint64_t request_id;
-    uint64_t bytes; // of shared memory, already counted
-    uint8_t *base;  // staging
-    int fd;         // for the worker
+    uint64_t bytes;             // of shared memory, already counted
+    uint8_t *base;              // staging
+    int fd;                     // for the worker
+    struct gpu_landing *opened; // handed to the landing on the reactor, like the next
+    struct copier *copier;
+    struct gpu_export *memory; // on the worker's GPU, of a landing being opened there; owned
     ice_status status;
+    char text[CUDA_TEXT_BYTES]; // why, where the status does not say it
 };
 
 // ---- keeper jobs ----
@@ -47,6 +55,11 @@ static void job_free(struct server *server, struct job *job)
 {
     struct session *session = job->session;
     server->env->close_fd(server->env, job->fd); // the worker has its own by now
+    if (job->memory) {
+        session->descriptors -= job->memory->piece_count;
+        gpu_export_close(job->memory);
+        server->env->release(server->env, job->memory, sizeof *job->memory);
+    }
     server->env->release(server->env, job, sizeof *job);
     session_release(server, session);
 }
@@ -64,8 +77,23 @@ static void run_landing_open(struct task *task, void *thread)
 {
     (void)thread;
     struct job *job = (struct job *)task;
-    job->status = gpu_host_ops.open(&gpu_host_ops, &job->server->gpu_system, &job->landing->shape,
-                                    &job->landing->memory, &job->fd);
+    const struct landing *landing = job->landing;
+    job->status =
+        landing->ops->open(&job->server->gpu_system, &landing->shape, NULL, &job->opened, &job->fd, job->text);
+    completion_post(&job->server->completions, &job->completion);
+}
+
+static void run_landing_open_gpu(struct task *task, void *thread)
+{
+    (void)thread;
+    struct job *job = (struct job *)task;
+    const struct landing *landing = job->landing;
+    job->status = gpus_copier(job->server, job->memory->uuid, &job->copier, job->text);
+    if (job->status == ICE_OK) {
+        const struct gpu_source source = {copier_device(job->copier), job->memory};
+        job->status =
+            landing->ops->open(&job->server->gpu_system, &landing->shape, &source, &job->opened, &job->fd, job->text);
+    }
     completion_post(&job->server->completions, &job->completion);
 }
 
@@ -82,7 +110,7 @@ static void run_landing_close(struct task *task, void *thread)
 {
     (void)thread;
     struct job *job = (struct job *)task;
-    gpu_host_ops.close(job->landing->memory);
+    job->landing->ops->close(job->landing->memory);
     completion_post(&job->server->completions, &job->completion);
 }
 
@@ -112,7 +140,7 @@ static void landing_unmap(struct server *server, struct landing *landing)
         .landing = landing,
         .fd = -1,
     };
-    task_queue_push(&server->keeper_queue, TASK_ADMIN, &job->task);
+    task_queue_push(landing->copier ? &server->gpus.queue : &server->keeper_queue, TASK_ADMIN, &job->task);
 }
 
 void landing_close(struct server *server, struct landing *landing)
@@ -148,17 +176,22 @@ static void landing_opened(struct completion *completion, struct server *server)
         landing_unlink(landing);
         server->env->release(server->env, landing->close_job, sizeof(struct job));
         landing_free(server, landing);
-        control_error(server, session, job->request_id, job->status, NULL);
+        if (job->memory && !session->dead)
+            log_info("landing on a GPU refused session=%llu pid=%d: %s", (unsigned long long)session->id,
+                     (int)session->pid, job->text[0] ? job->text : status_text((int)job->status));
+        control_error(server, session, job->request_id, job->status, job->text);
         job_free(server, job);
         return;
     }
+    landing->memory = job->opened;
+    landing->copier = job->copier;
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     Icecache__Wire__LandingReply body = ICECACHE__WIRE__LANDING_REPLY__INIT;
     reply.request_id = job->request_id;
     reply.body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING;
     reply.landing = &body;
     body.landing_id = landing->id;
-    body.bytes = landing->bytes;
+    body.bytes = job->fd >= 0 ? landing->bytes : 0;
     control_reply(server, session, &reply, job->fd);
     landing_release(server, landing); // the job's; unmaps it where the session has ended meanwhile
     job_free(server, job);
@@ -198,29 +231,102 @@ static ice_status landing_allocate(struct server *server, struct session *sessio
     return ICE_OK;
 }
 
+// Copies the worker's description of its GPU memory, descriptors included. NULL: refused, and answered.
+static struct gpu_export *take_gpu_memory(struct server *server, struct session *session, uint64_t request_id,
+                                          const Icecache__Wire__GpuMemory *message,
+                                          struct control_descriptors *descriptors)
+{
+    if (!server->config->gpu_push) {
+        control_error(server, session, request_id, ICE_NOT_SUPPORTED, "the daemon was started with --gpu-push 0");
+        return NULL;
+    }
+    if (descriptors->count != message->n_piece_bytes) {
+        control_error(server, session, request_id, ICE_SYSTEM,
+                      "not all descriptors of the GPU memory have arrived; raise the daemon's limit of open files");
+        return NULL;
+    }
+    // The opener may be kept waiting, and the table of open files is everybody's.
+    if (session->descriptors + descriptors->count > WIRE_DESCRIPTORS_MAX) {
+        char text[128];
+        snprintf(text, sizeof text, "%u descriptors of GPU memory are on their way, more than %u of a session may be",
+                 session->descriptors + descriptors->count, WIRE_DESCRIPTORS_MAX);
+        control_error(server, session, request_id, ICE_LIMIT, text);
+        return NULL;
+    }
+    struct gpu_export *memory = env_acquire_zeroed(server->env, sizeof *memory);
+    if (!memory) {
+        control_error(server, session, request_id, ICE_NO_MEMORY, NULL);
+        return NULL;
+    }
+    memcpy(memory->uuid, message->uuid.data, sizeof memory->uuid);
+    memcpy(memory->probe, message->probe.data, sizeof memory->probe);
+    memory->offset = message->offset;
+    memory->whole = message->handle.len > 0;
+    if (memory->whole)
+        memcpy(memory->handle, message->handle.data, sizeof memory->handle);
+    for (uint32_t i = 0; i < descriptors->count; i++) {
+        memory->piece_bytes[i] = message->piece_bytes[i];
+        memory->fds[i] = descriptors->fds[i];
+    }
+    memory->piece_count = descriptors->count;
+    session->descriptors += descriptors->count;
+    descriptors->count = 0;
+    return memory;
+}
+
+static const struct gpu_landing_ops *ops_of(enum landing_place place)
+{
+    return place == LANDING_HOST ? &gpu_host_ops : place == LANDING_PULL ? &gpu_pull_ops : &gpu_push_ops;
+}
+
+// With a job that knows the landing's GPU memory where it has some. Frees the job on failure.
+static void landing_start(struct server *server, struct job *job, const struct landing_shape *shape,
+                          enum landing_place place)
+{
+    struct session *session = job->session;
+    const struct landing_shape held_shape = landing_held_shape(shape, place);
+    struct landing_layout held;
+    struct landing *landing = NULL;
+    ice_status status = landing_layout_init(&held, &held_shape)
+                            ? landing_allocate(server, session, shape, held.total_bytes, &landing)
+                            : ICE_TOO_LARGE;
+    if (status != ICE_OK) {
+        control_error(server, session, job->request_id, status,
+                      status == ICE_LIMIT ? "the session has as many landings as --landings-max allows" : NULL);
+        job_free(server, job);
+        return;
+    }
+    landing->ops = ops_of(place);
+    job->landing = landing;
+    task_queue_push(place == LANDING_PUSH ? &server->gpus.queue : &server->keeper_queue, TASK_BULK, &job->task);
+}
+
 void landing_open(struct server *server, struct session *session, uint64_t request_id,
-                  const Icecache__Wire__LandingOpen *message)
+                  const Icecache__Wire__LandingOpen *message, struct control_descriptors *descriptors)
 {
     const struct landing_shape shape = {message->rows,  message->layers,   message->kv_heads,
                                         message->slots, message->head_dim, message->dtype};
-    struct landing_layout layout;
-    if (!landing_layout_init(&layout, &shape)) {
-        control_error(server, session, request_id, ICE_TOO_LARGE, "the landing's shape exceeds what can be addressed");
+    enum landing_place place = (enum landing_place)message->place;
+    struct gpu_export *memory = NULL;
+    if (place == LANDING_PUSH) {
+        memory = take_gpu_memory(server, session, request_id, message->gpu, descriptors);
+        if (!memory)
+            return;
+    }
+    struct job *job =
+        job_create(server, session, place == LANDING_PUSH ? run_landing_open_gpu : run_landing_open, landing_opened);
+    if (!job) {
+        if (memory) {
+            session->descriptors -= memory->piece_count;
+            gpu_export_close(memory);
+            server->env->release(server->env, memory, sizeof *memory);
+        }
+        control_error(server, session, request_id, ICE_NO_MEMORY, NULL);
         return;
     }
-    struct job *job = job_create(server, session, run_landing_open, landing_opened);
-    struct landing *landing = NULL;
-    ice_status status = job ? landing_allocate(server, session, &shape, layout.total_bytes, &landing) : ICE_NO_MEMORY;
-    if (status != ICE_OK) {
-        if (job)
-            job_free(server, job);
-        control_error(server, session, request_id, status,
-                      status == ICE_LIMIT ? "the session has as many landings as --landings-max allows" : NULL);
-        return;
-    }
-    job->landing = landing;
+    job->memory = memory;
     job->request_id = request_id;
-    task_queue_push(&server->keeper_queue, TASK_BULK, &job->task);
+    landing_start(server, job, &shape, place);
 }
 
 // ---- staging ----

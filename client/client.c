@@ -221,6 +221,7 @@ void ice_client_close(ice_client *client)
         close_forked(client);
         return;
     }
+    gpu_close_pushed(client);
     (void)pthread_mutex_lock(&client->lock);
     exchange_die(client, "the client was closed");
     (void)pthread_mutex_unlock(&client->lock);

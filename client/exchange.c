@@ -105,7 +105,9 @@ static void finish(ice_client *client, struct pending *pending)
 {
     client->table[pending->id % EXCHANGE_REQUESTS_MAX] = NULL;
     client->pending_count--;
-    landing_rows_release(pending);
+    if (pending->pull == PULL_NONE || pending->status != ICE_OK || pending->abandoned) {
+        landing_rows_release(pending);
+    }
     pending->done = true;
     if (pending->opens_staging) {
         staging_adopt(client, pending);
@@ -465,6 +467,12 @@ static void send_forgotten(ice_client *client, Icecache__Wire__Request *request)
 ice_status exchange_submit_control(ice_client *client, uint64_t generation, Icecache__Wire__ControlRequest *request,
                                    struct pending *pending)
 {
+    return exchange_submit_descriptors(client, generation, request, NULL, 0, pending);
+}
+
+ice_status exchange_submit_descriptors(ice_client *client, uint64_t generation, Icecache__Wire__ControlRequest *request,
+                                       const int *fds, uint32_t count, struct pending *pending)
+{
     pending->control = true;
     ice_status status = enlist(client, generation, pending);
     if (status != ICE_OK) {
@@ -477,7 +485,7 @@ ice_status exchange_submit_control(ice_client *client, uint64_t generation, Icec
         status = error_set(ICE_TOO_LARGE, "a control request of %zu bytes; the limit is %zu", size, sizeof packet);
     } else {
         (void)icecache__wire__control_request__pack(request, packet);
-        status = control_send(client->session.control_fd, packet, size, -1, 0);
+        status = control_send_all(client->session.control_fd, packet, size, fds, count, 0);
         if (status == ICE_DISCONNECTED) {
             withdraw(client, pending);
             exchange_die(client, "the daemon closed the control socket or died; connect again");

@@ -43,6 +43,8 @@ struct pending {
     ice_landing *landing; // whose rows belong to the daemon until the reply; NULL: none
     uint32_t *rows;
     uint32_t row_count;
+    // The rows stay taken until the landing has its copy (pull.c); for good where its end cannot be known (PULL_LOST).
+    enum { PULL_NONE, PULL_DUE, PULL_ISSUED, PULL_LOST } pull;
     struct staging *staging; // part of the staging area that the daemon uses until the reply; NULL: none
     uint32_t staging_half;
     bool opens_staging; // the reply is the staging area itself, for all threads
@@ -113,6 +115,10 @@ ICE_MUST_CHECK ice_status exchange_submit(ice_client *client, uint64_t generatio
                                           zmq_msg_t *vectors, struct pending *pending, uint64_t until_us);
 ICE_MUST_CHECK ice_status exchange_submit_control(ice_client *client, uint64_t generation,
                                                   Icecache__Wire__ControlRequest *request, struct pending *pending);
+// With descriptors beside the request, borrowed.
+ICE_MUST_CHECK ice_status exchange_submit_descriptors(ice_client *client, uint64_t generation,
+                                                      Icecache__Wire__ControlRequest *request, const int *fds,
+                                                      uint32_t count, struct pending *pending);
 // Waits until the record is done. ICE_TIMEOUT, else the reply's status, with its text as the last error.
 ICE_MUST_CHECK ice_status exchange_wait(ice_client *client, uint64_t generation, struct pending *pending,
                                         uint64_t until_us);

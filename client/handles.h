@@ -4,6 +4,7 @@
 
 #include "client/exchange.h"
 
+#include "gpu/buffer.h"
 #include "proto/shm.h"
 
 struct ice_landing {
@@ -13,8 +14,18 @@ struct ice_landing {
     uint32_t id;
     struct landing_shape shape;
     struct landing_layout layout;
-    uint8_t *base;        // the mapping, layout.total_bytes
+    enum landing_place place;
+    uint8_t *base; // the mapping of what is held in host memory; NULL: none
+    uint64_t base_bytes;
     uint64_t *row_owners; // [rows] id of the request that a row belongs to; 0: ours. Guarded by the client's lock
+    struct gpu_landing_side *gpu; // of a landing in GPU memory, owned; NULL: none
+};
+
+// The GPU's side of a landing.
+struct gpu_landing_side {
+    struct gpu_buffer buffer;          // constant after open
+    char pull_reason[CUDA_TEXT_BYTES]; // why the daemon does not push; "" where that was not asked for
+    uint64_t *row_sequences;           // pull: [rows] whose counts the GPU has; 0: nobody's. Guarded by the lock
 };
 
 struct ice_sequence {
@@ -32,6 +43,8 @@ struct ice_ticket {
     uint64_t generation;
     struct pending *pending; // owned
     uint32_t head_count;
+    uint32_t layer;         // of a pull, like the next
+    uint64_t *sequence_ids; // [rows of the record], owned
 };
 
 // Frees a handle's local part; called with no lock needed.
@@ -44,6 +57,27 @@ void ticket_free(ice_ticket *ticket);
 bool landing_rows_busy(const struct pending *pending);
 ICE_MUST_CHECK ice_status landing_rows_acquire(const struct pending *pending);
 void landing_rows_release(const struct pending *pending);
+
+// Landings of any place (landing.c). A record without memory behind it, or NULL and why; asks the daemon (lock held;
+// the descriptors are borrowed); tells it to close, and waits: ICE_TIMEOUT where it may still use the memory.
+ICE_MUST_CHECK ice_landing *landing_create(ice_client *client, const struct ice_landing_shape *shape,
+                                           ice_status *status);
+ICE_MUST_CHECK struct pending *landing_request(ice_landing *landing, Icecache__Wire__GpuMemory *memory, const int *fds,
+                                               uint32_t count, uint64_t until_us, ice_status *status);
+ICE_MUST_CHECK ice_status landing_map(ice_landing *landing, const struct pending *pending);
+ice_status landing_request_close(ice_client *client, uint64_t generation, uint32_t id, uint64_t until_us);
+
+// Closes the landings that the daemon writes to by itself, while the session lives: GPU memory must not be freed before
+// the daemon has closed it (gpu.c).
+void gpu_close_pushed(ice_client *client);
+
+// Pulls (pull.c), with the lock held, which is released while copies run. Copies what the ticket's reply has staged and
+// gives the rows back; again where a deadline has cut it short.
+ICE_MUST_CHECK ice_status pull_finish(ice_ticket *ticket, uint64_t until_us);
+// Gives the rows of a ticket back that is not waited for any more; not while copies run.
+void pull_abandon(ice_ticket *ticket, uint64_t until_us);
+// The same for all tickets of a landing, which forget it.
+void pull_forget(ice_landing *landing, uint64_t until_us);
 
 // Layers of a call: one, or all with ICE_ALL_LAYERS.
 struct layer_range {

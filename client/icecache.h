@@ -119,6 +119,50 @@ struct ice_landing_view {
 ICE_CHECKED ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
                                         struct ice_landing_view *out);
 
+// ---- landings in GPU memory ----
+
+// The same layout as in host memory, at an address on a GPU: one block for each (row, layer), layer_bytes from one to
+// the next, rows outermost. In a block: the data [KV head, {K, V}, slot, head_dim], at positions_offset uint32
+// positions [KV head, slot], at counts_offset uint32 counts [KV head]. When a retrieve has been waited for, all of it
+// is there for whatever is issued then, on any stream.
+//
+// push: the daemon copies into the memory, which the CUDA driver shares with it. pull: the daemon leaves a selection in
+// shared host memory, and the library copies it in ice_retrieve_wait; a ticket that is closed without having been
+// waited for lands nothing. In both, between submit and the end of the wait the row's cells of this layer may hold
+// anything.
+enum ice_gpu_mode {
+    ICE_GPU_ANY = 0, // push where possible, else pull; ice_landing_gpu says why
+    ICE_GPU_PUSH = 1,
+    ICE_GPU_PULL = 2,
+};
+
+struct ice_gpu_options {
+    uint64_t address; // in this process's GPU memory (a tensor's data_ptr()), a multiple of 16; 0: made by the library
+    uint64_t bytes;   // from address on, at least those of ice_landing_bytes
+    int device;       // where address is 0: the GPU's number in this process
+    enum ice_gpu_mode mode;
+};
+
+// Bytes of a landing of this shape, in host or GPU memory.
+ICE_CHECKED ice_status ice_landing_bytes(const struct ice_landing_shape *shape, uint64_t *bytes_out);
+// As ice_landing_open; what was in the memory is lost. It is borrowed until ice_landing_close: it must neither be freed
+// nor moved before, nor its CUDA context be destroyed. The CUDA driver is loaded from $ICECACHE_CUDA_LIBRARY or
+// libcuda.so.1. ICE_NOT_SUPPORTED, ICE_INVALID_ARGUMENT, ICE_OUT_OF_BOUNDS: the memory cannot be used, and
+// ice_last_error says why.
+ICE_CHECKED ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_shape *shape,
+                                            const struct ice_gpu_options *options, uint64_t deadline_us,
+                                            ice_landing **out);
+
+struct ice_gpu_landing {
+    uint64_t address, bytes; // bytes: those of the landing
+    uint64_t layer_bytes, positions_offset, counts_offset;
+    enum ice_gpu_mode mode;  // ICE_GPU_PUSH or ICE_GPU_PULL
+    const char *pull_reason; // why it is not push; "" where push was not asked for. Valid until the close
+    const char *device_name;
+};
+// ICE_INVALID_ARGUMENT for a landing in host memory. (ice_landing_view is for those.)
+ICE_CHECKED ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gpu_landing *out);
+
 // ---- sequence ----
 
 struct ice_sequence_options {
@@ -171,6 +215,16 @@ struct ice_kv_source {
 // appended.
 ICE_CHECKED ice_status ice_append(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
                                   const struct ice_kv_source *source, uint64_t deadline_us, uint64_t *length_out);
+
+// The same from GPU memory: keys and values of the source are GPU addresses of this process (a tensor's data_ptr()).
+// Either a token's heads lie side by side (head_stride is that of one row: [layer, token, KV head, head_dim]), or a
+// head's tokens do (token_stride is: [layer, KV head, token, head_dim]); anything else is ICE_NOT_SUPPORTED. The
+// library copies on `stream` (a CUstream or cudaStream_t of the memory's context; NULL: the default stream), so behind
+// whatever has been issued there, and returns when K and V have been stored. A client appends from one GPU, with at
+// most 256 MiB of staging_bytes.
+ICE_CHECKED ice_status ice_append_gpu(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
+                                      const struct ice_kv_source *source, void *stream, uint64_t deadline_us,
+                                      uint64_t *length_out);
 
 // Writes K and V of positions first .. first+n-1 in position order into memory laid out like ice_kv_source.
 struct ice_kv_target {

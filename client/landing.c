@@ -57,11 +57,15 @@ void landing_rows_release(const struct pending *pending)
     }
 }
 
+// No request in flight owns a row. (A row whose copy to a GPU has failed is owned for good: nothing comes for it any
+// more.)
 static bool all_rows_free(void *argument)
 {
     const ice_landing *landing = argument;
     for (uint32_t row = 0; row < landing->shape.rows; row++) {
-        if (landing->row_owners[row] != 0) {
+        uint64_t owner = landing->row_owners[row];
+        const struct pending *pending = landing->client->table[owner % EXCHANGE_REQUESTS_MAX];
+        if (owner != 0 && pending != NULL && pending->id == owner) {
             return false;
         }
     }
@@ -111,69 +115,105 @@ static ice_status shape_check(const struct ice_landing_shape *shape, struct land
     return ICE_OK;
 }
 
-static ice_status request_landing(ice_client *client, uint64_t generation, const struct landing_shape *shape,
-                                  uint64_t until_us, struct pending **out)
+ice_landing *landing_create(ice_client *client, const struct ice_landing_shape *shape, ice_status *status)
 {
+    struct landing_shape wanted;
+    struct landing_layout layout;
+    *status = shape_check(shape, &wanted, &layout);
+    if (*status != ICE_OK) {
+        return NULL;
+    }
+    ice_landing *landing = calloc(1, sizeof *landing);
+    uint64_t *owners = calloc(wanted.rows, sizeof *owners);
+    if (landing == NULL || owners == NULL) {
+        free(landing);
+        free(owners);
+        *status = error_set(ICE_NO_MEMORY, "no memory for a landing's record");
+        return NULL;
+    }
+    landing->client = client;
+    landing->shape = wanted;
+    landing->layout = layout;
+    landing->row_owners = owners;
+    return landing;
+}
+
+struct pending *landing_request(ice_landing *landing, Icecache__Wire__GpuMemory *memory, const int *fds, uint32_t count,
+                                uint64_t until_us, ice_status *status)
+{
+    ice_client *client = landing->client;
     struct pending *pending = pending_create();
     if (pending == NULL) {
-        return ICE_NO_MEMORY;
+        *status = ICE_NO_MEMORY;
+        return NULL;
     }
     Icecache__Wire__LandingOpen open = ICECACHE__WIRE__LANDING_OPEN__INIT;
-    open.rows = shape->rows;
-    open.layers = shape->layers;
-    open.kv_heads = shape->kv_heads;
-    open.slots = shape->slots;
-    open.head_dim = shape->head_dim;
-    open.dtype = shape->dtype;
+    open.rows = landing->shape.rows;
+    open.layers = landing->shape.layers;
+    open.kv_heads = landing->shape.kv_heads;
+    open.slots = landing->shape.slots;
+    open.head_dim = landing->shape.head_dim;
+    open.dtype = landing->shape.dtype;
+    open.place = (uint32_t)landing->place;
+    open.gpu = memory;
     Icecache__Wire__ControlRequest request = ICECACHE__WIRE__CONTROL_REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN;
     request.landing_open = &open;
-    ice_status status = exchange_submit_control(client, generation, &request, pending);
-    if (status != ICE_OK) {
+    *status = exchange_submit_descriptors(client, landing->generation, &request, fds, count, pending);
+    if (*status != ICE_OK) {
         pending_destroy(pending);
-        return status;
+        return NULL;
     }
-    status = exchange_wait(client, generation, pending, until_us);
-    if (status != ICE_OK) {
-        exchange_abandon(client, pending);
-        return status;
+    *status = exchange_wait(client, landing->generation, pending, until_us);
+    const Icecache__Wire__ControlReply *reply = pending->control_reply;
+    if (*status == ICE_OK && reply != NULL && reply->body_case == ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING) {
+        landing->id = reply->landing->landing_id;
+        return pending;
     }
-    *out = pending;
-    return ICE_OK;
+    if (*status == ICE_OK) {
+        *status = error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing");
+    }
+    exchange_abandon(client, pending);
+    return NULL;
 }
 
-// Accepts the memory only if it is all there and cannot shrink under our reads.
-static ice_status landing_map(ice_landing *landing, const struct pending *pending)
+// Accepts the memory only if it is all there and cannot shrink under our reads. A GPU's driver writes to none of it,
+// but registers it only where that would be allowed.
+ice_status landing_map(ice_landing *landing, const struct pending *pending)
 {
     const Icecache__Wire__ControlReply *reply = pending->control_reply;
-    if (reply == NULL || reply->body_case != ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING || pending->fd < 0) {
+    const struct landing_shape held_shape = landing_held_shape(&landing->shape, landing->place);
+    struct landing_layout held;
+    struct stat stat;
+    if (reply == NULL || reply->body_case != ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING || pending->fd < 0 ||
+        !landing_layout_init(&held, &held_shape)) {
         return error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing memory");
     }
-    struct stat stat;
     int seals = fcntl(pending->fd, F_GET_SEALS);
-    if (reply->landing->bytes != landing->layout.total_bytes || fstat(pending->fd, &stat) != 0 || stat.st_size < 0 ||
-        (uint64_t)stat.st_size < landing->layout.total_bytes) {
+    if (reply->landing->bytes != held.total_bytes || fstat(pending->fd, &stat) != 0 || stat.st_size < 0 ||
+        (uint64_t)stat.st_size < held.total_bytes) {
         return error_set(ICE_INTERNAL, "the landing's memory does not have the %llu bytes of its shape",
-                         (unsigned long long)landing->layout.total_bytes);
+                         (unsigned long long)held.total_bytes);
     }
     if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
         return error_set(ICE_INTERNAL, "the landing's memory is not sealed against shrinking");
     }
-    void *base = mmap(NULL, (size_t)landing->layout.total_bytes, PROT_READ, MAP_SHARED, pending->fd, 0);
+    int protection = landing->place == LANDING_HOST ? PROT_READ : PROT_READ | PROT_WRITE;
+    void *base = mmap(NULL, (size_t)held.total_bytes, protection, MAP_SHARED, pending->fd, 0);
     if (base == MAP_FAILED) {
         return error_set(errno == ENOMEM ? ICE_NO_MEMORY : ICE_SYSTEM, "mmap of a landing: %s", strerror(errno));
     }
-    (void)madvise(base, (size_t)landing->layout.total_bytes, MADV_DONTDUMP);
+    (void)madvise(base, (size_t)held.total_bytes, MADV_DONTDUMP);
     landing->base = base;
-    landing->id = reply->landing->landing_id;
+    landing->base_bytes = held.total_bytes;
     return ICE_OK;
 }
 
-static void request_close(ice_client *client, uint64_t generation, uint32_t id, uint64_t until_us)
+ice_status landing_request_close(ice_client *client, uint64_t generation, uint32_t id, uint64_t until_us)
 {
     struct pending *pending = pending_create();
     if (pending == NULL) {
-        return; // the daemon frees it with the session
+        return ICE_TIMEOUT; // the daemon frees it with the session
     }
     Icecache__Wire__LandingClose close = ICECACHE__WIRE__LANDING_CLOSE__INIT;
     close.landing_id = id;
@@ -182,28 +222,28 @@ static void request_close(ice_client *client, uint64_t generation, uint32_t id, 
     request.landing_close = &close;
     if (exchange_submit_control(client, generation, &request, pending) != ICE_OK) {
         pending_destroy(pending);
-        return;
+        return ICE_TIMEOUT;
     }
-    // Waited for, so that what it held is free again when this returns; the status says nothing to a closing caller.
+    // Waited for, so that what it held is free again when this returns.
     ice_status status = exchange_wait(client, generation, pending, until_us);
-    (void)status;
     exchange_abandon(client, pending);
+    return status;
 }
 
 static ice_status landing_open(ice_client *client, ice_landing *landing, uint64_t until_us)
 {
     (void)pthread_mutex_lock(&client->lock);
     landing->generation = client->generation;
-    struct pending *pending = NULL;
-    ice_status status = request_landing(client, landing->generation, &landing->shape, until_us, &pending);
-    if (status == ICE_OK) {
+    ice_status status;
+    struct pending *pending = landing_request(landing, NULL, NULL, 0, until_us, &status);
+    if (pending != NULL) {
         status = landing_map(landing, pending);
         if (status == ICE_OK) {
             handle_link(&client->landings, &landing->handle);
-        } else if (pending->control_reply != NULL &&
-                   pending->control_reply->body_case == ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING) {
+        } else {
             error_hold();
-            request_close(client, landing->generation, pending->control_reply->landing->landing_id, until_us);
+            ice_status ignored = landing_request_close(client, landing->generation, landing->id, until_us);
+            (void)ignored;
             error_let_go();
         }
         exchange_abandon(client, pending);
@@ -224,23 +264,10 @@ ice_status ice_landing_open(ice_client *client, const struct ice_landing_shape *
         return error_set(ICE_INVALID_ARGUMENT, "out is NULL");
     }
     uint64_t until_us = client_until(client, deadline_us);
-    struct landing_shape wanted;
-    struct landing_layout layout;
-    status = shape_check(shape, &wanted, &layout);
-    if (status != ICE_OK) {
+    ice_landing *landing = landing_create(client, shape, &status);
+    if (landing == NULL) {
         return status;
     }
-    ice_landing *landing = calloc(1, sizeof *landing);
-    uint64_t *owners = calloc(wanted.rows, sizeof *owners);
-    if (landing == NULL || owners == NULL) {
-        free(landing);
-        free(owners);
-        return error_set(ICE_NO_MEMORY, "no memory for a landing's record");
-    }
-    landing->client = client;
-    landing->shape = wanted;
-    landing->layout = layout;
-    landing->row_owners = owners;
     status = landing_open(client, landing, until_us);
     if (status != ICE_OK) {
         landing_free(landing);
@@ -250,12 +277,34 @@ ice_status ice_landing_open(ice_client *client, const struct ice_landing_shape *
     return ICE_OK;
 }
 
+ice_status ice_landing_bytes(const struct ice_landing_shape *shape, uint64_t *bytes_out)
+{
+    error_clear();
+    struct landing_shape wanted;
+    struct landing_layout layout;
+    if (bytes_out == NULL) {
+        return error_set(ICE_INVALID_ARGUMENT, "bytes_out is NULL");
+    }
+    ice_status status = shape_check(shape, &wanted, &layout);
+    if (status == ICE_OK) {
+        *bytes_out = layout.total_bytes;
+    }
+    return status;
+}
+
 // ---- close ----
 
 void landing_free(ice_landing *landing)
 {
+    if (landing->gpu != NULL && !client_is_forked(landing->client)) {
+        gpu_buffer_close(&landing->gpu->buffer); // before the staging that it has registered goes
+    }
+    if (landing->gpu != NULL) {
+        free(landing->gpu->row_sequences);
+        free(landing->gpu);
+    }
     if (landing->base != NULL) {
-        (void)munmap(landing->base, (size_t)landing->layout.total_bytes);
+        (void)munmap(landing->base, (size_t)landing->base_bytes);
     }
     free(landing->row_owners);
     free(landing);
@@ -274,10 +323,14 @@ void ice_landing_close(ice_landing *landing)
     uint64_t until_us = client_until(client, 0);
     error_hold();
     (void)pthread_mutex_lock(&client->lock);
+    pull_forget(landing, until_us);
     if (exchange_check(client, landing->generation) == ICE_OK) {
         ice_status status = exchange_wait_until(client, landing->generation, all_rows_free, landing, until_us);
         (void)status; // whatever it is, the memory goes now: the daemon has its own mapping
-        request_close(client, landing->generation, landing->id, until_us);
+        status = landing_request_close(client, landing->generation, landing->id, until_us);
+        if (status == ICE_TIMEOUT && landing->place == LANDING_PUSH) {
+            landing->gpu->buffer.owned = false; // the daemon may still have it open: rather lost than freed under it
+        }
     }
     for (uint32_t i = 0; i < EXCHANGE_REQUESTS_MAX; i++) {
         if (client->table[i] != NULL && client->table[i]->landing == landing) {
@@ -321,6 +374,9 @@ ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, 
     if (status != ICE_OK) {
         return status;
     }
+    if (landing->gpu != NULL) {
+        return error_set(ICE_NOT_SUPPORTED, "the landing is in GPU memory: see ice_landing_gpu, and a result's counts");
+    }
     const struct landing_shape *shape = &landing->shape;
     if (row >= shape->rows || kv_head >= shape->kv_heads) {
         return error_set(ICE_INVALID_ARGUMENT, "row %u, KV head %u: the landing has %u rows of %u KV heads", row,
@@ -333,15 +389,15 @@ ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint32_t layer, 
     if (status != ICE_OK) {
         return status;
     }
-    uint64_t cell = landing_cell(shape, row, layer, kv_head);
+    const uint8_t *block = landing->base + landing_block(&landing->layout, shape, row, layer);
     uint32_t count;
-    memcpy(&count, landing->base + landing->layout.counts_offset + cell * sizeof count, sizeof count);
+    memcpy(&count, block + landing->layout.counts_offset + kv_head * sizeof count, sizeof count);
     if (count > shape->slots) {
         return error_set(ICE_INTERNAL, "the landing says %u tokens in %u slots", count, shape->slots);
     }
-    const uint8_t *keys = landing->base + cell * landing->layout.head_bytes;
+    const uint8_t *keys = block + kv_head * landing->layout.head_bytes;
     const uint8_t *positions =
-        landing->base + landing->layout.positions_offset + cell * shape->slots * sizeof(uint32_t);
+        block + landing->layout.positions_offset + (uint64_t)kv_head * shape->slots * sizeof(uint32_t);
     out->keys = keys;
     out->values = keys + landing->layout.side_bytes;
     out->positions = (const void *)positions; // a multiple of 4 bytes from a page boundary

@@ -182,9 +182,6 @@ static uint32_t daemon_deadline_us(uint64_t until_us)
 static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_retrieve_options *options,
                          uint32_t queries, uint64_t *sequence_ids, uint64_t until_us)
 {
-    for (uint32_t i = 0; i < options->sequence_count; i++) {
-        sequence_ids[i] = options->sequences[i]->id;
-    }
     retrieve->landing_id = options->landing->id;
     retrieve->layer = options->layer;
     retrieve->sequence_ids = sequence_ids;
@@ -211,18 +208,26 @@ static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_o
     ice_ticket *ticket = calloc(1, sizeof *ticket);
     struct pending *pending = pending_create();
     uint32_t *rows = malloc(options->sequence_count * sizeof *rows);
-    if (ticket == NULL || pending == NULL || rows == NULL) {
+    uint64_t *sequence_ids = malloc(options->sequence_count * sizeof *sequence_ids);
+    if (ticket == NULL || pending == NULL || rows == NULL || sequence_ids == NULL) {
         free(ticket);
         pending_destroy(pending);
         free(rows);
+        free(sequence_ids);
         (void)error_set(ICE_NO_MEMORY, "no memory for a ticket");
         return NULL;
     }
     memcpy(rows, options->rows, options->sequence_count * sizeof *rows);
+    for (uint32_t i = 0; i < options->sequence_count; i++) {
+        sequence_ids[i] = options->sequences[i]->id;
+    }
     pending->rows = rows;
     pending->row_count = options->sequence_count;
     pending->landing = options->landing;
+    pending->pull = options->landing->place == LANDING_PULL ? PULL_DUE : PULL_NONE;
     ticket->client = client;
+    ticket->layer = options->layer;
+    ticket->sequence_ids = sequence_ids;
     ticket->generation = options->landing->generation;
     ticket->pending = pending;
     ticket->head_count = options->sequence_count * options->landing->shape.kv_heads;
@@ -232,6 +237,7 @@ static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_o
 void ticket_free(ice_ticket *ticket)
 {
     pending_destroy(ticket->pending);
+    free(ticket->sequence_ids);
     free(ticket);
 }
 
@@ -239,9 +245,8 @@ static ice_status ticket_submit(ice_ticket *ticket, const struct ice_retrieve_op
 {
     ice_client *client = ticket->client;
     uint32_t queries = options->queries != 0 ? options->queries : 1;
-    uint64_t sequence_ids[WIRE_SEQUENCES_PER_RETRIEVE_MAX];
     Icecache__Wire__Retrieve retrieve = ICECACHE__WIRE__RETRIEVE__INIT;
-    request_fill(&retrieve, options, queries, sequence_ids, until_us);
+    request_fill(&retrieve, options, queries, ticket->sequence_ids, until_us);
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_RETRIEVE;
     request.retrieve = &retrieve;
@@ -332,6 +337,9 @@ static ice_status ticket_wait(ice_ticket *ticket, uint64_t until_us, struct ice_
     ice_client *client = ticket->client;
     (void)pthread_mutex_lock(&client->lock);
     ice_status status = exchange_wait(client, ticket->generation, ticket->pending, until_us);
+    if (status == ICE_OK && ticket->pending->pull != PULL_NONE) {
+        status = pull_finish(ticket, until_us);
+    }
     if (status == ICE_OK) {
         status = result_fill(ticket, result);
     }
@@ -360,9 +368,11 @@ void ice_ticket_close(ice_ticket *ticket)
         return;
     }
     (void)pthread_mutex_lock(&client->lock);
+    pull_abandon(ticket, client_until(client, 0));
     handle_unlink(&ticket->handle);
     exchange_abandon(client, ticket->pending);
     (void)pthread_mutex_unlock(&client->lock);
+    free(ticket->sequence_ids);
     free(ticket);
 }
 

@@ -20,6 +20,7 @@ static void staging_unreference(struct staging *staging)
 {
     staging->references--;
     if (staging->references == 0) {
+        staging_fetch_close(staging);
         (void)munmap(staging->base, staging->mapped_bytes);
         free(staging);
     }
@@ -185,6 +186,11 @@ ice_status staging_acquire(ice_client *client, uint64_t generation, uint64_t unt
             return status;
         }
     }
+}
+
+void staging_lose(struct staging *staging)
+{
+    staging_unreference(staging); // the half stays busy; where the area goes, the driver waits for its copies first
 }
 
 void staging_release(ice_client *client, struct staging *staging, uint32_t half)

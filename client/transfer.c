@@ -13,6 +13,7 @@
 #include "client/handles.h"
 #include "client/staging.h"
 
+#include "gpu/fetch.h"
 #include "proto/dtype.h"
 #include "proto/shm.h"
 
@@ -31,6 +32,10 @@ struct transfer {
     const uint8_t *source_keys, *source_values;
     uint8_t *target_keys, *target_values;
     size_t layer_stride, token_stride, head_stride;
+    // An append from GPU memory: the source is there.
+    bool on_gpu;
+    bool token_major; // a token's heads lie side by side, in the staging too
+    void *stream;
 };
 
 // A part in one half of the staging area.
@@ -174,6 +179,55 @@ static void part_copy(const struct transfer *transfer, const struct part *part, 
     }
 }
 
+// The part's K and V from the caller's GPU memory, one run for each layer, or for each layer and head. Where their end
+// is not known, the half is lost for good (and part->staging NULL): something may still write to it.
+static ice_status part_fetch(const struct transfer *transfer, struct part *part)
+{
+    ice_status status = staging_fetch_open(transfer->client, part->staging, (uintptr_t)transfer->source_keys);
+    if (status != ICE_OK) {
+        return status;
+    }
+    const uint32_t heads = transfer->sequence->shape.kv_heads, runs = transfer->token_major ? 1 : heads;
+    uint8_t *base = part->staging->base + staging_offset(part->staging, part->half);
+    const uint64_t side = staging_side_bytes(transfer->layers.count, heads, part->tokens, transfer->row_bytes);
+    const struct gpu_rows rows = {.row_bytes = transfer->row_bytes * (transfer->token_major ? heads : 1),
+                                  .rows = part->tokens,
+                                  .stride_bytes = transfer->token_stride};
+    char text[CUDA_TEXT_BYTES] = "";
+    for (uint32_t run = 0; run < transfer->layers.count * runs && status == ICE_OK; run++) {
+        uint8_t *to = base + (uint64_t)run * rows.rows * rows.row_bytes;
+        const size_t offset = run / runs * transfer->layer_stride + (size_t)part->begin * transfer->token_stride +
+                              run % runs * transfer->head_stride;
+        status = gpu_fetch(part->staging->fetch, to, (uintptr_t)transfer->source_keys + offset, &rows, transfer->stream,
+                           text);
+        if (status == ICE_OK) {
+            status = gpu_fetch(part->staging->fetch, to + side, (uintptr_t)transfer->source_values + offset, &rows,
+                               transfer->stream, text);
+        }
+    }
+    // Waited for also where not all could be issued: what was writes to the staging.
+    const ice_status waited =
+        gpu_fetch_wait(part->staging->fetch, part->half, transfer->stream, transfer->until_us, text);
+    if (waited != ICE_OK) {
+        (void)pthread_mutex_lock(&transfer->client->lock);
+        staging_lose(part->staging);
+        (void)pthread_mutex_unlock(&transfer->client->lock);
+        part->staging = NULL;
+        status = waited;
+    }
+    return status == ICE_OK ? ICE_OK : error_set(status, "copying from the GPU: %s", text);
+}
+
+// The caller's K and V into the part's half.
+static ice_status part_fill(const struct transfer *transfer, struct part *part)
+{
+    if (transfer->on_gpu) {
+        return part_fetch(transfer, part);
+    }
+    part_copy(transfer, part, true);
+    return ICE_OK;
+}
+
 static void part_release(const struct transfer *transfer, struct part *part)
 {
     if (part->staging != NULL) {
@@ -261,6 +315,7 @@ static ice_status append_submit(const struct transfer *transfer, const struct pa
     append.tokens = part->tokens;
     append.staging_offset = staging_offset(part->staging, part->half);
     append.reserve_tokens = transfer->n - part->begin;
+    append.token_major = transfer->token_major;
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_APPEND;
     request.append = &append;
@@ -287,15 +342,28 @@ static ice_status append_finish(const struct transfer *transfer, struct pending 
     return status;
 }
 
+// A half that holds the tokens from begin on. Not wait: ICE_OK with tokens 0 where none is free.
+static ice_status part_make(const struct transfer *transfer, uint64_t begin, bool wait, struct part *part)
+{
+    ice_status status = part_acquire(transfer, begin, wait, part);
+    if (status == ICE_OK && part->tokens > 0) {
+        status = part_fill(transfer, part);
+        if (status != ICE_OK) {
+            part_release(transfer, part);
+            part->tokens = 0;
+        }
+    }
+    return status;
+}
+
 // One part after the other. *length is the length last heard.
 static ice_status append_parts(const struct transfer *transfer, uint64_t *length)
 {
     struct part current, next;
-    ice_status status = part_acquire(transfer, 0, true, &current);
+    ice_status status = part_make(transfer, 0, true, &current);
     if (status != ICE_OK) {
         return status;
     }
-    part_copy(transfer, &current, true);
     for (;;) {
         struct pending *pending = NULL;
         status = append_submit(transfer, &current, &pending);
@@ -305,23 +373,24 @@ static ice_status append_parts(const struct transfer *transfer, uint64_t *length
         }
         uint64_t done = current.begin + current.tokens;
         next = (struct part){.begin = done};
-        if (done < transfer->n) {
-            status = part_acquire(transfer, done, false, &next);
-            if (status == ICE_OK && next.tokens > 0) {
-                part_copy(transfer, &next, true);
-            }
+        ice_status ahead = done < transfer->n ? part_make(transfer, done, false, &next) : ICE_OK;
+        if (ahead != ICE_OK) {
+            error_hold(); // told once the part in flight has ended
         }
         status = append_finish(transfer, pending, &current, length);
+        if (ahead != ICE_OK) {
+            error_let_go();
+            status = ahead;
+        }
         if (status != ICE_OK || done == transfer->n) {
             part_release(transfer, &next);
             return status;
         }
         if (next.tokens == 0) {
-            status = part_acquire(transfer, done, true, &next);
+            status = part_make(transfer, done, true, &next);
             if (status != ICE_OK) {
                 return status;
             }
-            part_copy(transfer, &next, true);
         }
         current = next;
     }
@@ -343,6 +412,45 @@ static ice_status append_check(struct transfer *transfer, const struct ice_kv_so
     return bounds_check(transfer, source->keys_bytes, source->values_bytes);
 }
 
+// Where the source's runs are long enough to be copied from a GPU.
+static ice_status gpu_check(struct transfer *transfer)
+{
+    transfer->token_major = transfer->head_stride == transfer->row_bytes;
+    if (!transfer->token_major && transfer->token_stride != transfer->row_bytes) {
+        return error_set(ICE_NOT_SUPPORTED,
+                         "from GPU memory, head_stride or token_stride must be the %llu bytes of a row of head_dim "
+                         "elements; make the tensors contiguous",
+                         (unsigned long long)transfer->row_bytes);
+    }
+    if (transfer->token_major && transfer->n > 1 &&
+        transfer->token_stride < transfer->row_bytes * transfer->sequence->shape.kv_heads) {
+        return error_set(ICE_INVALID_ARGUMENT, "token_stride is smaller than the %llu bytes of a token's heads",
+                         (unsigned long long)(transfer->row_bytes * transfer->sequence->shape.kv_heads));
+    }
+    return ICE_OK;
+}
+
+static ice_status append_run(struct transfer *transfer, ice_status status, uint64_t *length_out)
+{
+    uint64_t length = 0;
+    bool known = transfer->layers.count > 0;
+    if (known) {
+        (void)pthread_mutex_lock(&transfer->client->lock);
+        length = sequence_length(transfer->sequence, transfer->layers);
+        (void)pthread_mutex_unlock(&transfer->client->lock);
+    }
+    if (status == ICE_OK) {
+        status = append_parts(transfer, &length);
+        (void)pthread_mutex_lock(&transfer->client->lock);
+        sequence_length_set(transfer->sequence, transfer->layers, length);
+        (void)pthread_mutex_unlock(&transfer->client->lock);
+    }
+    if (length_out != NULL && known) {
+        *length_out = length;
+    }
+    return status;
+}
+
 ice_status ice_append(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
                       const struct ice_kv_source *source, uint64_t deadline_us, uint64_t *length_out)
 {
@@ -352,23 +460,24 @@ ice_status ice_append(ice_sequence *sequence, uint32_t layer, uint64_t first, ui
     if (status == ICE_OK) {
         status = append_check(&transfer, source);
     }
-    uint64_t length = 0;
-    bool known = transfer.layers.count > 0;
-    if (known) {
-        (void)pthread_mutex_lock(&transfer.client->lock);
-        length = sequence_length(sequence, transfer.layers);
-        (void)pthread_mutex_unlock(&transfer.client->lock);
-    }
+    return append_run(&transfer, status, length_out);
+}
+
+ice_status ice_append_gpu(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
+                          const struct ice_kv_source *source, void *stream, uint64_t deadline_us, uint64_t *length_out)
+{
+    error_clear();
+    struct transfer transfer;
+    ice_status status = transfer_init(&transfer, sequence, layer, first, n, deadline_us);
     if (status == ICE_OK) {
-        status = append_parts(&transfer, &length);
-        (void)pthread_mutex_lock(&transfer.client->lock);
-        sequence_length_set(sequence, transfer.layers, length);
-        (void)pthread_mutex_unlock(&transfer.client->lock);
+        status = append_check(&transfer, source);
     }
-    if (length_out != NULL && known) {
-        *length_out = length;
+    transfer.on_gpu = true;
+    transfer.stream = stream;
+    if (status == ICE_OK) {
+        status = gpu_check(&transfer);
     }
-    return status;
+    return append_run(&transfer, status, length_out);
 }
 
 // ---- read ----

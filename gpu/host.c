@@ -1,25 +1,20 @@
-// The host backend: a landing is a memfd that the daemon made and the worker maps.
+// Host memory of landings, and the two places that need nothing else: host and pull. The memory is a memfd that the
+// daemon made and the worker maps.
 //
 // Invariants: the daemon only writes to the memory, since the worker may write anywhere at any time; a cell's count is
 // stored last and with release order, so that a worker that sees it sees the slots and positions too.
-// Threads: open and close on the reactor; target and submit from several shards on different cells, which touch no
+// Threads: open and close on the keeper; target and submit from several shards on different cells, which touch no
 // shared state of the landing; clear_row from the thread that binds the row, while no shard works on it.
 
 // Asserts are for our own bugs and stay on in release builds.
 #undef NDEBUG
-#include "gpu/landing.h"
+#include "gpu/held.h"
+#include "gpu/store.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-
-struct gpu_landing {
-    struct landing_shape shape;
-    struct landing_layout layout;
-    struct gpu_system system; // owner borrowed until close
-    uint8_t *memory;          // layout.total_bytes
-};
 
 _Static_assert(sizeof(_Atomic uint32_t) == sizeof(uint32_t) && ATOMIC_INT_LOCK_FREE == 2,
                "counts are shared with other processes and must be plain lock-free words");
@@ -29,32 +24,32 @@ static ice_status system_status(int error)
     return error == -ENOMEM || error == -ENOSPC ? ICE_SHARED_FULL : ICE_SYSTEM;
 }
 
-static ice_status host_open(const struct gpu_landing_ops *ops, const struct gpu_system *system,
-                            const struct landing_shape *shape, struct gpu_landing **out, int *fd_out)
+ice_status held_open(const struct gpu_system *system, const struct landing_shape *shape, enum landing_place place,
+                     struct gpu_landing **out, int *fd_out)
 {
-    assert(ops == &gpu_host_ops);
-    struct landing_layout layout;
-    if (!landing_layout_init(&layout, shape)) {
-        return ICE_TOO_LARGE;
-    }
     struct gpu_landing *landing = calloc(1, sizeof(*landing));
     if (!landing) {
         return ICE_NO_MEMORY;
     }
+    *landing = (struct gpu_landing){
+        .place = place, .shape = *shape, .held_shape = landing_held_shape(shape, place), .system = *system};
+    ice_status status = ICE_TOO_LARGE;
+    if (!landing_layout_init(&landing->layout, shape) || !landing_layout_init(&landing->held, &landing->held_shape)) {
+        goto free_landing;
+    }
     int fd = -1;
     void *memory = NULL;
-    ice_status status = ICE_OK;
-    int rc = system->memfd_create(system->owner, "icecache-landing", layout.total_bytes, &fd);
+    int rc = system->memfd_create(system->owner, "icecache-landing", landing->held.total_bytes, &fd);
     if (rc < 0) {
         status = system_status(rc);
         goto free_landing;
     }
-    rc = system->map_shared(system->owner, fd, layout.total_bytes, &memory);
+    rc = system->map_shared(system->owner, fd, landing->held.total_bytes, &memory);
     if (rc < 0) {
         status = system_status(rc);
         goto close_fd;
     }
-    *landing = (struct gpu_landing){.shape = *shape, .layout = layout, .system = *system, .memory = memory};
+    landing->memory = memory;
     *out = landing;
     *fd_out = fd;
     return ICE_OK;
@@ -66,62 +61,96 @@ free_landing:
     return status;
 }
 
-static void host_close(struct gpu_landing *landing)
+void held_close(struct gpu_landing *landing)
 {
     if (landing) {
-        landing->system.unmap(landing->system.owner, landing->memory, landing->layout.total_bytes);
+        landing->system.unmap(landing->system.owner, landing->memory, landing->held.total_bytes);
         free(landing);
     }
 }
 
-static uint64_t cell_index(const struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head)
+// Every layer has the one block of its row where the memory is a staging.
+static uint8_t *block_of(const struct gpu_landing *landing, uint32_t row, uint32_t layer)
 {
-    assert(row < landing->shape.rows && layer < landing->shape.layers && kv_head < landing->shape.kv_heads);
-    return landing_cell(&landing->shape, row, layer, kv_head);
+    assert(row < landing->shape.rows && layer < landing->shape.layers);
+    const uint32_t held_layer = layer < landing->held_shape.layers ? layer : 0;
+    return landing->memory + landing_block(&landing->held, &landing->held_shape, row, held_layer);
 }
 
-static _Atomic uint32_t *cell_count(struct gpu_landing *landing, uint64_t cell)
+// Read by a GPU next, not by a core.
+static bool is_staged(const struct gpu_landing *landing)
 {
-    return (_Atomic uint32_t *)(void *)(landing->memory + landing->layout.counts_offset) + cell;
+    return landing->place != LANDING_HOST;
 }
 
-static void host_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
-                        struct gpu_target *out)
+static _Atomic uint32_t *counts_of(const struct gpu_landing *landing, uint8_t *block)
 {
-    const uint64_t cell = cell_index(landing, row, layer, kv_head);
-    uint8_t *const head = landing->memory + cell * landing->layout.head_bytes;
-    uint32_t *const positions = (void *)(landing->memory + landing->layout.positions_offset);
-    out->keys = head;
-    out->values = head + landing->layout.side_bytes;
-    out->positions = positions + cell * landing->shape.slots;
+    return (_Atomic uint32_t *)(void *)(block + landing->held.counts_offset);
 }
 
-static ice_status host_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
-                              uint32_t count)
+void held_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, struct gpu_target *out)
 {
-    const uint64_t cell = cell_index(landing, row, layer, kv_head);
-    assert(count <= landing->shape.slots);
-    // Pairs with the worker's acquire load: who sees the count sees what was gathered before it.
-    atomic_store_explicit(cell_count(landing, cell), count, memory_order_release);
-    return ICE_OK;
+    assert(kv_head < landing->shape.kv_heads);
+    uint8_t *const block = block_of(landing, row, layer);
+    out->keys = block + kv_head * landing->held.head_bytes;
+    out->values = out->keys + landing->held.side_bytes;
+    uint32_t *const positions = (void *)(block + landing->held.positions_offset);
+    out->positions = positions + (uint64_t)kv_head * landing->shape.slots;
+    out->store = is_staged(landing) ? store_streaming : store_cached;
 }
 
-static void host_clear_row(struct gpu_landing *landing, uint32_t row)
+void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count)
 {
-    const uint64_t first = cell_index(landing, row, 0, 0);
-    const uint64_t cells = (uint64_t)landing->shape.layers * landing->shape.kv_heads;
-    for (uint64_t i = 0; i < cells; i++) {
-        atomic_store_explicit(cell_count(landing, first + i), 0, memory_order_release);
+    assert(kv_head < landing->shape.kv_heads && count <= landing->shape.slots);
+    if (is_staged(landing)) {
+        store_fence();
     }
+    // Pairs with the worker's acquire load: who sees the count sees what was gathered before it.
+    atomic_store_explicit(counts_of(landing, block_of(landing, row, layer)) + kv_head, count, memory_order_release);
+}
+
+void held_clear_row(struct gpu_landing *landing, uint32_t row)
+{
+    for (uint32_t layer = 0; layer < landing->held_shape.layers; layer++) {
+        _Atomic uint32_t *const counts = counts_of(landing, block_of(landing, row, layer));
+        for (uint32_t head = 0; head < landing->held_shape.kv_heads; head++) {
+            atomic_store_explicit(counts + head, 0, memory_order_release);
+        }
+    }
+}
+
+static ice_status host_open(const struct gpu_system *system, const struct landing_shape *shape,
+                            const struct gpu_source *source, struct gpu_landing **out, int *fd_out, char *text)
+{
+    assert(!source);
+    text[0] = '\0';
+    return held_open(system, shape, LANDING_HOST, out, fd_out);
+}
+
+static ice_status pull_open(const struct gpu_system *system, const struct landing_shape *shape,
+                            const struct gpu_source *source, struct gpu_landing **out, int *fd_out, char *text)
+{
+    assert(!source);
+    text[0] = '\0';
+    return held_open(system, shape, LANDING_PULL, out, fd_out);
 }
 
 const struct gpu_landing_ops gpu_host_ops = {
     .name = "host",
     .open = host_open,
-    .close = host_close,
-    .target = host_target,
-    .submit = host_submit,
-    .clear_row = host_clear_row,
+    .close = held_close,
+    .target = held_target,
+    .submit = held_submit,
+    .clear_row = held_clear_row,
+};
+
+const struct gpu_landing_ops gpu_pull_ops = {
+    .name = "pull",
+    .open = pull_open,
+    .close = held_close,
+    .target = held_target,
+    .submit = held_submit,
+    .clear_row = held_clear_row,
 };
 
 const struct landing_layout *gpu_landing_layout(const struct gpu_landing *landing)

@@ -1,4 +1,4 @@
-// The control socket: whole packets with a deadline, at most one descriptor beside each.
+// The control socket: whole packets with a deadline, descriptors beside them.
 //
 // Invariants: no call waits longer than its deadline (signals do not extend it); no descriptor that a peer sends stays
 // open unless the caller gets it; every descriptor made here is CLOEXEC; SIGPIPE is never raised.
@@ -146,33 +146,39 @@ static ice_status transfer_status(int error)
     }
 }
 
-// Room for two descriptors: one more than is ever wanted, so that a surplus one is seen and closed here. What is beyond
-// that the kernel drops by itself.
+// Room for one more than is ever wanted, so that a surplus one is seen and closed here. What is beyond that the kernel
+// drops by itself.
 union ancillary {
     struct cmsghdr align;
-    char bytes[CMSG_SPACE(2 * sizeof(int))];
+    char bytes[CMSG_SPACE((WIRE_DESCRIPTORS_MAX + 1) * sizeof(int))];
 };
 
-ice_status control_send(int socket, const void *bytes, size_t size, int fd, int deadline_ms)
+static void attach_descriptors(struct msghdr *message, union ancillary *ancillary, const int *fds, uint32_t count)
+{
+    const size_t bytes = count * sizeof(int);
+    memset(ancillary, 0, CMSG_SPACE(bytes));
+    message->msg_control = ancillary->bytes;
+    message->msg_controllen = CMSG_SPACE(bytes);
+    struct cmsghdr *header = CMSG_FIRSTHDR(message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(bytes);
+    memcpy(CMSG_DATA(header), fds, bytes);
+}
+
+ice_status control_send_all(int socket, const void *bytes, size_t size, const int *fds, uint32_t count, int deadline_ms)
 {
     if (size == 0) { // the peer could not tell it from the end of the connection
         return ICE_INVALID_ARGUMENT;
     }
-    if (size > WIRE_CONTROL_BYTES_MAX) {
+    if (size > WIRE_CONTROL_BYTES_MAX || count > WIRE_DESCRIPTORS_MAX) {
         return ICE_TOO_LARGE;
     }
     struct iovec part = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = size};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     union ancillary ancillary;
-    if (fd >= 0) {
-        memset(&ancillary, 0, sizeof(ancillary));
-        message.msg_control = ancillary.bytes;
-        message.msg_controllen = CMSG_SPACE(sizeof(int));
-        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(header), &fd, sizeof(fd));
+    if (count > 0) {
+        attach_descriptors(&message, &ancillary, fds, count);
     }
     const int64_t deadline = deadline_ns(deadline_ms);
     for (;;) {
@@ -193,10 +199,23 @@ ice_status control_send(int socket, const void *bytes, size_t size, int fd, int 
     }
 }
 
-// Takes the first descriptor out of the message (-1: none) and closes all others.
-static int take_descriptor(struct msghdr *message)
+ice_status control_send(int socket, const void *bytes, size_t size, int fd, int deadline_ms)
 {
-    int first = -1;
+    return control_send_all(socket, bytes, size, &fd, fd >= 0 ? 1 : 0, deadline_ms);
+}
+
+void control_descriptors_close(struct control_descriptors *descriptors)
+{
+    for (uint32_t i = 0; i < descriptors->count; i++) {
+        close(descriptors->fds[i]);
+    }
+    descriptors->count = 0;
+}
+
+// Takes the descriptors out of the message, as many as there is room for, and closes all others.
+static void take_descriptors(struct msghdr *message, struct control_descriptors *out)
+{
+    out->count = 0;
     for (struct cmsghdr *header = CMSG_FIRSTHDR(message); header; header = CMSG_NXTHDR(message, header)) {
         if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) {
             continue;
@@ -205,39 +224,38 @@ static int take_descriptor(struct msghdr *message)
         for (size_t i = 0; i < count; i++) {
             int fd;
             memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(fd));
-            if (first < 0) {
-                first = fd;
+            if (out->count < WIRE_DESCRIPTORS_MAX) {
+                out->fds[out->count++] = fd;
             } else {
                 close(fd);
             }
         }
     }
-    return first;
 }
 
-// What a received packet is worth; *fd is the caller's on ICE_OK, closed otherwise.
-static ice_status accept_packet(struct msghdr *message, size_t size, int *fd)
+// What a received packet is worth; the descriptors are the caller's on ICE_OK, closed otherwise.
+static ice_status accept_packet(struct msghdr *message, size_t size, struct control_descriptors *descriptors)
 {
-    *fd = take_descriptor(message);
+    take_descriptors(message, descriptors);
     ice_status status = ICE_OK;
     if (size == 0) { // end of file, or an empty packet, which no valid peer sends
         status = ICE_DISCONNECTED;
     } else if (message->msg_flags & MSG_TRUNC) {
         status = ICE_BAD_MESSAGE;
-    } else if ((message->msg_flags & MSG_CTRUNC) && *fd < 0) { // no room in this process's descriptor table
+    } else if ((message->msg_flags & MSG_CTRUNC) && descriptors->count == 0) { // this process's table has no room
         status = ICE_SYSTEM;
     }
-    if (status != ICE_OK && *fd >= 0) {
-        close(*fd);
-        *fd = -1;
+    if (status != ICE_OK) {
+        control_descriptors_close(descriptors);
     }
     return status;
 }
 
-ice_status control_receive(int socket, void *bytes, size_t capacity, size_t *size_out, int *fd_out, int deadline_ms)
+ice_status control_receive_all(int socket, void *bytes, size_t capacity, size_t *size_out,
+                               struct control_descriptors *descriptors, int deadline_ms)
 {
     *size_out = 0;
-    *fd_out = -1;
+    descriptors->count = 0;
     const int64_t deadline = deadline_ns(deadline_ms);
     for (;;) {
         union ancillary ancillary;
@@ -250,7 +268,7 @@ ice_status control_receive(int socket, void *bytes, size_t capacity, size_t *siz
         };
         const ssize_t received = recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
         if (received >= 0) {
-            const ice_status status = accept_packet(&message, (size_t)received, fd_out);
+            const ice_status status = accept_packet(&message, (size_t)received, descriptors);
             *size_out = status == ICE_OK ? (size_t)received : 0;
             return status;
         }
@@ -265,6 +283,19 @@ ice_status control_receive(int socket, void *bytes, size_t capacity, size_t *siz
             return status;
         }
     }
+}
+
+ice_status control_receive(int socket, void *bytes, size_t capacity, size_t *size_out, int *fd_out, int deadline_ms)
+{
+    struct control_descriptors descriptors;
+    const ice_status status = control_receive_all(socket, bytes, capacity, size_out, &descriptors, deadline_ms);
+    *fd_out = -1;
+    if (descriptors.count > 0) {
+        *fd_out = descriptors.fds[0];
+        descriptors.fds[0] = descriptors.fds[--descriptors.count];
+    }
+    control_descriptors_close(&descriptors);
+    return status;
 }
 
 ice_status control_peer(int socket, pid_t *pid, uid_t *uid, gid_t *gid)

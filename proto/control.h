@@ -3,6 +3,7 @@
 #ifndef ICECACHE_PROTO_CONTROL_H
 #define ICECACHE_PROTO_CONTROL_H
 
+#include "proto/limits.h"
 #include "proto/status.h"
 
 #include <stddef.h>
@@ -34,6 +35,18 @@ ICE_MUST_CHECK ice_status control_send(int socket, const void *bytes, size_t siz
 // ICE_BAD_MESSAGE (packet truncated), ICE_SYSTEM (also where there is no free descriptor for one that was sent).
 ICE_MUST_CHECK ice_status control_receive(int socket, void *bytes, size_t capacity, size_t *size_out, int *fd_out,
                                           int deadline_ms);
+
+// The same with up to WIRE_DESCRIPTORS_MAX descriptors. Sending borrows them (more: ICE_TOO_LARGE). Received ones are
+// the caller's on ICE_OK, none otherwise; a sender may have sent more than fit this process's table, so count them.
+struct control_descriptors {
+    int fds[WIRE_DESCRIPTORS_MAX];
+    uint32_t count;
+};
+ICE_MUST_CHECK ice_status control_send_all(int socket, const void *bytes, size_t size, const int *fds, uint32_t count,
+                                           int deadline_ms);
+ICE_MUST_CHECK ice_status control_receive_all(int socket, void *bytes, size_t capacity, size_t *size_out,
+                                              struct control_descriptors *descriptors, int deadline_ms);
+void control_descriptors_close(struct control_descriptors *descriptors); // and leaves none
 
 // Peer's credentials as the kernel knows them.
 ICE_MUST_CHECK ice_status control_peer(int socket, pid_t *pid, uid_t *uid, gid_t *gid);

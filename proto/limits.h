@@ -9,6 +9,7 @@
 #define WIRE_VECTORS_BYTES_MAX          (16u << 20)  // frame 2
 #define WIRE_ARENA_BYTES_MAX            (256u << 10) // memory for decoding one request
 #define WIRE_CONTROL_BYTES_MAX          (4u << 10)   // one packet on the control socket
+#define WIRE_DESCRIPTORS_MAX            128u         // beside one packet: pieces of a worker's GPU memory
 #define WIRE_FRAMES_MAX                 2u           // frames of a message, routing id not counted
 #define WIRE_SHARED_BYTES_MAX           (1ull << 46) // one landing or staging area, and offsets into it
 
@@ -28,6 +29,9 @@
 #define WIRE_SESSION_TOKEN_BYTES        16u
 #define WIRE_NAME_BYTES_MAX             128u // client names, namespaces
 #define WIRE_DIGEST_BYTES_MAX           64u
+#define WIRE_GPU_UUID_BYTES             16u
+#define WIRE_GPU_HANDLE_BYTES           64u
+#define WIRE_GPU_PROBE_BYTES            128u
 #define WIRE_DEADLINE_US_MAX            (600u * 1000u * 1000u)
 #define WIRE_TEXT_BYTES_MAX             512u // error text in a reply
 #define WIRE_STATS_SEQUENCES_MAX        256u // sequences listed per stats reply

@@ -1,24 +1,24 @@
 // Offsets inside a landing's memory, computed alike by the daemon and the worker.
 //
-// Invariants: no offset wraps, because every product is checked against WIRE_SHARED_BYTES_MAX; parts start on 4 KiB
-// boundaries; *layout is written on success only.
-// Threads: stateless, any thread.
+// Invariants: no offset wraps, because every product is checked against WIRE_SHARED_BYTES_MAX; blocks start on 512
+// bytes; *layout is written on success only. Threads: stateless, any thread.
 #include "proto/shm.h"
 
 #include "proto/dtype.h"
 #include "proto/limits.h"
 
-#define PART_BYTES 4096u
+#define BLOCK_ALIGNMENT 512u
+#define PAGE_BYTES      4096u
 
 static bool multiply(uint64_t *product, uint64_t factor)
 {
     return !__builtin_mul_overflow(*product, factor, product) && *product <= WIRE_SHARED_BYTES_MAX;
 }
 
-// Both operands are at most WIRE_SHARED_BYTES_MAX, far from the end of the type.
-static uint64_t next_part(uint64_t offset, uint64_t bytes)
+// bytes is far from the end of the type.
+static uint64_t round_up(uint64_t bytes, uint64_t alignment)
 {
-    return (offset + bytes + PART_BYTES - 1) / PART_BYTES * PART_BYTES;
+    return (bytes + alignment - 1) / alignment * alignment;
 }
 
 static bool in_limits(const struct landing_shape *shape)
@@ -34,27 +34,24 @@ bool landing_layout_init(struct landing_layout *layout, const struct landing_sha
     if (!in_limits(shape)) {
         return false;
     }
-    const uint64_t cells = (uint64_t)shape->rows * shape->layers * shape->kv_heads; // at most 2^29
     const uint64_t slot_bytes = shape->head_dim * dtype_bytes((enum dtype)shape->dtype);
     const uint64_t side_bytes = shape->slots * slot_bytes; // at most 2^34
-    uint64_t data_bytes = 2 * side_bytes;
-    uint64_t positions_bytes = sizeof(uint32_t) * shape->slots;
-    if (!multiply(&data_bytes, cells) || !multiply(&positions_bytes, cells)) {
-        return false;
-    }
-    const uint64_t counts_offset = next_part(0, data_bytes);
-    const uint64_t positions_offset = next_part(counts_offset, cells * sizeof(uint32_t));
-    const uint64_t total_bytes = next_part(positions_offset, positions_bytes);
-    if (total_bytes > WIRE_SHARED_BYTES_MAX) {
+    const uint64_t data_bytes = 2 * side_bytes * shape->kv_heads;
+    const uint64_t positions_bytes = sizeof(uint32_t) * shape->slots * shape->kv_heads;
+    const uint64_t counts_offset = data_bytes + positions_bytes;
+    const uint64_t block_bytes = round_up(counts_offset + sizeof(uint32_t) * shape->kv_heads, BLOCK_ALIGNMENT);
+    uint64_t total_bytes = block_bytes; // at most 2^44
+    if (!multiply(&total_bytes, (uint64_t)shape->rows * shape->layers)) {
         return false;
     }
     *layout = (struct landing_layout){
         .slot_bytes = slot_bytes,
         .side_bytes = side_bytes,
         .head_bytes = 2 * side_bytes,
+        .positions_offset = data_bytes,
         .counts_offset = counts_offset,
-        .positions_offset = positions_offset,
-        .total_bytes = total_bytes,
+        .block_bytes = block_bytes,
+        .total_bytes = round_up(total_bytes, PAGE_BYTES), // the limit is one too
     };
     return true;
 }

@@ -1,9 +1,14 @@
 // Layout of the shared memory between the daemon and a worker.
 //
-// A landing is one memfd: the data, [row][layer][kv_head][{K,V}][slot][head_dim], then a u32 count per
-// [row][layer][kv_head], then u32 positions [row][layer][kv_head][slot]. Every part starts on a 4 KiB boundary, so a
-// kernel on a GPU can read counts and positions at fixed addresses. No pointers, no headers: both sides compute the
-// same offsets from the shape that was agreed on the control socket.
+// A landing is one block for each (row, layer): the data, [kv_head][{K,V}][slot][head_dim], right behind it u32
+// positions [kv_head][slot] and a u32 count per [kv_head]. All that one retrieve leaves for a row is one piece, so it
+// goes to a GPU in one copy, and a kernel there reads counts and positions at fixed addresses. Blocks start on 512
+// bytes. No pointers, no headers: both sides compute the same offsets from the shape that was agreed on the control
+// socket.
+//
+// A landing in GPU memory has the same layout there. In host memory it is **staged**: the memory holds one layer of
+// each row, that of the row's last retrieve, in the layout of a landing of one layer. Who reads the staging copies it
+// to the GPU before the row's next retrieve.
 //
 // The worker may write anywhere at any time: the daemon only ever writes, and never reads back what it wrote.
 #ifndef ICECACHE_PROTO_SHM_H
@@ -11,6 +16,13 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+
+// Where the daemon writes selections. Values are part of the wire protocol.
+enum landing_place {
+    LANDING_HOST = 0, // a memfd that holds the whole landing
+    LANDING_PULL = 1, // a memfd that stages it; the worker copies from there to its GPU
+    LANDING_PUSH = 2, // the worker's GPU memory; the daemon stages and copies
+};
 
 struct landing_shape {
     uint32_t rows, layers, kv_heads, slots, head_dim;
@@ -21,19 +33,29 @@ struct landing_layout {
     uint64_t slot_bytes;       // one K or V row
     uint64_t side_bytes;       // slots x slot_bytes: all K, or all V, of one (row, layer, head)
     uint64_t head_bytes;       // 2 x side_bytes
-    uint64_t counts_offset;    // u32 [row][layer][kv_head]
-    uint64_t positions_offset; // u32 [row][layer][kv_head][slot]
-    uint64_t total_bytes;      // a multiple of 4 KiB
+    uint64_t positions_offset; // in a block: u32 [kv_head][slot]
+    uint64_t counts_offset;    // in a block: u32 [kv_head]
+    uint64_t block_bytes;      // from one block to the next
+    uint64_t total_bytes;      // of all blocks; a multiple of 4 KiB
 };
 
 // Fills *layout on success; false where a dimension is zero or above its limit, the dtype is unknown, or the size
 // exceeds WIRE_SHARED_BYTES_MAX.
 bool landing_layout_init(struct landing_layout *layout, const struct landing_shape *shape);
 
-// Index of (row, layer, head) in the counts; times slots in the positions; times head_bytes in the data.
-static inline uint64_t landing_cell(const struct landing_shape *shape, uint32_t row, uint32_t layer, uint32_t kv_head)
+// The shape of what is held in host memory.
+static inline struct landing_shape landing_held_shape(const struct landing_shape *shape, enum landing_place place)
 {
-    return ((uint64_t)row * shape->layers + layer) * shape->kv_heads + kv_head;
+    struct landing_shape held = *shape;
+    held.layers = place == LANDING_HOST ? shape->layers : 1;
+    return held;
+}
+
+// Where the block of a (row, layer) begins.
+static inline uint64_t landing_block(const struct landing_layout *layout, const struct landing_shape *shape,
+                                     uint32_t row, uint32_t layer)
+{
+    return ((uint64_t)row * shape->layers + layer) * layout->block_bytes;
 }
 
 // Bytes of one side (K or V) of a staging area's content in Append's and Read's layout.

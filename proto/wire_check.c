@@ -164,6 +164,49 @@ static ice_status check_staging_open(const Icecache__Wire__StagingOpen *staging,
     return check_counts(&bytes, 1, error);
 }
 
+static ice_status check_gpu_memory(const Icecache__Wire__GpuMemory *gpu, struct wire_error *error)
+{
+    if (gpu->uuid.len != WIRE_GPU_UUID_BYTES || gpu->probe.len != WIRE_GPU_PROBE_BYTES) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT,
+                           "a GPU's uuid has %zu bytes and the probe %zu; they have %u and %u", gpu->uuid.len,
+                           gpu->probe.len, WIRE_GPU_UUID_BYTES, WIRE_GPU_PROBE_BYTES);
+    }
+    if (gpu->handle.len != WIRE_GPU_HANDLE_BYTES && gpu->handle.len != 0) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT, "the handle of GPU memory has %zu bytes; it has %u",
+                           gpu->handle.len, WIRE_GPU_HANDLE_BYTES);
+    }
+    if ((gpu->handle.len == 0) == (gpu->n_piece_bytes == 0)) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT, "GPU memory has a handle or pieces: give one of them");
+    }
+    if (gpu->n_piece_bytes > WIRE_DESCRIPTORS_MAX) {
+        return wire_refuse(error, ICE_TOO_LARGE, "GPU memory of %zu pieces; WIRE_DESCRIPTORS_MAX is %u",
+                           gpu->n_piece_bytes, WIRE_DESCRIPTORS_MAX);
+    }
+    for (size_t i = 0; i < gpu->n_piece_bytes; i++) {
+        if (gpu->piece_bytes[i] == 0 || gpu->piece_bytes[i] > WIRE_SHARED_BYTES_MAX) {
+            return wire_refuse(error, ICE_OUT_OF_BOUNDS, "piece %zu of GPU memory has %" PRIu64 " bytes", i,
+                               gpu->piece_bytes[i]);
+        }
+    }
+    if (gpu->offset > WIRE_SHARED_BYTES_MAX) {
+        return wire_refuse(error, ICE_OUT_OF_BOUNDS, "offset %" PRIu64 " into GPU memory is over WIRE_SHARED_BYTES_MAX",
+                           gpu->offset);
+    }
+    return ICE_OK;
+}
+
+static ice_status check_place(const Icecache__Wire__LandingOpen *landing, struct wire_error *error)
+{
+    if (landing->place > LANDING_PUSH) {
+        return wire_refuse(error, ICE_NOT_SUPPORTED, "place %u of a landing is unknown to this daemon", landing->place);
+    }
+    if ((landing->place == LANDING_PUSH) != (landing->gpu != NULL)) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT, "a landing of place %u %s", landing->place,
+                           landing->gpu ? "has no GPU memory" : "must name its GPU memory");
+    }
+    return landing->gpu ? check_gpu_memory(landing->gpu, error) : ICE_OK;
+}
+
 static ice_status check_landing_open(const Icecache__Wire__LandingOpen *landing, struct wire_error *error)
 {
     const struct count_field counts[] = {
@@ -195,7 +238,7 @@ static ice_status check_landing_open(const Icecache__Wire__LandingOpen *landing,
                              "WIRE_SHARED_BYTES_MAX = %llu bytes; use fewer slots or rows",
                              landing->rows, landing->layers, landing->kv_heads, landing->slots, WIRE_SHARED_BYTES_MAX);
     }
-    return status;
+    return status == ICE_OK ? check_place(landing, error) : status;
 }
 
 ice_status wire_check_control_request(const Icecache__Wire__ControlRequest *request, struct wire_error *error)

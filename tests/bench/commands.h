@@ -6,6 +6,7 @@
 
 #include <jansson.h>
 
+int command_copy(const struct options *options, json_t *rows, json_t *ratios);
 int command_search(const struct options *options, json_t *rows, json_t *ratios);
 int command_step(const struct options *options, json_t *rows, json_t *ratios);
 

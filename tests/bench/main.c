@@ -34,6 +34,7 @@ int main(int argc, char **argv)
         return EXIT_MISSING;
     }
     code = strcmp(options.command, "search") == 0 ? command_search(&options, rows, ratios)
+           : strcmp(options.command, "copy") == 0 ? command_copy(&options, rows, ratios)
                                                   : command_step(&options, rows, ratios);
     if (code == 0 || code == EXIT_CHECK) {
         if (options.json) {

@@ -13,6 +13,7 @@ static const char help[] =
     "\n"
     "commands\n"
     "  search   build, insertion, memory and search of one lane: the tree beside exact scans\n"
+    "  copy     bringing a selection of 8 KV heads into a landing: gathered in host memory, and on to a GPU\n"
     "  step     the whole node job of one decode step at a model's shape: search and gather of all lanes\n"
     "\n"
     "options (LIST: numbers with commas between them)\n"
@@ -23,10 +24,10 @@ static const char help[] =
     "  --trace DIR         data: a trace folder; may be repeated\n"
     "  --data KIND[,KIND]  data: attention, gauss, or both (attention)\n"
     "  --tokens LIST       of generated data (search 4096,32768; step 36000)\n"
-    "  --head-dim LIST     of generated data, search (128)\n"
+    "  --head-dim LIST     of generated data, search and copy (128)\n"
     "  --query-heads LIST  of generated data, per KV head, search (4)\n"
     "  --queries N         search: per lane (64)\n"
-    "  --budget LIST       tokens to select (64,256); the first one is timed by search\n"
+    "  --budget LIST       tokens to select (64,256); the first one is timed by search; copy: tokens a KV head\n"
     "  --sinks N           of traces (16)\n"
     "  --window N          of traces (64)\n"
     "  --policy NAME[,NAME]\n"
@@ -68,9 +69,18 @@ enum {
     HELP
 };
 
-// What one of the commands has no use for; it is refused there, because a figure would not be what was asked for.
-static const int search_only[] = {SEEDS, HEAD_DIM, QUERY_HEADS, QUERIES, INSERT_SHARE, PEERS, PYTHON};
-static const int step_only[] = {SHAPE, COPIES, CORES, NO_GATHER};
+// What some of the commands have no use for; it is refused there, because a figure would not be what was asked for.
+static const struct {
+    int option;
+    const char *command, *other; // that have a use for it; NULL: no other
+} of_some[] = {
+    {SEEDS, "search", NULL},    {HEAD_DIM, "search", "copy"},   {QUERY_HEADS, "search", NULL},
+    {QUERIES, "search", NULL},  {INSERT_SHARE, "search", NULL}, {PEERS, "search", NULL},
+    {PYTHON, "search", NULL},   {SHAPE, "step", NULL},          {COPIES, "step", NULL},
+    {CORES, "step", NULL},      {NO_GATHER, "step", NULL},      {TRACE, "search", "step"},
+    {DATA, "search", "step"},   {TOKENS, "search", "step"},     {SINKS, "search", "step"},
+    {WINDOW, "search", "step"}, {POLICY, "search", "step"},
+};
 
 static const struct option long_options[] = {
     {"json", no_argument, NULL, JSON},
@@ -259,13 +269,13 @@ static const char *name_of(int option)
 // Are all options that were given (a bit each) of use to this command?
 static bool are_used(const char *command, uint64_t given)
 {
-    const bool is_step = strcmp(command, "step") == 0;
-    const int *refused = is_step ? search_only : step_only;
-    const size_t count = is_step ? sizeof search_only / sizeof *search_only : sizeof step_only / sizeof *step_only;
-    for (size_t i = 0; i < count; i++) {
-        if (given & UINT64_C(1) << (refused[i] - OPTION_FIRST)) {
-            (void)fprintf(stderr, "icecache-bench: --%s is an option of %s, not of %s\n", name_of(refused[i]),
-                          is_step ? "search" : "step", command);
+    for (size_t i = 0; i < sizeof of_some / sizeof *of_some; i++) {
+        const char *other = of_some[i].other;
+        const bool used = strcmp(of_some[i].command, command) == 0 || (other != NULL && strcmp(other, command) == 0);
+        if (!used && (given & UINT64_C(1) << (of_some[i].option - OPTION_FIRST))) {
+            (void)fprintf(stderr, "icecache-bench: --%s is an option of %s%s%s, not of %s\n",
+                          name_of(of_some[i].option), of_some[i].command, other != NULL ? " and " : "",
+                          other != NULL ? other : "", command);
             return false;
         }
     }
@@ -307,7 +317,8 @@ static bool is_valid(const struct options *options)
             return false;
         }
     }
-    if (strcmp(options->command, "search") != 0 && strcmp(options->command, "step") != 0) {
+    if (strcmp(options->command, "search") != 0 && strcmp(options->command, "step") != 0 &&
+        strcmp(options->command, "copy") != 0) {
         (void)fprintf(stderr, "icecache-bench: %s: no such command; --help lists them\n", options->command);
         return false;
     }

@@ -1,9 +1,11 @@
-"""Runs both commands at tiny sizes and checks that the contract's keys are there and plausible.
+"""Runs all commands at tiny sizes and checks that the contract's keys are there and plausible.
 
-usage: smoke.py ICECACHE_BENCH TRACE"""
+usage: smoke.py ICECACHE_BENCH TRACE FAKE_CUDA"""
 import json
+import os
 import subprocess
 import sys
+import tempfile
 
 OBJECT_KEYS = {"command", "version", "args", "seed", "machine", "rows", "ratios"}
 MACHINE_KEYS = {"cpu", "cores", "isa", "ram_bytes", "huge_pages", "kernel", "gpu"}
@@ -16,6 +18,7 @@ COVERAGE_KEYS = {"reachable_share", "mass", "reached_share", "tokens", "tokens_e
 MASS_KEYS = {"exact", "token_wise", "page_wise", "partition_optimum", "sequential_optimum"}
 STEP_KEYS = {"method", "budget", "cores", "search_ms", "gather_ms", "share", "share_mean", "bytes_per_key",
              "scanned_share", "lanes", "cold", "build_s", "insert_us_per_key"}
+COPY_KEYS = {"path", "bytes", "pieces", "us", "gb_per_s"}
 TREES = ("tree", "tree-promotion")
 SEARCH_RATIOS = {"tree_over_i8_at_0.95", "tree_over_best_peer_at_0.95", "tree_over_i8_at_share_0.98"}
 
@@ -97,8 +100,26 @@ def check_step(result, combinations, trees):
             check(ratio[f"{name.replace('-', '_')}_over_i8"] > 0, f"ratio {ratio}")
 
 
+def check_copy(result, paths):
+    rows = result["rows"]
+    check([row["path"] for row in rows] == [*paths] * 2, f"paths of copy: {rows}")
+    for row in rows:
+        check(COPY_KEYS <= row.keys() and row["us"] > 0 and row["gb_per_s"] > 0, f"copy: {row}")
+    check([row["bytes"] for row in rows[:: len(paths)]] == [32 * 4096, 64 * 4096], "bytes of copy")
+    for ratio in result["ratios"].values():
+        check(ratio["over_memcpy"] > 0 and ("over_link" in ratio) == ("cuda-link" in paths), f"ratio {ratio}")
+
+
 def main():
-    bench, trace = sys.argv[1:]
+    bench, trace, fake_cuda = sys.argv[1:]
+    copy = ("copy", "--rounds", "1", "--budget", "32,64")
+    host = ("memcpy", "host")
+    os.environ["ICECACHE_CUDA_LIBRARY"] = "/nowhere/libcuda.so"
+    check_copy(run_json(bench, *copy), host)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(ICECACHE_CUDA_LIBRARY=fake_cuda, FAKE_CUDA_DIR=folder)
+        check_copy(run_json(bench, *copy), (*host, "cuda-link", "cuda-copy", "cuda-push"))
+    run(bench, "copy", "--tokens", "512", wanted=2)  # of the others
     small = ("--rounds", "1", "--seeds", "1")
     search = run_json(bench, "search", *small, "--data", "attention,gauss", "--tokens", "1024", "--head-dim", "64",
                       "--query-heads", "1,2", "--queries", "4", "--budget", "32,64")

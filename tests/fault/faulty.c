@@ -167,11 +167,14 @@ static ice_status control_send_one(struct env *env, int socket, const void *byte
                                           : real->control_send(real, socket, bytes, size, fd);
 }
 
-static ice_status control_receive_one(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out)
+static ice_status control_receive_one(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out,
+                                      struct control_descriptors *descriptors)
 {
     struct env *real = &faulty_of(env)->real;
-    return fails(env, FAULT_CONTROL_RECEIVE) ? (ice_status)error_of(env)
-                                             : real->control_receive(real, socket, bytes, capacity, size_out);
+    descriptors->count = 0;
+    return fails(env, FAULT_CONTROL_RECEIVE)
+               ? (ice_status)error_of(env)
+               : real->control_receive(real, socket, bytes, capacity, size_out, descriptors);
 }
 
 static int bus_open(struct env *env, const char *path, mode_t mode, struct env_bus **out)

@@ -352,15 +352,15 @@ ice_status worker_append_rest(struct worker *worker)
 // Every slot holds the K and V of the position that stands beside it; sinks and window are there.
 static void check_landing(const struct worker *worker, uint32_t layer)
 {
-    const uint32_t *counts = (const uint32_t *)(const void *)(worker->landing + worker->layout.counts_offset);
-    const uint32_t *positions = (const uint32_t *)(const void *)(worker->landing + worker->layout.positions_offset);
+    const uint8_t *block = worker->landing + layer * worker->layout.block_bytes;
+    const uint32_t *counts = (const uint32_t *)(const void *)(block + worker->layout.counts_offset);
+    const uint32_t *positions = (const uint32_t *)(const void *)(block + worker->layout.positions_offset);
     for (uint32_t head = 0; head < KV_HEADS; head++) {
-        uint32_t cell = layer * KV_HEADS + head;
-        const uint8_t *data = worker->landing + cell * worker->layout.head_bytes;
+        const uint8_t *data = block + head * worker->layout.head_bytes;
         bool seen[TOKENS + 1] = {false};
-        assert_in_range(counts[cell], SINKS + WINDOW, SLOTS);
-        for (uint32_t slot = 0; slot < counts[cell]; slot++) {
-            uint32_t position = positions[cell * SLOTS + slot];
+        assert_in_range(counts[head], SINKS + WINDOW, SLOTS);
+        for (uint32_t slot = 0; slot < counts[head]; slot++) {
+            uint32_t position = positions[head * SLOTS + slot];
             assert_in_range(position, 0, TOKENS);
             assert_false(seen[position]);
             seen[position] = true;

@@ -22,10 +22,16 @@ static void check_landing(const Icecache__Wire__LandingOpen *landing)
     struct landing_layout layout;
     FUZZ_CHECK(landing_layout_init(&layout, &shape));
     FUZZ_CHECK(layout.total_bytes <= WIRE_SHARED_BYTES_MAX && landing->head_dim % WIRE_HEAD_DIM_STEP == 0);
-    const uint64_t cells = landing_cell(&shape, shape.rows - 1, shape.layers - 1, shape.kv_heads - 1) + 1;
-    FUZZ_CHECK(cells * layout.head_bytes <= layout.counts_offset);
-    FUZZ_CHECK(layout.counts_offset + 4 * cells <= layout.positions_offset);
-    FUZZ_CHECK(layout.positions_offset + 4 * cells * shape.slots <= layout.total_bytes);
+    const uint64_t last = landing_block(&layout, &shape, shape.rows - 1, shape.layers - 1);
+    FUZZ_CHECK(shape.kv_heads * layout.head_bytes <= layout.positions_offset);
+    FUZZ_CHECK(layout.positions_offset + 4ull * shape.kv_heads * shape.slots <= layout.counts_offset);
+    FUZZ_CHECK(layout.counts_offset + 4ull * shape.kv_heads <= layout.block_bytes);
+    FUZZ_CHECK(last + layout.block_bytes <= layout.total_bytes);
+    FUZZ_CHECK(landing->place <= LANDING_PUSH && (landing->place == LANDING_PUSH) == (landing->gpu != NULL));
+    const Icecache__Wire__GpuMemory *gpu = landing->gpu;
+    FUZZ_CHECK(!gpu || (gpu->uuid.len == WIRE_GPU_UUID_BYTES && gpu->probe.len == WIRE_GPU_PROBE_BYTES));
+    FUZZ_CHECK(!gpu || (gpu->handle.len == WIRE_GPU_HANDLE_BYTES) != (gpu->n_piece_bytes > 0));
+    FUZZ_CHECK(!gpu || (gpu->n_piece_bytes <= WIRE_DESCRIPTORS_MAX && gpu->offset <= WIRE_SHARED_BYTES_MAX));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)

@@ -57,6 +57,9 @@ def reply(field, body):
     return u(1, 42) + f64(2, 99) + b(field, body)
 
 
+LANDING = u(1, 4) + u(2, 32) + u(3, 8) + u(4, 336) + u(5, 128) + u(6, 2)
+GPU = b(1, TOKEN) + b(5, bytes(range(128)))
+
 SEEDS = {
     "request": {
         "open": request(5, OPEN),
@@ -64,6 +67,7 @@ SEEDS = {
         "open_twice": request(5, OPEN) + b(5, packed(12, [0]) + b(1, "other")),
         "close": request(6, f64(1, 5)),
         "append": request(7, f64(1, 5) + u(2, 3) + u(3, 2) + u(4, 4096) + u(5, 512) + u(6, 65536) + u(7, 1024)),
+        "append_token_major": request(7, f64(1, 5) + u(2, 3) + u(3, 2) + u(4, 4096) + u(5, 512) + u(8, 1)),
         "append_wraps": request(7, f64(1, 5) + u(2, 2**32 - 1) + u(3, 2) + u(4, 2**64 - 1) + u(5, 1) + u(6, 2**64 - 1)),
         "retrieve": request(8, RETRIEVE),
         "retrieve_unpacked": request(8, f64(3, 11) + f64(3, 12) + u(4, 1) + u(4, 2) + u(5, 1) + u(5, 2) + u(6, 1)
@@ -86,7 +90,11 @@ SEEDS = {
         "hello_version": u(1, 1) + b(2, u(1, 2)),
         "hello_escape": u(1, 1) + b(2, u(1, 1) + b(2, b"\x1b[2J\xff")),
         "staging": u(1, 2) + b(3, u(1, 1 << 26)),
-        "landing": u(1, 3) + b(4, u(1, 4) + u(2, 32) + u(3, 8) + u(4, 336) + u(5, 128) + u(6, 2)),
+        "landing": u(1, 3) + b(4, LANDING),
+        "landing_pull": u(1, 3) + b(4, LANDING + u(7, 1)),
+        "landing_push": u(1, 3) + b(4, LANDING + u(7, 2) + b(8, GPU + b(2, bytes(64)) + u(4, 4096))),
+        "landing_pieces": u(1, 3) + b(4, LANDING + u(7, 2) + b(8, GPU + packed(3, [2 << 20] * 128) + u(4, 1 << 20))),
+        "landing_gpu_twice": u(1, 3) + b(4, LANDING + u(7, 2) + b(8, GPU + packed(3, [1])) + b(8, b(2, bytes(64)))),
         "landing_huge": u(1, 3) + b(4, u(1, 4096) + u(2, 512) + u(3, 32) + u(4, 1 << 24) + u(5, 256) + u(6, 3)),
         "landing_close": u(1, 4) + b(5, u(1, 8)),
         "no_body": u(1, 5),

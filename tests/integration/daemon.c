@@ -16,12 +16,14 @@ const char *const daemon_default_options[] = {
 
 const char *daemon_path(void)
 {
-    return ICECACHED_PATH;
+    const char *path = getenv("ICECACHE_TEST_DAEMON"); // where the test does not lie beside its build
+    return path ? path : ICECACHED_PATH;
 }
 
 const char *daemon_ctl_path(void)
 {
-    return ICECACHECTL_PATH;
+    const char *path = getenv("ICECACHE_TEST_CTL");
+    return path ? path : ICECACHECTL_PATH;
 }
 
 // ---- the log ----
@@ -69,7 +71,7 @@ static bool is_ready(const struct daemon *daemon)
 
 void daemon_start(struct daemon *daemon)
 {
-    const char *arguments[CHILD_ARGUMENTS_MAX + 4] = {ICECACHED_PATH, "--socket-dir", daemon->sockets};
+    const char *arguments[CHILD_ARGUMENTS_MAX + 4] = {daemon_path(), "--socket-dir", daemon->sockets};
     size_t count = 3;
     for (const char *const *option = daemon->options; *option; option++) {
         assert_true(count < CHILD_ARGUMENTS_MAX);
@@ -175,7 +177,7 @@ int daemon_teardown(void **state)
 
 int daemon_ctl(const struct daemon *daemon, const char *const *arguments, char *output, size_t capacity)
 {
-    const char *all[CHILD_ARGUMENTS_MAX + 4] = {ICECACHECTL_PATH, "--socket-dir", daemon->sockets};
+    const char *all[CHILD_ARGUMENTS_MAX + 4] = {daemon_ctl_path(), "--socket-dir", daemon->sockets};
     size_t count = 3;
     for (; *arguments; arguments++) {
         assert_true(count < CHILD_ARGUMENTS_MAX);

@@ -6,7 +6,9 @@
 
 #include <cmocka.h>
 
+#include "gpu/driver.h"
 #include "gpu/landing.h"
+#include "gpu/store.h"
 #include "proto/dtype.h"
 #include "proto/limits.h"
 
@@ -86,8 +88,21 @@ static struct gpu_system system_of(struct system_state *state)
                                .owner = state};
 }
 
+static char text[CUDA_TEXT_BYTES]; // of a failed open
+
 static const struct landing_shape shape = {
     .rows = 3, .layers = 2, .kv_heads = 4, .slots = 5, .head_dim = 16, .dtype = DTYPE_BF16};
+
+// Cells are numbered row by row: 2 layers of 4 heads.
+static const uint8_t *block_at(const struct landing_layout *layout, const uint8_t *seen, uint32_t cell)
+{
+    return seen + landing_block(layout, &shape, cell / 8, cell / 4 % 2);
+}
+
+static const uint32_t *counts_at(const struct landing_layout *layout, const uint8_t *seen, uint32_t cell)
+{
+    return (const void *)(block_at(layout, seen, cell) + layout->counts_offset);
+}
 
 static void selection_reaches_the_worker(void **unused)
 {
@@ -96,18 +111,16 @@ static void selection_reaches_the_worker(void **unused)
     struct gpu_system system = system_of(&state);
     struct gpu_landing *landing = NULL;
     int fd = -1;
-    assert_int_equal(gpu_host_ops.open(&gpu_host_ops, &system, &shape, &landing, &fd), ICE_OK);
+    assert_int_equal(gpu_host_ops.open(&system, &shape, NULL, &landing, &fd, text), ICE_OK);
     memset(&system, 0, sizeof(system)); // the landing keeps its own copy
     const struct landing_layout *layout = gpu_landing_layout(landing);
     assert_memory_equal(gpu_landing_shape(landing), &shape, sizeof(shape));
     const uint8_t *seen = mmap(NULL, layout->total_bytes, PROT_READ, MAP_SHARED, fd, 0);
     assert_ptr_not_equal(seen, MAP_FAILED);
-    const uint32_t *counts = (const void *)(seen + layout->counts_offset);
-    const uint32_t *positions = (const void *)(seen + layout->positions_offset);
 
     for (uint32_t cell = 0; cell < 24; cell++) {
         const uint32_t row = cell / 8, layer = cell / 4 % 2, head = cell % 4, count = cell % (shape.slots + 1);
-        assert_int_equal(counts[cell], 0);
+        assert_int_equal(counts_at(layout, seen, cell)[head], 0);
         struct gpu_target target;
         gpu_host_ops.target(landing, row, layer, head, &target);
         memset(target.keys, (int)(cell + 1), layout->side_bytes);
@@ -115,17 +128,19 @@ static void selection_reaches_the_worker(void **unused)
         for (uint32_t slot = 0; slot < shape.slots; slot++) {
             target.positions[slot] = cell * 100 + slot;
         }
-        assert_int_equal(gpu_host_ops.submit(landing, row, layer, head, count), ICE_OK);
+        gpu_host_ops.submit(landing, row, layer, head, count);
     }
     for (uint32_t cell = 0; cell < 24; cell++) { // no cell has written over another
-        assert_int_equal(counts[cell], cell % (shape.slots + 1));
-        const uint8_t *head = seen + cell * layout->head_bytes;
+        const uint32_t number = cell % 4;
+        const uint8_t *block = block_at(layout, seen, cell), *head = block + number * layout->head_bytes;
+        const uint32_t *positions = (const void *)(block + layout->positions_offset);
+        assert_int_equal(counts_at(layout, seen, cell)[number], cell % (shape.slots + 1));
         for (uint64_t i = 0; i < layout->side_bytes; i++) {
             assert_int_equal(head[i], cell + 1);
             assert_int_equal(head[layout->side_bytes + i], cell + 101);
         }
         for (uint32_t slot = 0; slot < shape.slots; slot++) {
-            assert_int_equal(positions[cell * shape.slots + slot], cell * 100 + slot);
+            assert_int_equal(positions[number * shape.slots + slot], cell * 100 + slot);
         }
     }
 
@@ -143,21 +158,77 @@ static void clear_row_empties_that_row_only(void **unused)
     const struct gpu_system system = system_of(&state);
     struct gpu_landing *landing = NULL;
     int fd = -1;
-    assert_int_equal(gpu_host_ops.open(&gpu_host_ops, &system, &shape, &landing, &fd), ICE_OK);
+    assert_int_equal(gpu_host_ops.open(&system, &shape, NULL, &landing, &fd, text), ICE_OK);
     const uint64_t bytes = gpu_landing_layout(landing)->total_bytes;
     const uint8_t *seen = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
     assert_ptr_not_equal(seen, MAP_FAILED);
-    const uint32_t *counts = (const void *)(seen + gpu_landing_layout(landing)->counts_offset);
+    const struct landing_layout *layout = gpu_landing_layout(landing);
     for (uint32_t cell = 0; cell < 24; cell++) {
-        assert_int_equal(gpu_host_ops.submit(landing, cell / 8, cell / 4 % 2, cell % 4, shape.slots), ICE_OK);
+        gpu_host_ops.submit(landing, cell / 8, cell / 4 % 2, cell % 4, shape.slots);
     }
     gpu_host_ops.clear_row(landing, 1);
     for (uint32_t cell = 0; cell < 24; cell++) {
-        assert_int_equal(counts[cell], cell / 8 == 1 ? 0 : shape.slots);
+        assert_int_equal(counts_at(layout, seen, cell)[cell % 4], cell / 8 == 1 ? 0 : shape.slots);
     }
     assert_int_equal(munmap((void *)(uintptr_t)seen, bytes), 0);
     gpu_host_ops.close(landing);
     real_close(&state, fd);
+}
+
+// Pull: a row has one block, for whichever layer its last retrieve was of.
+static void a_staging_has_one_block_a_row(void **unused)
+{
+    (void)unused;
+    struct system_state state = {0};
+    const struct gpu_system system = system_of(&state);
+    struct gpu_landing *landing = NULL;
+    int fd = -1;
+    assert_int_equal(gpu_pull_ops.open(&system, &shape, NULL, &landing, &fd, text), ICE_OK);
+    const struct landing_layout *layout = gpu_landing_layout(landing);
+    assert_int_equal(layout->total_bytes, 12288); // 6 blocks of 1536
+    assert_int_equal(state.bytes, 8192);          // 3 of them
+    uint8_t *places[3][2];
+    for (uint32_t row = 0; row < 3; row++) {
+        for (uint32_t layer = 0; layer < 2; layer++) {
+            struct gpu_target target;
+            gpu_pull_ops.target(landing, row, layer, 0, &target);
+            places[row][layer] = target.keys;
+            assert_true(target.store == store_streaming);
+        }
+        assert_ptr_equal(places[row][0], places[row][1]);
+        assert_ptr_equal(places[row][0], places[0][0] + row * layout->block_bytes);
+    }
+    assert_null(gpu_pull_ops.copy);
+    assert_null(gpu_host_ops.copy);
+    gpu_pull_ops.close(landing);
+    assert_int_equal(state.maps, 0);
+    real_close(&state, fd);
+}
+
+// Rows of every size that a slot may have, to every place in the caches' lines that a slot may begin at.
+static void stores_are_copies(void **unused)
+{
+    (void)unused;
+    static _Alignas(64) uint8_t to[4096];
+    static uint8_t from[2048];
+    for (size_t i = 0; i < sizeof(from); i++) {
+        from[i] = (uint8_t)(i * 7 + i / 256);
+    }
+    for (size_t bytes = 32; bytes <= 1024; bytes += 32) {
+        for (size_t at = 0; at < 128; at += 32) {
+            for (size_t odd = 0; odd < 3; odd++) {
+                memset(to, 0xee, sizeof(to));
+                store_streaming(to + 64 + at, from + odd, bytes);
+                store_fence();
+                assert_memory_equal(to + 64 + at, from + odd, bytes);
+                assert_int_equal(to[64 + at - 1], 0xee);
+                assert_int_equal(to[64 + at + bytes], 0xee);
+            }
+        }
+    }
+    memset(to, 0, sizeof(to));
+    store_cached(to, from, 96);
+    assert_memory_equal(to, from, 96);
 }
 
 static void a_worker_that_scribbles_harms_nobody(void **unused)
@@ -167,7 +238,7 @@ static void a_worker_that_scribbles_harms_nobody(void **unused)
     const struct gpu_system system = system_of(&state);
     struct gpu_landing *landing = NULL;
     int fd = -1;
-    assert_int_equal(gpu_host_ops.open(&gpu_host_ops, &system, &shape, &landing, &fd), ICE_OK);
+    assert_int_equal(gpu_host_ops.open(&system, &shape, NULL, &landing, &fd, text), ICE_OK);
     const uint64_t bytes = gpu_landing_layout(landing)->total_bytes;
     uint8_t *worker = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     assert_ptr_not_equal(worker, MAP_FAILED);
@@ -176,7 +247,7 @@ static void a_worker_that_scribbles_harms_nobody(void **unused)
     memset(worker, 0xff, bytes);
     gpu_host_ops.target(landing, 2, 1, 3, &after);
     assert_memory_equal(&before, &after, sizeof(before));
-    assert_int_equal(gpu_host_ops.submit(landing, 2, 1, 3, 1), ICE_OK);
+    gpu_host_ops.submit(landing, 2, 1, 3, 1);
     assert_int_equal(ftruncate(fd, 0), -1); // sealed: the daemon's stores cannot fault
     assert_int_equal(munmap(worker, bytes), 0);
     gpu_host_ops.close(landing);
@@ -198,7 +269,7 @@ static void failures_unwind(void **unused)
         const struct gpu_system system = system_of(&state);
         struct gpu_landing *landing = NULL;
         int fd = -7;
-        assert_int_equal(gpu_host_ops.open(&gpu_host_ops, &system, &shape, &landing, &fd), cases[i].status);
+        assert_int_equal(gpu_host_ops.open(&system, &shape, NULL, &landing, &fd, text), cases[i].status);
         assert_null(landing);
         assert_int_equal(fd, -7);
         assert_int_equal(state.fds, 0);
@@ -214,7 +285,7 @@ static void bad_shapes_make_no_call(void **unused)
     int fd = -7;
     struct landing_shape bad = shape;
     bad.slots = WIRE_SLOTS_MAX + 1;
-    assert_int_equal(gpu_host_ops.open(&gpu_host_ops, &system, &bad, &landing, &fd), ICE_TOO_LARGE);
+    assert_int_equal(gpu_host_ops.open(&system, &bad, NULL, &landing, &fd, text), ICE_TOO_LARGE);
     assert_null(landing);
     assert_int_equal(fd, -7);
 }
@@ -233,7 +304,7 @@ static void a_cell_outside_the_shape_aborts(void **unused)
     const struct gpu_system system = system_of(&state);
     struct gpu_landing *landing = NULL;
     int fd = -1;
-    assert_int_equal(gpu_host_ops.open(&gpu_host_ops, &system, &shape, &landing, &fd), ICE_OK);
+    assert_int_equal(gpu_host_ops.open(&system, &shape, NULL, &landing, &fd, text), ICE_OK);
     for (int i = 0; i < 5; i++) {
         const pid_t child = fork();
         assert_true(child >= 0);
@@ -254,7 +325,8 @@ static void a_cell_outside_the_shape_aborts(void **unused)
                 gpu_host_ops.target(landing, 0, 0, shape.kv_heads, &target);
                 break;
             case 3:
-                _exit(gpu_host_ops.submit(landing, 0, 0, 0, shape.slots + 1) == ICE_OK ? 0 : 1);
+                gpu_host_ops.submit(landing, 0, 0, 0, shape.slots + 1);
+                break;
             default:
                 gpu_host_ops.clear_row(landing, shape.rows);
             }
@@ -274,6 +346,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(selection_reaches_the_worker),
         cmocka_unit_test(clear_row_empties_that_row_only),
+        cmocka_unit_test(a_staging_has_one_block_a_row),
+        cmocka_unit_test(stores_are_copies),
         cmocka_unit_test(a_worker_that_scribbles_harms_nobody),
         cmocka_unit_test(failures_unwind),
         cmocka_unit_test(bad_shapes_make_no_call),

@@ -185,6 +185,50 @@ static void surplus_descriptors_are_closed(void **state)
     close(null);
 }
 
+static void several_descriptors_arrive_in_order(void **state)
+{
+    struct pair *pair = *state;
+    int sent[WIRE_DESCRIPTORS_MAX + 1];
+    for (uint32_t i = 0; i <= WIRE_DESCRIPTORS_MAX; i++) {
+        sent[i] = open("/dev/null", O_RDWR | O_CLOEXEC);
+        assert_true(sent[i] >= 0);
+    }
+    const int before = open_descriptors();
+    static const uint32_t counts[] = {0, 1, 2, WIRE_DESCRIPTORS_MAX};
+    for (size_t i = 0; i < sizeof(counts) / sizeof(counts[0]); i++) {
+        assert_int_equal(control_send_all(pair->ends[0], "abc", 3, sent, counts[i], 0), ICE_OK);
+        char bytes[8];
+        size_t size = 0;
+        struct control_descriptors got;
+        assert_int_equal(control_receive_all(pair->ends[1], bytes, sizeof(bytes), &size, &got, 0), ICE_OK);
+        assert_int_equal(size, 3);
+        assert_int_equal(got.count, counts[i]);
+        assert_int_equal(open_descriptors(), before + (int)counts[i]);
+        for (uint32_t j = 1; j < got.count; j++) {
+            assert_true(got.fds[j] > got.fds[j - 1]);
+        }
+        control_descriptors_close(&got);
+        assert_int_equal(got.count, 0);
+        assert_int_equal(open_descriptors(), before);
+    }
+    assert_int_equal(control_send_all(pair->ends[0], "abc", 3, sent, WIRE_DESCRIPTORS_MAX + 1, 0), ICE_TOO_LARGE);
+    // More than wanted, from a peer that does not keep to that: as many as fit, and none left over.
+    struct control_descriptors got;
+    char byte;
+    size_t size;
+    send_descriptors(pair->ends[0], "x", 1, sent[0], 16);
+    assert_int_equal(control_receive_all(pair->ends[1], &byte, 1, &size, &got, 0), ICE_OK);
+    assert_int_equal(got.count, 16);
+    control_descriptors_close(&got);
+    send_descriptors(pair->ends[0], "xyz", 3, sent[0], 16);
+    assert_int_equal(control_receive_all(pair->ends[1], &byte, 1, &size, &got, 0), ICE_BAD_MESSAGE);
+    assert_int_equal(got.count, 0);
+    assert_int_equal(open_descriptors(), before);
+    for (uint32_t i = 0; i <= WIRE_DESCRIPTORS_MAX; i++) {
+        close(sent[i]);
+    }
+}
+
 static void a_refused_packet_leaves_no_descriptor(void **state)
 {
     struct pair *pair = *state;
@@ -455,6 +499,7 @@ int main(void)
         TEST(bad_sizes_are_not_sent),
         TEST(a_descriptor_travels),
         TEST(surplus_descriptors_are_closed),
+        TEST(several_descriptors_arrive_in_order),
         TEST(a_refused_packet_leaves_no_descriptor),
         TEST(a_full_descriptor_table_is_told),
         TEST(the_end_of_the_peer_is_seen),

@@ -27,24 +27,27 @@ static void sizes_are_pinned(void **state)
     assert_int_equal(layout.slot_bytes, 256);
     assert_int_equal(layout.side_bytes, 86016);
     assert_int_equal(layout.head_bytes, 172032);
-    assert_int_equal(layout.counts_offset, 176160768);
-    assert_int_equal(layout.positions_offset, 176160768 + 4096);
-    assert_int_equal(layout.total_bytes, 176160768 + 4096 + 1376256);
+    assert_int_equal(layout.positions_offset, 8 * 172032);
+    assert_int_equal(layout.counts_offset, 8 * 172032 + 8 * 336 * 4);
+    assert_int_equal(layout.block_bytes, 1387520);
+    assert_int_equal(layout.total_bytes, 128 * 1387520);
+    assert_int_equal(landing_block(&layout, &shape, 3, 31), 127 * 1387520);
 }
 
-static void parts_start_on_4_kib(void **state)
+static void blocks_start_on_512_bytes(void **state)
 {
     (void)state;
     const struct landing_shape shape = {
-        .rows = 1, .layers = 1, .kv_heads = 1, .slots = 1, .head_dim = 16, .dtype = DTYPE_FP32};
+        .rows = 1, .layers = 2, .kv_heads = 1, .slots = 1, .head_dim = 16, .dtype = DTYPE_FP32};
     struct landing_layout layout;
     assert_true(landing_layout_init(&layout, &shape));
     assert_int_equal(layout.slot_bytes, 64);
     assert_int_equal(layout.side_bytes, 64);
     assert_int_equal(layout.head_bytes, 128);
-    assert_int_equal(layout.counts_offset, 4096);
-    assert_int_equal(layout.positions_offset, 8192);
-    assert_int_equal(layout.total_bytes, 12288);
+    assert_int_equal(layout.positions_offset, 128);
+    assert_int_equal(layout.counts_offset, 132);
+    assert_int_equal(layout.block_bytes, 512);
+    assert_int_equal(layout.total_bytes, 4096);
 }
 
 static void parts_never_overlap(void **state)
@@ -56,17 +59,36 @@ static void parts_never_overlap(void **state)
                 .rows = 3, .layers = 2, .kv_heads = heads, .slots = slots, .head_dim = 48, .dtype = DTYPE_FP16};
             struct landing_layout layout;
             assert_true(landing_layout_init(&layout, &shape));
-            const uint64_t cells = landing_cell(&shape, 2, 1, heads - 1) + 1;
-            assert_int_equal(cells, 6 * heads);
-            assert_true(layout.counts_offset >= cells * layout.head_bytes);
-            assert_true(layout.positions_offset >= layout.counts_offset + 4 * cells);
-            assert_true(layout.total_bytes >= layout.positions_offset + 4 * cells * slots);
-            assert_true(layout.total_bytes - layout.positions_offset - 4 * cells * slots < 4096);
-            assert_int_equal(layout.counts_offset % 4096, 0);
-            assert_int_equal(layout.positions_offset % 4096, 0);
+            assert_int_equal(landing_block(&layout, &shape, 2, 1), 5 * layout.block_bytes);
+            assert_true(layout.positions_offset >= heads * layout.head_bytes);
+            assert_true(layout.counts_offset >= layout.positions_offset + 4 * heads * slots);
+            assert_true(layout.block_bytes >= layout.counts_offset + 4 * heads);
+            assert_true(layout.block_bytes - layout.counts_offset - 4 * heads < 512);
+            assert_true(layout.total_bytes >= 6 * layout.block_bytes);
+            assert_true(layout.total_bytes - 6 * layout.block_bytes < 4096);
+            assert_int_equal(layout.positions_offset % 4, 0);
+            assert_int_equal(layout.counts_offset % 4, 0);
+            assert_int_equal(layout.block_bytes % 512, 0);
             assert_int_equal(layout.total_bytes % 4096, 0);
         }
     }
+}
+
+static void a_staging_holds_one_layer_of_each_row(void **state)
+{
+    (void)state;
+    const struct landing_shape shape = valid();
+    const struct landing_shape pulled = landing_held_shape(&shape, LANDING_PULL);
+    const struct landing_shape pushed = landing_held_shape(&shape, LANDING_PUSH);
+    const struct landing_shape whole = landing_held_shape(&shape, LANDING_HOST);
+    assert_memory_equal(&whole, &shape, sizeof(shape));
+    assert_memory_equal(&pulled, &pushed, sizeof(shape));
+    assert_int_equal(pulled.layers, 1);
+    struct landing_layout layout, held;
+    assert_true(landing_layout_init(&layout, &shape));
+    assert_true(landing_layout_init(&held, &pulled));
+    assert_int_equal(held.block_bytes, layout.block_bytes); // so that a block goes over as it is
+    assert_int_equal(held.total_bytes, 4 * layout.block_bytes);
 }
 
 static void refuse(struct landing_shape shape)
@@ -116,7 +138,7 @@ static void sizes_beyond_the_limit_are_refused(void **state)
     shape.rows = 2048;
     struct landing_layout layout;
     assert_true(landing_layout_init(&layout, &shape));
-    assert_int_equal(layout.counts_offset, UINT64_C(1) << 45);
+    assert_int_equal(layout.positions_offset, UINT64_C(1) << 34);
     assert_true(layout.total_bytes <= WIRE_SHARED_BYTES_MAX);
 }
 
@@ -158,8 +180,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(sizes_are_pinned),
-        cmocka_unit_test(parts_start_on_4_kib),
+        cmocka_unit_test(blocks_start_on_512_bytes),
         cmocka_unit_test(parts_never_overlap),
+        cmocka_unit_test(a_staging_holds_one_layer_of_each_row),
         cmocka_unit_test(zero_and_excess_are_refused),
         cmocka_unit_test(sizes_beyond_the_limit_are_refused),
         cmocka_unit_test(each_dimension_may_reach_its_limit),

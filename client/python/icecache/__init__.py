@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_SINKS",
     "DEFAULT_WINDOW",
     "Error",
+    "GpuLanding",
     "Landing",
     "Selection",
     "Sequence",
@@ -26,6 +27,7 @@ __all__ = [
     "Ticket",
     "Timeout",
     "View",
+    "landing_bytes",
     "version",
 ]
 
@@ -75,6 +77,14 @@ def _dtype(name):
 
 def version():
     return library().ice_version().decode()
+
+
+def landing_bytes(*, rows, layers, kv_heads, slots, head_dim, dtype):
+    """What a landing of this shape takes, in host or GPU memory."""
+    shape = _library.LandingShape(rows, layers, kv_heads, slots, head_dim, _dtype(dtype)[0])
+    found = c_uint64()
+    _check(library().ice_landing_bytes(byref(shape), byref(found)))
+    return found.value
 
 
 class _Handle:
@@ -164,6 +174,91 @@ class Landing(_Handle):
         super().close()
 
 
+_MODES = {"any": 0, "push": 1, "pull": 2}
+
+
+class GpuArray:
+    """A part of a landing in GPU memory, for whatever takes __cuda_array_interface__: torch.as_tensor(array, device="cuda")."""
+
+    def __init__(self, landing, address, shape, typestr, layer_bytes):
+        strides = [int(typestr[2:])]
+        for count in reversed(shape[3:]):
+            strides.insert(0, strides[0] * count)
+        strides[:0] = [shape[1] * layer_bytes, layer_bytes]
+        self.landing = landing  # whoever holds the array holds the landing
+        self.shape = shape
+        self.strides = tuple(strides)  # in bytes: not contiguous, a layer's positions and counts follow its data
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": shape,
+            "typestr": typestr,
+            "strides": tuple(strides),
+        }
+
+
+def _gpu_memory(memory):
+    """(address, bytes) of a contiguous array on a GPU."""
+    interface = getattr(memory, "__cuda_array_interface__", None) if not hasattr(memory, "data_ptr") else None
+    if interface is not None:
+        if interface.get("strides") is not None:
+            raise ValueError("the GPU memory of a landing must be contiguous")
+        nbytes = int(interface["typestr"][2:])
+        for count in interface["shape"]:
+            nbytes *= count
+        return interface["data"][0], nbytes
+    if not memory.is_contiguous():
+        raise ValueError("the GPU memory of a landing must be contiguous")
+    return memory.data_ptr(), memory.numel() * memory.element_size()
+
+
+def _gpu_layout(array):
+    """(address, shape, strides in bytes) of an array on a GPU."""
+    if hasattr(array, "data_ptr"):
+        size = array.element_size()
+        return array.data_ptr(), tuple(array.shape), tuple(stride * size for stride in array.stride())
+    interface = array.__cuda_array_interface__
+    shape, strides = tuple(interface["shape"]), interface.get("strides")
+    if strides is None:
+        strides = [int(interface["typestr"][2:])]
+        for count in reversed(shape[1:]):
+            strides.insert(0, strides[0] * count)
+    return interface["data"][0], shape, tuple(strides)
+
+
+class GpuLanding(_Handle):
+    """A landing in GPU memory. mode: "push" or "pull", pull_reason: why it is not push.
+
+    data is [row, layer, KV head, 2, slot, head_dim] (int16, the bit patterns, for bf16: torch.as_tensor(...) and
+    .view(torch.bfloat16)); counts is int32 [row, layer, KV head], positions int32 [row, layer, KV head, slot]. What a
+    retrieve left is there once it has been waited for. Do not use them after close().
+    """
+
+    _closer = "ice_landing_close"
+
+    def __init__(self, client, handle, shape, dtype, memory):
+        found = _library.GpuLanding()
+        self.memory = memory  # the caller's, which must live as long as the landing
+        self.head_dim = shape.head_dim
+        self.dtype = dtype
+        super().__init__(client, handle)
+        _check(library().ice_landing_gpu(handle, byref(found)))
+        self.address, self.nbytes = found.address, found.bytes
+        self.mode = "push" if found.mode == _MODES["push"] else "pull"
+        self.pull_reason = found.pull_reason.decode("utf-8", "replace")
+        self.device_name = found.device_name.decode("utf-8", "replace")
+        cells = (shape.rows, shape.layers, shape.kv_heads)
+        element = {"bf16": "<i2", "fp16": "<f2", "fp32": "<f4"}[dtype]
+        step = found.layer_bytes
+        self.data = GpuArray(self, found.address, (*cells, 2, shape.slots, shape.head_dim), element, step)
+        self.counts = GpuArray(self, found.address + found.counts_offset, cells, "<i4", step)
+        self.positions = GpuArray(self, found.address + found.positions_offset, (*cells, shape.slots), "<i4", step)
+
+    def close(self):
+        super().close()
+        self.data = self.counts = self.positions = None  # they hold the landing
+
+
 @dataclass(frozen=True)
 class SequenceInfo:
     """indexed_min ends before the length for good (the newest tokens are scanned): wait for idle instead."""
@@ -203,6 +298,32 @@ class Sequence(_Handle):
         with Buffer(keys) as k, Buffer(values) as v:
             tokens, memory = self._memory(k, v, layer)
             status = library().ice_append(handle, layer, first, tokens, byref(memory), deadline_us, byref(length))
+        _check(status, length.value)
+        return length.value
+
+    def append_gpu(self, keys, values, first, layer=ALL_LAYERS, stream=0, deadline_us=0):
+        """As append, from arrays in GPU memory, for example torch tensors: [layer, token, KV head, head_dim] each.
+
+        A token's heads must lie side by side. stream is the handle of the stream that made them, such as
+        torch.cuda.current_stream().cuda_stream (0: the default stream): the copies go there.
+        """
+        handle = self._open()
+        length = c_uint64()
+        layouts = [_gpu_layout(array) for array in (keys, values)]
+        if layouts[0][1:] != layouts[1][1:]:
+            raise ValueError("keys and values must have the same shape and strides")
+        _, shape, strides = layouts[0]
+        layers = self.layers if layer == ALL_LAYERS else 1
+        element_bytes = _DTYPES[self.dtype][1]
+        if len(shape) != 4 or shape[0] != layers or shape[2:] != (self.kv_heads, self.head_dim):
+            raise ValueError(f"keys and values must be [{layers}, tokens, {self.kv_heads}, {self.head_dim}]")
+        if strides[3] != element_bytes:
+            raise ValueError(f"elements must be {self.dtype}, and those of a head contiguous")
+        extent = sum((count - 1) * stride for count, stride in zip(shape, strides)) + element_bytes
+        memory = _library.KvMemory(layouts[0][0], layouts[1][0], extent, extent, *strides[:3])
+        status = library().ice_append_gpu(
+            handle, layer, first, shape[1], byref(memory), stream or None, deadline_us, byref(length)
+        )
         _check(status, length.value)
         return length.value
 
@@ -326,9 +447,24 @@ class Client:
         if getattr(self, "_handle", None) is not None:
             self.close()
 
-    def open_landing(self, *, rows, layers, kv_heads, slots, head_dim, dtype, deadline_us=0):
+    def open_landing(
+        self, *, rows, layers, kv_heads, slots, head_dim, dtype, gpu=None, mode="any", deadline_us=0
+    ):
+        """A Landing in host memory; a GpuLanding where gpu is the number of a GPU or an array in GPU memory.
+
+        The array (a torch tensor, or anything with __cuda_array_interface__) must have at least landing_bytes(...)
+        bytes and lie contiguous. mode is "push", "pull" or "any".
+        """
         shape = _library.LandingShape(rows, layers, kv_heads, slots, head_dim, _dtype(dtype)[0])
         handle = c_void_p()
+        if gpu is not None:
+            if mode not in _MODES:
+                raise ValueError(f"mode {mode!r} is none of {', '.join(_MODES)}")
+            number = isinstance(gpu, int)
+            address, nbytes = (0, 0) if number else _gpu_memory(gpu)
+            options = _library.GpuOptions(address, nbytes, gpu if number else 0, _MODES[mode])
+            _check(library().ice_landing_open_gpu(self._open(), byref(shape), byref(options), deadline_us, byref(handle)))
+            return GpuLanding(self, handle, shape, dtype, None if number else gpu)
         _check(library().ice_landing_open(self._open(), byref(shape), deadline_us, byref(handle)))
         return Landing(self, handle, head_dim, dtype)
 

@@ -83,6 +83,28 @@ class LandingView(ctypes.Structure):
     ]
 
 
+class GpuOptions(ctypes.Structure):
+    _fields_ = [
+        ("address", c_uint64),
+        ("bytes", c_uint64),
+        ("device", c_int),
+        ("mode", c_int),
+    ]
+
+
+class GpuLanding(ctypes.Structure):
+    _fields_ = [
+        ("address", c_uint64),
+        ("bytes", c_uint64),
+        ("layer_bytes", c_uint64),
+        ("positions_offset", c_uint64),
+        ("counts_offset", c_uint64),
+        ("mode", c_int),
+        ("pull_reason", c_char_p),
+        ("device_name", c_char_p),
+    ]
+
+
 class SequenceOptions(ctypes.Structure):
     _fields_ = [
         ("name_space", c_char_p),
@@ -179,10 +201,20 @@ _SIGNATURES = {
     "ice_landing_open": (c_int, [c_void_p, POINTER(LandingShape), c_uint64, POINTER(c_void_p)]),
     "ice_landing_close": (None, [c_void_p]),
     "ice_landing_view": (c_int, [c_void_p, c_uint32, c_uint32, c_uint32, POINTER(LandingView)]),
+    "ice_landing_bytes": (c_int, [POINTER(LandingShape), POINTER(c_uint64)]),
+    "ice_landing_open_gpu": (
+        c_int,
+        [c_void_p, POINTER(LandingShape), POINTER(GpuOptions), c_uint64, POINTER(c_void_p)],
+    ),
+    "ice_landing_gpu": (c_int, [c_void_p, POINTER(GpuLanding)]),
     "ice_sequence_open": (c_int, [c_void_p, POINTER(SequenceOptions), c_uint64, POINTER(c_void_p)]),
     "ice_sequence_close": (None, [c_void_p]),
     "ice_sequence_info": (c_int, [c_void_p, c_uint64, POINTER(SequenceInfo)]),
     "ice_append": (c_int, [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_uint64, POINTER(c_uint64)]),
+    "ice_append_gpu": (
+        c_int,
+        [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_void_p, c_uint64, POINTER(c_uint64)],
+    ),
     "ice_read": (c_int, [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_uint64]),
     "ice_retrieve": (c_int, [c_void_p, POINTER(RetrieveOptions), POINTER(RetrieveResult)]),
     "ice_retrieve_submit": (c_int, [c_void_p, POINTER(RetrieveOptions), POINTER(c_void_p)]),

@@ -6,6 +6,7 @@
 
 import argparse
 import array
+import ctypes
 import os
 import pathlib
 import random
@@ -27,6 +28,7 @@ from icecache import _buffers, _library  # noqa: E402
 LAYERS, KV_HEADS, QUERY_HEADS, HEAD_DIM = 2, 2, 4, 16
 ROW = KV_HEADS * HEAD_DIM
 daemon_path = None
+fake_driver = None
 
 
 class Daemon:
@@ -77,7 +79,8 @@ class HeaderTest(unittest.TestCase):
     header = (FOLDER.parent.parent / "icecache.h").read_text()
 
     def test_statuses(self):
-        written = {name: int(value) for name, value in re.findall(r"^    ICE_(\w+) = (\d+),", self.header, re.M)}
+        listed = re.search(r"enum ice_status \{(.*?)\}", self.header, re.S).group(1)
+        written = {name: int(value) for name, value in re.findall(r"^    ICE_(\w+) = (\d+),", listed, re.M)}
         self.assertEqual(written, {status.name: status.value for status in icecache.Status})
         for status in icecache.Status:
             self.assertEqual(_library.library().ice_status_name(status), b"ICE_" + status.name.encode())
@@ -87,6 +90,8 @@ class HeaderTest(unittest.TestCase):
             "ice_client_options": _library.ClientOptions,
             "ice_landing_shape": _library.LandingShape,
             "ice_landing_view": _library.LandingView,
+            "ice_gpu_options": _library.GpuOptions,
+            "ice_gpu_landing": _library.GpuLanding,
             "ice_sequence_options": _library.SequenceOptions,
             "ice_sequence_info": _library.SequenceInfo,
             "ice_kv_source": _library.KvMemory,
@@ -94,7 +99,7 @@ class HeaderTest(unittest.TestCase):
             "ice_retrieve_options": _library.RetrieveOptions,
             "ice_retrieve_result": _library.RetrieveResult,
         }
-        sizes = {"uint32_t": 4, "float": 4, "bool": 1, "ice_dtype": 4, "uint64_t": 8, "size_t": 8}
+        sizes = {"uint32_t": 4, "float": 4, "bool": 1, "ice_dtype": 4, "uint64_t": 8, "size_t": 8, "int": 4, "char": 1}
         for name, structure in structures.items():
             body = re.search(r"struct %s \{\n(.*?)\n\};" % name, self.header, re.S).group(1)
             body = re.sub(r"//.*", "", body)
@@ -131,7 +136,7 @@ class BufferTest(unittest.TestCase):
                 pass
 
 
-class ClientTest(unittest.TestCase):
+class ClientBase(unittest.TestCase):
     def setUp(self):
         self.daemon = Daemon()
         self.daemon.start()
@@ -167,6 +172,8 @@ class ClientTest(unittest.TestCase):
         options.update(changes)
         return options
 
+
+class ClientTest(ClientBase):
     def test_append_read_retrieve(self):
         client = self.connect(staging_bytes=1 << 16)  # small: appends and reads go in many parts
         landing, sequence = self.open(client)
@@ -354,11 +361,122 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(done.stdout.count("44 tokens"), 2, done.stdout)
 
 
+class FakeMemory:
+    """What torch.Tensor has, over memory of the fake driver."""
+
+    def __init__(self, driver, nbytes):
+        address = ctypes.c_uint64()
+        assert driver.cuMemAlloc(ctypes.byref(address), ctypes.c_size_t(nbytes)) == 0
+        self.address, self.nbytes = address.value, nbytes
+
+    def data_ptr(self):
+        return self.address
+
+    def is_contiguous(self):
+        return True
+
+    def numel(self):
+        return self.nbytes // 2
+
+    def element_size(self):
+        return 2
+
+
+class GpuTest(ClientBase):
+    """Landings in GPU memory, over the fake driver."""
+
+    shape = dict(rows=2, layers=LAYERS, kv_heads=KV_HEADS, slots=64, head_dim=HEAD_DIM, dtype="fp32")
+
+    def setUp(self):
+        if fake_driver is None:
+            self.skipTest("no --fake-cuda")
+        folder = tempfile.TemporaryDirectory(prefix="icecache-fake-gpu-")
+        self.addCleanup(folder.cleanup)
+        os.environ["FAKE_CUDA_DIR"] = folder.name
+        os.environ["ICECACHE_CUDA_LIBRARY"] = fake_driver
+        self.driver = ctypes.CDLL(fake_driver)
+        context = ctypes.c_void_p()
+        self.assertEqual(self.driver.cuInit(0), 0)
+        self.assertEqual(self.driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0), 0)
+        self.assertEqual(self.driver.cuCtxPushCurrent(context), 0)
+        super().setUp()
+
+    def content(self, array, row, layer):
+        """A GpuArray's part of one (row, layer), as bytes."""
+        nbytes = array.shape[2] * array.strides[2]
+        copied = (ctypes.c_ubyte * nbytes)()
+        address = array.__cuda_array_interface__["data"][0] + row * array.strides[0] + layer * array.strides[1]
+        self.assertEqual(self.driver.cuMemcpyDtoH(copied, ctypes.c_uint64(address), ctypes.c_size_t(nbytes)), 0)
+        return bytes(copied)
+
+    def test_every_kind_holds_what_a_host_landing_holds(self):
+        client = self.connect()
+        host, sequence = self.open(client, rows=2)
+        keys, values = numbers(1, LAYERS * 50 * ROW), numbers(2, LAYERS * 50 * ROW)
+        sequence.append(keys, values, first=0)
+        client.retrieve(host, **self.arguments(sequence, row=1, at=49))
+        for memory in (None, FakeMemory(self.driver, icecache.landing_bytes(**self.shape))):
+            for mode in ("any", "push", "pull"):
+                gpu = 0 if memory is None else memory
+                landing = client.open_landing(**self.shape, gpu=gpu, mode=mode)
+                self.assertEqual(landing.mode, "pull" if mode == "pull" else "push")
+                self.assertEqual(landing.pull_reason, "")
+                self.assertEqual(landing.device_name, "Fake GPU 0")
+                found = client.retrieve(landing, **self.arguments(sequence, row=1, at=49))
+                self.assertEqual(found.counts, [14] * KV_HEADS)
+                counts = memoryview(self.content(landing.counts, 1, 1)).cast("i")
+                positions = memoryview(self.content(landing.positions, 1, 1)).cast("i", (KV_HEADS, 64))
+                data = self.content(landing.data, 1, 1)
+                side = 64 * HEAD_DIM * 4
+                for head in range(KV_HEADS):
+                    view = host.view(row=1, layer=1, kv_head=head)
+                    self.assertEqual(counts[head], 14)
+                    self.assertEqual([positions[head, slot] for slot in range(14)], view.positions.tolist())
+                    for number, rows in enumerate((view.keys, view.values)):
+                        at = (2 * head + number) * side
+                        self.assertEqual(data[at : at + 14 * HEAD_DIM * 4], words(rows))
+                    rows = None
+                    del view
+                landing.close()
+
+    def test_append_from_the_gpu(self):
+        client = self.connect()
+        _, sequence = self.open(client)
+        sides = []
+        for seed in (1, 2):
+            host = numbers(seed, LAYERS * 50 * ROW)
+            memory = FakeMemory(self.driver, len(host) * 4)
+            self.driver.cuMemcpyHtoD(ctypes.c_uint64(memory.address), bytes(host), ctypes.c_size_t(memory.nbytes))
+            interface = {"version": 3, "data": (memory.address, False), "shape": (LAYERS, 50, KV_HEADS, HEAD_DIM)}
+            interface["typestr"] = "<f4"
+            sides.append((host, type("Array", (), {"__cuda_array_interface__": interface})()))
+        self.assertEqual(sequence.append_gpu(sides[0][1], sides[1][1], first=0), 50)
+        keys, values = array.array("f", bytes(4 * LAYERS * 50 * ROW)), array.array("f", bytes(4 * LAYERS * 50 * ROW))
+        sequence.read_into(keys, values, first=0)
+        self.assertEqual([keys, values], [sides[0][0], sides[1][0]])
+        sides[0][1].__cuda_array_interface__["shape"] = (LAYERS, 25, 2 * KV_HEADS, HEAD_DIM)
+        with self.assertRaises(ValueError):
+            sequence.append_gpu(sides[0][1], sides[1][1], first=50)
+
+    def test_refusals(self):
+        client = self.connect()
+        with self.assertRaises(ValueError):
+            client.open_landing(**self.shape, gpu=0, mode="shove")
+        with self.assertRaises(icecache.Error) as caught:
+            client.open_landing(**self.shape, gpu=7)
+        self.assertEqual(caught.exception.status, icecache.Status.INVALID_ARGUMENT)
+        with self.assertRaises(icecache.Error) as caught:
+            client.open_landing(**self.shape, gpu=FakeMemory(self.driver, 4096))
+        self.assertEqual(caught.exception.status, icecache.Status.OUT_OF_BOUNDS)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", required=True)
     parser.add_argument("--daemon", required=True)
+    parser.add_argument("--fake-cuda")
     known, others = parser.parse_known_args()
     os.environ["ICECACHE_LIBRARY"] = known.library
     daemon_path = known.daemon
+    fake_driver = known.fake_cuda
     unittest.main(argv=[sys.argv[0], *others])

@@ -1,0 +1,54 @@
+// Holds gpu/driver.h's own declarations against the toolkit's. Compiled where a toolkit is installed, never run.
+#include "gpu/driver.h"
+
+#include <cuda.h>
+
+#define SAME_SIZE(ours, theirs)  _Static_assert(sizeof(ours) == sizeof(theirs), #ours " and " #theirs " differ in size")
+#define SAME_VALUE(ours, theirs) _Static_assert((int)(ours) == (int)(theirs), #ours " and " #theirs " differ")
+#define SAME_PLACE(ours, our_field, theirs, their_field)                                                               \
+    _Static_assert(offsetof(ours, our_field) == offsetof(theirs, their_field), #theirs "." #their_field " is "         \
+                                                                                       "elsewhere")
+
+SAME_SIZE(cuda_result, CUresult);
+SAME_SIZE(cuda_device, CUdevice);
+SAME_SIZE(cuda_address, CUdeviceptr);
+SAME_SIZE(cuda_allocation, CUmemGenericAllocationHandle);
+SAME_SIZE(cuda_context, CUcontext);
+SAME_SIZE(cuda_stream, CUstream);
+SAME_SIZE(cuda_event, CUevent);
+SAME_SIZE(struct cuda_uuid, CUuuid);
+SAME_SIZE(struct cuda_handle, CUipcMemHandle);
+SAME_SIZE(struct cuda_access, CUmemAccessDesc);
+SAME_PLACE(struct cuda_access, location.type, CUmemAccessDesc, location.type);
+SAME_PLACE(struct cuda_access, location.id, CUmemAccessDesc, location.id);
+SAME_PLACE(struct cuda_access, flags, CUmemAccessDesc, flags);
+SAME_SIZE(struct cuda_rows, CUDA_MEMCPY2D);
+SAME_PLACE(struct cuda_rows, from_type, CUDA_MEMCPY2D, srcMemoryType);
+SAME_PLACE(struct cuda_rows, from_device, CUDA_MEMCPY2D, srcDevice);
+SAME_PLACE(struct cuda_rows, from_pitch, CUDA_MEMCPY2D, srcPitch);
+SAME_PLACE(struct cuda_rows, to_type, CUDA_MEMCPY2D, dstMemoryType);
+SAME_PLACE(struct cuda_rows, to_host, CUDA_MEMCPY2D, dstHost);
+SAME_PLACE(struct cuda_rows, to_pitch, CUDA_MEMCPY2D, dstPitch);
+SAME_PLACE(struct cuda_rows, width_bytes, CUDA_MEMCPY2D, WidthInBytes);
+SAME_PLACE(struct cuda_rows, height, CUDA_MEMCPY2D, Height);
+
+SAME_VALUE(CUDA_MEMORY_HOST, CU_MEMORYTYPE_HOST);
+SAME_VALUE(CUDA_INVALID_VALUE, CUDA_ERROR_INVALID_VALUE);
+SAME_VALUE(CUDA_OUT_OF_MEMORY, CUDA_ERROR_OUT_OF_MEMORY);
+SAME_VALUE(CUDA_NO_DEVICE, CUDA_ERROR_NO_DEVICE);
+SAME_VALUE(CUDA_INVALID_CONTEXT, CUDA_ERROR_INVALID_CONTEXT);
+SAME_VALUE(CUDA_NOT_READY, CUDA_ERROR_NOT_READY);
+SAME_VALUE(CUDA_POINTER_CONTEXT, CU_POINTER_ATTRIBUTE_CONTEXT);
+SAME_VALUE(CUDA_POINTER_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
+SAME_VALUE(CUDA_POINTER_IS_MANAGED, CU_POINTER_ATTRIBUTE_IS_MANAGED);
+SAME_VALUE(CUDA_POINTER_DEVICE_ORDINAL, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL);
+SAME_VALUE(CUDA_POINTER_LEGACY_IPC, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE);
+SAME_VALUE(CUDA_POINTER_HANDLE_TYPES, CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES);
+SAME_VALUE(CUDA_MEMORY_DEVICE, CU_MEMORYTYPE_DEVICE);
+SAME_VALUE(CUDA_PROC_ADDRESS_DEFAULT, CU_GET_PROC_ADDRESS_DEFAULT);
+SAME_VALUE(CUDA_IPC_LAZY_PEER, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+SAME_VALUE(CUDA_STREAM_NON_BLOCKING, CU_STREAM_NON_BLOCKING);
+SAME_VALUE(CUDA_EVENT_DISABLE_TIMING, CU_EVENT_DISABLE_TIMING);
+SAME_VALUE(CUDA_HANDLE_POSIX_FD, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+SAME_VALUE(CUDA_LOCATION_DEVICE, CU_MEM_LOCATION_TYPE_DEVICE);
+SAME_VALUE(CUDA_ACCESS_READ_WRITE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);

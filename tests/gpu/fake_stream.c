@@ -1,0 +1,366 @@
+// The fake driver's host memory, streams, events and copies, and the way to its entry points.
+#include "fake_cuda.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    ALREADY_REGISTERED = 712,
+    NOT_REGISTERED = 713,
+    RANGES_MAX = 1024,
+    WORKS_MAX = 4096
+};
+
+struct host_range {
+    const uint8_t *memory; // NULL: free
+    size_t bytes;
+};
+
+struct work {
+    cuda_address to;
+    const uint8_t *from; // NULL: fill
+    unsigned char value;
+    size_t bytes;
+    bool outwards; // rows, from the GPU
+    struct cuda_rows rows;
+};
+
+struct cuda_stream {
+    struct cuda_context *context;
+    uint64_t issued, done;
+    struct work works[WORKS_MAX]; // number n at n % WORKS_MAX
+    struct cuda_stream *next;
+};
+
+struct cuda_event {
+    struct cuda_stream *stream;
+    uint64_t number; // of the works before it
+    bool asked;
+    struct cuda_event *next;
+};
+
+static struct host_range ranges[RANGES_MAX];
+static struct cuda_stream *streams;
+static struct cuda_event *events;
+
+// ---- copies ----
+
+static bool reachable(cuda_address address, size_t bytes)
+{
+    while (bytes > 0) {
+        size_t part = bytes;
+        if (!fake_content(address, &part)) {
+            return false;
+        }
+        address += part;
+        bytes -= part;
+    }
+    return true;
+}
+
+static void copy_in(cuda_address to, const uint8_t *from, unsigned char value, size_t bytes)
+{
+    while (bytes > 0) {
+        size_t part = bytes;
+        uint8_t *content = fake_content(to, &part);
+        if (!content) {
+            abort(); // freed under a copy: the real one would end the context
+        }
+        if (from) {
+            memcpy(content, from, part);
+            from += part;
+        } else {
+            memset(content, value, part);
+        }
+        to += part;
+        bytes -= part;
+    }
+}
+
+static void copy_out(uint8_t *to, cuda_address from, size_t bytes)
+{
+    while (bytes > 0) {
+        size_t part = bytes;
+        const uint8_t *content = fake_content(from, &part);
+        memcpy(to, content, part);
+        to += part;
+        from += part;
+        bytes -= part;
+    }
+}
+
+static void carry_out(struct cuda_stream *stream, uint64_t until)
+{
+    for (; stream->done < until; stream->done++) {
+        const struct work *work = &stream->works[stream->done % WORKS_MAX];
+        const struct cuda_rows *rows = &work->rows;
+        for (size_t i = 0; work->outwards && i < rows->height; i++) {
+            copy_out((uint8_t *)rows->to_host + i * rows->to_pitch, rows->from_device + i * rows->from_pitch,
+                     rows->width_bytes);
+        }
+        if (!work->outwards) {
+            copy_in(work->to, work->from, work->value, work->bytes);
+        }
+    }
+}
+
+// The stream itself, or the context's default one.
+static struct cuda_stream *named(struct cuda_stream *stream)
+{
+    static struct cuda_stream default_streams[4];
+    struct cuda_context *current = fake_current();
+    if (stream) {
+        return stream->context == current ? stream : NULL;
+    }
+    default_streams[current->device].context = current;
+    return &default_streams[current->device];
+}
+
+static cuda_result issue(struct cuda_stream *stream, struct work work)
+{
+    stream = named(stream);
+    if (!stream || (!work.outwards && !reachable(work.to, work.bytes)) || stream->issued - stream->done == WORKS_MAX) {
+        return CUDA_INVALID_VALUE;
+    }
+    stream->works[stream->issued++ % WORKS_MAX] = work;
+    return CUDA_OK;
+}
+
+static bool registered(const uint8_t *memory, size_t bytes)
+{
+    for (int i = 0; i < RANGES_MAX; i++) {
+        if (ranges[i].memory && memory >= ranges[i].memory && memory + bytes <= ranges[i].memory + ranges[i].bytes) {
+            return true;
+        }
+    }
+    return false;
+}
+
+EXPORT cuda_result cuMemcpyHtoDAsync(cuda_address to, const void *from, size_t bytes, cuda_stream stream);
+EXPORT cuda_result cuMemcpyHtoDAsync(cuda_address to, const void *from, size_t bytes, cuda_stream stream)
+{
+    ENTER("cuMemcpyHtoDAsync", true);
+    if (!registered(from, bytes)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    return fake_leave(issue(stream, (struct work){.to = to, .from = from, .bytes = bytes}));
+}
+
+EXPORT cuda_result cuMemcpy2DAsync(const struct cuda_rows *rows, cuda_stream stream);
+EXPORT cuda_result cuMemcpy2DAsync(const struct cuda_rows *rows, cuda_stream stream)
+{
+    ENTER("cuMemcpy2DAsync", true);
+    if (rows->from_x || rows->from_y || rows->to_x || rows->to_y || rows->from_type != CUDA_MEMORY_DEVICE ||
+        rows->to_type != CUDA_MEMORY_HOST || rows->from_pitch < rows->width_bytes ||
+        rows->to_pitch < rows->width_bytes || rows->height == 0 ||
+        !registered(rows->to_host, (rows->height - 1) * rows->to_pitch + rows->width_bytes)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    for (size_t i = 0; i < rows->height; i++) {
+        if (!reachable(rows->from_device + i * rows->from_pitch, rows->width_bytes)) {
+            return fake_leave(CUDA_INVALID_VALUE);
+        }
+    }
+    return fake_leave(issue(stream, (struct work){.outwards = true, .rows = *rows}));
+}
+
+EXPORT cuda_result cuMemsetD8Async(cuda_address to, unsigned char value, size_t bytes, cuda_stream stream);
+EXPORT cuda_result cuMemsetD8Async(cuda_address to, unsigned char value, size_t bytes, cuda_stream stream)
+{
+    ENTER("cuMemsetD8Async", true);
+    return fake_leave(issue(stream, (struct work){.to = to, .value = value, .bytes = bytes}));
+}
+
+EXPORT cuda_result cuMemcpyHtoD(cuda_address to, const void *from, size_t bytes);
+EXPORT cuda_result cuMemcpyHtoD(cuda_address to, const void *from, size_t bytes)
+{
+    ENTER("cuMemcpyHtoD", true);
+    if (!reachable(to, bytes)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    copy_in(to, from, 0, bytes);
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuMemcpyDtoH(void *to, cuda_address from, size_t bytes);
+EXPORT cuda_result cuMemcpyDtoH(void *to, cuda_address from, size_t bytes)
+{
+    ENTER("cuMemcpyDtoH", true);
+    if (!reachable(from, bytes)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    copy_out(to, from, bytes);
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuMemsetD8(cuda_address to, unsigned char value, size_t bytes);
+EXPORT cuda_result cuMemsetD8(cuda_address to, unsigned char value, size_t bytes)
+{
+    ENTER("cuMemsetD8", true);
+    if (!reachable(to, bytes)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    copy_in(to, NULL, value, bytes);
+    return fake_leave(CUDA_OK);
+}
+
+// ---- host memory ----
+
+EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags);
+EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags)
+{
+    ENTER("cuMemHostRegister", true);
+    const uint8_t *from = memory;
+    struct host_range *place = NULL;
+    for (int i = 0; i < RANGES_MAX; i++) {
+        if (!ranges[i].memory) {
+            place = place ? place : &ranges[i];
+        } else if (from < ranges[i].memory + ranges[i].bytes && ranges[i].memory < from + bytes) {
+            return fake_leave(ALREADY_REGISTERED);
+        }
+    }
+    if (flags != 0 || bytes == 0 || !place) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    *place = (struct host_range){from, bytes};
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuMemHostUnregister(void *memory);
+EXPORT cuda_result cuMemHostUnregister(void *memory)
+{
+    ENTER("cuMemHostUnregister", true);
+    for (struct cuda_stream *stream = streams; stream; stream = stream->next) {
+        carry_out(stream, stream->issued);
+    }
+    for (int i = 0; i < RANGES_MAX; i++) {
+        if (ranges[i].memory && ranges[i].memory == memory) {
+            ranges[i].memory = NULL;
+            return fake_leave(CUDA_OK);
+        }
+    }
+    return fake_leave(NOT_REGISTERED);
+}
+
+// ---- streams and events ----
+
+EXPORT cuda_result cuStreamCreateWithPriority(cuda_stream *stream, unsigned flags, int priority);
+EXPORT cuda_result cuStreamCreateWithPriority(cuda_stream *stream, unsigned flags, int priority)
+{
+    ENTER("cuStreamCreateWithPriority", true);
+    if (flags != CUDA_STREAM_NON_BLOCKING || priority > 0) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    *stream = calloc(1, sizeof(**stream));
+    if (!*stream) {
+        abort();
+    }
+    (*stream)->context = fake_current();
+    (*stream)->next = streams;
+    streams = *stream;
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuStreamDestroy(cuda_stream stream);
+EXPORT cuda_result cuStreamDestroy(cuda_stream stream)
+{
+    ENTER("cuStreamDestroy", true);
+    carry_out(stream, stream->issued);
+    struct cuda_stream **link = &streams;
+    while (*link != stream) {
+        link = &(*link)->next;
+    }
+    *link = stream->next;
+    free(stream);
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuEventCreate(cuda_event *event, unsigned flags);
+EXPORT cuda_result cuEventCreate(cuda_event *event, unsigned flags)
+{
+    ENTER("cuEventCreate", true);
+    if (flags != CUDA_EVENT_DISABLE_TIMING) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    *event = calloc(1, sizeof(**event));
+    if (!*event) {
+        abort();
+    }
+    (*event)->next = events;
+    events = *event;
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuEventRecord(cuda_event event, cuda_stream stream);
+EXPORT cuda_result cuEventRecord(cuda_event event, cuda_stream stream)
+{
+    ENTER("cuEventRecord", true);
+    stream = named(stream);
+    if (!event || !stream) {
+        return fake_leave(INVALID_HANDLE);
+    }
+    *event = (struct cuda_event){.stream = stream, .number = stream->issued, .next = event->next};
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuEventQuery(cuda_event event);
+EXPORT cuda_result cuEventQuery(cuda_event event)
+{
+    ENTER("cuEventQuery", true);
+    if (!event->stream) {
+        return fake_leave(CUDA_OK); // nothing to wait for
+    }
+    if (!event->asked) {
+        event->asked = true;
+        return fake_leave(CUDA_NOT_READY);
+    }
+    carry_out(event->stream, event->number);
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuEventDestroy(cuda_event event);
+EXPORT cuda_result cuEventDestroy(cuda_event event)
+{
+    ENTER("cuEventDestroy", true);
+    struct cuda_event **link = &events;
+    while (*link != event) {
+        link = &(*link)->next;
+    }
+    *link = event->next;
+    free(event);
+    return fake_leave(CUDA_OK);
+}
+
+// ---- entry points ----
+
+#define DECLARE(field, symbol, version, parameters) extern cuda_result fake_##field parameters __asm__(symbol);
+CUDA_ENTRIES(DECLARE)
+#undef DECLARE
+
+EXPORT cuda_result cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t flags, int *found);
+EXPORT cuda_result cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t flags, int *found)
+{
+    static const struct {
+        const char *symbol;
+        int version;
+        void (*call)(void);
+    } entries[] = {
+#define ROW(field, symbol, version, parameters) {symbol, version, (void (*)(void))fake_##field},
+        CUDA_ENTRIES(ROW)
+#undef ROW
+    };
+    const char *missing = getenv("FAKE_CUDA_MISSING"); // an entry point that this driver is too old for
+    for (size_t i = 0; i < sizeof(entries) / sizeof(entries[0]); i++) {
+        if (strcmp(entries[i].symbol, symbol) == 0 && version == entries[i].version && flags == 0 &&
+            !(missing && strcmp(missing, symbol) == 0)) {
+            memcpy(out, &entries[i].call, sizeof(*out));
+            *found = 0;
+            return CUDA_OK;
+        }
+    }
+    *out = NULL;
+    *found = 1;
+    return NOT_FOUND;
+}

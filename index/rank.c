@@ -19,8 +19,9 @@
 // With effort 0, cells are left unopened that together promise less than this share of all mass. (A share of what is
 // selected was no better: it opens most where there is least to find.)
 #define LOSS_SHARE 0.002f
-// Page-wise: those whose pages promise less than this share of the worst selected page.
-#define PAGE_SHARE 0.3f
+// Page-wise: those whose best page may not have this share of the worst selected one. Of p pages the best has between
+// the mean and all of their mass; the geometric mean is taken.
+#define PAGE_SHARE 0.03f
 
 // Hopes are logs of masses. Cells within the depth of the best are looked at; a deeper look if that is not enough.
 #define HOPE_DEPTH        4.0f
@@ -468,13 +469,13 @@ static void note_waiting(struct index_search *search, const float *masses, const
     }
 }
 
-// Page-wise: mass a page.
+// Page-wise: mass of the best page.
 static void spread_over_pages(const struct index_search *search, uint32_t block, const float *masses, float *merits)
 {
     const float *rows = cell_block(search, block)->rows;
     for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
         if (merits[lane] != DCI_TAKEN) {
-            merits[lane] = masses[lane] / ceilf(rows[lane] / (float)search->index->page_tokens);
+            merits[lane] = masses[lane] / sqrtf(ceilf(rows[lane] / (float)search->index->page_tokens));
         }
     }
 }

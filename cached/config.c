@@ -84,6 +84,10 @@ static bool set_number(struct config *config, const struct number *number, const
 
 static bool set_text(char *field, size_t field_bytes, const char *flag, const char *text, char *error, size_t capacity)
 {
+    if (text[0] == '\0') {
+        snprintf(error, capacity, "--%s: empty; leave it out for the default", flag);
+        return false;
+    }
     if (strlen(text) >= field_bytes) {
         snprintf(error, capacity, "--%s: longer than %zu bytes", flag, field_bytes - 1);
         return false;

@@ -20,6 +20,7 @@ struct gpus {
     struct task_queue queue; // work for the opener, which the driver may keep waiting for ever
     pthread_t opener;
     bool opener_runs; // main thread
+    bool used;        // reactor: the opener has had work, so the driver may keep something for ever
 
     // The opener only, from start to stop.
     bool driver_sought;

@@ -21,7 +21,7 @@
 #define SERVER_SPARE_CONNECTIONS  8u // beyond --sessions-max: for icecachectl, and for those that are yet to say hello
 #define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
 #define SERVER_ACCEPT_PAUSE_NS    (100ull * 1000000u)
-#define SERVER_LEAVE_NS           (5ull * 1000000000u) // beyond it what sessions hold is not waited for at a stop
+#define SERVER_LEAVE_NS           (5ull * 1000000000u) // beyond it what the GPU driver holds is not waited for at a stop
 #define SERVER_FAREWELL_NS        (100ull * 1000000u) // between the last reply and the closing of the sockets at a stop
 #define SERVER_INFLIGHT_BYTES_MAX (128ull << 20)      // of a session's requests, beyond which it must wait for replies
 #define SERVER_STALL_RETRY_NS     (100ull * 1000000u)

@@ -298,6 +298,7 @@ static void landing_start(struct server *server, struct job *job, const struct l
     }
     landing->ops = ops_of(place);
     job->landing = landing;
+    server->gpus.used = server->gpus.used || place == LANDING_PUSH;
     task_queue_push(place == LANDING_PUSH ? &server->gpus.queue : &server->keeper_queue, TASK_BULK, &job->task);
 }
 

@@ -83,6 +83,7 @@ static ice_status push_open(ice_landing *landing, uint64_t until_us)
     status = push_request(landing, memory, until_us);
     if (status == ICE_OK) {
         status = gpu_buffer_check(buffer, memory, text);
+        status = status == ICE_OK ? gpu_buffer_clear(buffer, text) : status; // of the probe
         if (status != ICE_OK) {
             push_close(landing, until_us);
             status = set_error(status, text);

@@ -147,8 +147,9 @@ struct ice_gpu_options {
 ICE_CHECKED ice_status ice_landing_bytes(const struct ice_landing_shape *shape, uint64_t *bytes_out);
 // As ice_landing_open; what was in the memory is lost. It is borrowed until ice_landing_close: it must neither be freed
 // nor moved before, nor its CUDA context be destroyed. The CUDA driver is loaded from $ICECACHE_CUDA_LIBRARY or
-// libcuda.so.1. ICE_NOT_SUPPORTED, ICE_INVALID_ARGUMENT, ICE_OUT_OF_BOUNDS: the memory cannot be used, and
-// ice_last_error says why.
+// libcuda.so.1. With push, a call that ends with ICE_TIMEOUT, and a close after the session was lost, leave open
+// whether the daemon still writes to the memory: not longer than a second after it has noticed. ICE_NOT_SUPPORTED,
+// ICE_INVALID_ARGUMENT, ICE_OUT_OF_BOUNDS: the memory cannot be used, and ice_last_error says why.
 ICE_CHECKED ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_shape *shape,
                                             const struct ice_gpu_options *options, uint64_t deadline_us,
                                             ice_landing **out);
@@ -221,7 +222,8 @@ ICE_CHECKED ice_status ice_append(ice_sequence *sequence, uint32_t layer, uint64
 // head's tokens do (token_stride is: [layer, KV head, token, head_dim]); anything else is ICE_NOT_SUPPORTED. The
 // library copies on `stream` (a CUstream or cudaStream_t of the memory's context; NULL: the default stream), so behind
 // whatever has been issued there, and returns when K and V have been stored. A client appends from one GPU, with at
-// most 256 MiB of staging_bytes.
+// most 256 MiB of staging_bytes. Where the stream does not end within the deadline, that half of the client's staging
+// is not used again until ice_client_reconnect; without both halves appends and reads end with ICE_TIMEOUT.
 ICE_CHECKED ice_status ice_append_gpu(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
                                       const struct ice_kv_source *source, void *stream, uint64_t deadline_us,
                                       uint64_t *length_out);

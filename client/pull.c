@@ -78,6 +78,9 @@ static ice_status await(ice_ticket *ticket, uint64_t until_us)
         }
         (void)pthread_mutex_lock(&client->lock);
     }
+    if (ticket->pending->pull == PULL_LOST) {
+        return error_set(ICE_SYSTEM, "the copy to the GPU has failed before");
+    }
     return ICE_OK;
 }
 

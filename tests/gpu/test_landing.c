@@ -160,6 +160,20 @@ static void a_rebound_row_is_empty(void **state)
     }
 }
 
+// The probe is written to the memory's last bytes, where the last counts are when nothing pads the last block.
+static void a_new_landing_is_empty(void **state)
+{
+    struct daemon *daemon = *state;
+    const struct shape narrow = {.layers = 8, .kv_heads = 1, .query_heads = 1, .head_dim = 64, .dtype = ICE_BF16};
+    for (enum ice_gpu_mode mode = ICE_GPU_PUSH; mode <= ICE_GPU_PULL; mode++) {
+        struct worker worker;
+        worker_open_gpu(&worker, daemon->sockets, &narrow, 1, 127, &(struct ice_gpu_options){.mode = mode});
+        for (uint32_t layer = 0; layer < narrow.layers; layer++)
+            gpu_check_counts(&worker, 0, layer, 0);
+        worker_close(&worker);
+    }
+}
+
 // Many in flight, waited for in another order, some never: their rows are free again, and nothing is overwritten early.
 static void tickets_in_flight(void **state)
 {
@@ -357,6 +371,7 @@ int main(int argc, char **argv)
         DAEMON_TEST(memory_of_the_worker),
         DAEMON_TEST(mapped_memory),
         DAEMON_TEST(a_rebound_row_is_empty),
+        DAEMON_TEST(a_new_landing_is_empty),
         DAEMON_TEST(tickets_in_flight),
         DAEMON_TEST(mapped_without_handles),
         DAEMON_TEST_WITH(daemon_that_must_not_push, no_push_options),

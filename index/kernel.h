@@ -105,8 +105,8 @@ struct dci_target {
 struct dci_sieve {
     uint32_t low, span; // positions that count: low .. low + span - 1
     float bar;
-    // Per view: the bits of a term (dci_rough_exp) are sign sum * scale * factor + offset; terms times the weight are
-    // without bias.
+    // Per view: the bits of a term (a rough exponential, see DCI_ROUGH_SLOPE) are sign sum * scale * factor + offset;
+    // terms times the weight are without bias.
     const float *factors, *offsets, *weights;
 };
 

@@ -1,6 +1,5 @@
-// Inner products of codes with int8 queries, exact in integers: included by kernel_lanes.h once per instruction set,
-// with its macros. No include guard, on purpose. Inner products of 16 8-bit codes with those of up to four views, exact
-// in integers.
+// Inner products of 16 8-bit codes with int8 queries of up to four views, exact in integers: included by kernel_lanes.h
+// once per instruction set, with its macros. No include guard, on purpose.
 #define DOTS_VIEWS 4u
 
 // What NAME(dots) takes the offset of a code for: it is part of the products, or left out of them already.

@@ -43,7 +43,7 @@ struct index_place dci_scored_place(const struct index_search *search, const str
 
 const float *dci_block_centers(struct index_search *search, uint32_t block)
 {
-    if (block < search->center_blocks && search->phase > SEARCH_CENTERS) { // sinks and window come before
+    if (block < search->center_blocks) {
         return SEARCH_ROOM(search, float, ROOM_CENTERS) + (size_t)block * search->views * DCI_LANES;
     }
     float *centers = SEARCH_ROOM(search, float, ROOM_ANCHORS);
@@ -133,6 +133,9 @@ float *dci_block_scores(struct index_search *search, uint32_t block)
 
 static uint32_t add(struct index_search *search, const struct scored *scored)
 {
+    if (search->block_count + SEARCH_LOOSE_MOST >= search->sieve_blocks) {
+        dci_open_flush(search); // while what waits is sure to be kept: it cannot be scored again
+    }
     const uint32_t count = score_block(search, scored, room_for(search, search->block_count));
     *dci_scored(search, search->block_count++) = *scored;
     return count;
@@ -243,8 +246,8 @@ void dci_open_begin_sieve(struct index_search *search)
     const float *norms = SEARCH_ROOM(search, float, ROOM_NORMS), *noises = SEARCH_ROOM(search, float, ROOM_NOISES);
     const float *scales = SEARCH_ROOM(search, float, ROOM_SCALES_OF_SIGNS);
     for (uint32_t v = 0; v < search->views; v++) {
-        const float spread2 = norms[v] * norms[v], noise2 = noises[v] * noises[v];
-        const float share = spread2 + noise2 > 0.0f ? spread2 / (spread2 + noise2) : 0.0f;
+        const float ratio = norms[v] > 0.0f ? noises[v] / norms[v] : 0.0f; // of the deviations; no square overflows
+        const float share = norms[v] > 0.0f ? 1.0f / (1.0f + ratio * ratio) : 0.0f;
         SEARCH_ROOM(search, float, ROOM_FACTORS)[v] = share * scales[v];
         SEARCH_ROOM(search, float, ROOM_DOUBTS)[v] = sqrtf(share) * noises[v];
     }

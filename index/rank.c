@@ -401,7 +401,8 @@ void dci_rank_fix_weights(struct index_search *search)
     search->scored_sum = search->waiting_sum = 0.0;
     const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
     for (uint32_t v = 0; v < search->views; v++) {
-        search->scored_sum += (double)dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
+        const double unit = (double)SEARCH_ROOM(search, float, ROOM_UNITS)[v];
+        search->scored_sum += unit * (double)dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
         search->scored_sum += search->barred ? (double)dci_sum_lanes(rough + (size_t)v * DCI_LANES) : 0.0;
     }
 }

@@ -15,7 +15,7 @@
 // Blocks that are worked on in one go.
 #define ITEM_BLOCKS 8u
 
-// How far above its origin a score may be: no sum of exponentials overflows.
+// How far from its origin the best score may be: no sum of exponentials overflows, and none is nothing.
 #define ORIGIN_REACH 60.0f
 
 enum index_status index_search_create(const struct index_allocator *allocator, struct index_search **out)
@@ -245,8 +245,8 @@ static void ends_item(struct index_search *search)
     search->cursor += end - position;
 }
 
-// Exponentials are relative to the origins. These are fixed when tokens are weighed first; where none were, or where a
-// score has been found since that is too far above, exponentials are taken anew.
+// Exponentials are relative to the origins. These are fixed when tokens are weighed first; where none were, or where
+// the best score is too far from its origin in the end, exponentials are taken anew.
 void dci_search_begin_totals(struct index_search *search)
 {
     const float *tops = SEARCH_ROOM(search, float, ROOM_TOPS);
@@ -255,7 +255,7 @@ void dci_search_begin_totals(struct index_search *search)
     for (uint32_t v = 0; v < search->views; v++) {
         const float top = dci_max_lanes(tops + (size_t)v * DCI_LANES);
         highest[v] = top > DCI_HIDDEN ? top : 0.0f; // a view that sees nothing: what is hidden has no mass either
-        is_far = is_far || highest[v] > origins[v] + ORIGIN_REACH;
+        is_far = is_far || fabsf(highest[v] - origins[v]) > ORIGIN_REACH;
     }
     if (is_far) {
         memcpy(origins, highest, search->views * sizeof highest[0]);

@@ -1,4 +1,4 @@
-// The state of a search. Private to search.c, open.c, rank.c and select.c.
+// The state of a search. Private to search.c, view.c, open.c, rank.c and select.c.
 //
 // A view is one query vector: query position x query head. Tokens are scored in blocks of 16 lanes: rows of a page of
 // the tree, or neighbours of head and tail. A cell is named by its slot, the number of its entry over all blocks of

@@ -20,7 +20,7 @@
 #define TREE_PARTS_MAX  8u   // pages or blocks of a node
 #define TREE_BEAM       4u   // nodes kept per level on the way down to a token's cell
 
-// Squared norms above this are refused: the sum of 256 squared residuals, each of up to twice a norm and coded in 4
+// Squared norms above this are refused: the sum of 256 squared residuals, each of up to twice a norm and coded in 5
 // bits, must stay finite.
 #define TREE_NORM2_MAX (0x1p116f)
 

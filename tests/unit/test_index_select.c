@@ -368,6 +368,35 @@ static void scores_may_be_made_again(void **state)
     free(kept);
 }
 
+// Rows that wait for their turn are kept, also where scores fill up what is kept in between: a window over most of the
+// tree, and a budget that lets most rows through the sieve.
+static void rows_wait_where_scores_fill_up(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(91);
+    const uint32_t tokens = 22000;
+    const struct index_params params = params_of(16, 16);
+    struct lane lane;
+    lane_begin(&lane, &params, KEYS_GAUSSIAN, tokens, 64, &rng);
+    lane_fill(&lane, tokens);
+    lane_queries(&lane, 64, 0.3f, &rng);
+    for (uint32_t i = 0; i < 2; i++) {
+        const struct index_query query = {.queries = lane.queries,
+                                          .query_count = 1,
+                                          .head_count = 64,
+                                          .first_position = tokens - 1,
+                                          .scale = 0.2f,
+                                          .budget = i == 0 ? 64 : 1500,
+                                          .sinks = 16,
+                                          .window = i == 0 ? 18000 : 64,
+                                          .effort = i == 0 ? 0.0f : 1.0f};
+        const struct answer answer = lane_search(&lane, &query, 100000);
+        selection_verify(&lane.owner, &query, &answer);
+        assert_int_equal(answer.selection.count, query.budget);
+    }
+    lane_end(&lane);
+}
+
 // Views so many that scores do not fit what is kept.
 static void more_views_than_kept_scores(void **state)
 {
@@ -577,6 +606,7 @@ int main(void)
         cmocka_unit_test(coverage_stops_early),
         cmocka_unit_test(ties_go_to_lower_positions),
         cmocka_unit_test(scores_may_be_made_again),
+        cmocka_unit_test(rows_wait_where_scores_fill_up),
         cmocka_unit_test(more_views_than_kept_scores),
         cmocka_unit_test(queries_that_see_nothing),
         cmocka_unit_test(contexts_are_used_again),

@@ -1,5 +1,5 @@
-// Scores of tokens from their codes: included by kernel_lanes.h once per instruction set, with its macros. No include
-// guard, on purpose. All sums of products are exact in integers.
+// Scores of tokens from their codes: included by kernel_lanes.h once per instruction set, with its macros. All sums of
+// products are exact in integers. No include guard, on purpose.
 //
 // A coordinate's code is 16 b + low - 15.5 with a top bit b and low = 0 .. 15. The top bits of 16 rows lie together, 4
 // coordinates to a table's index, and are scored for all of them at once; the low bits of a row lie in one piece.

@@ -10,8 +10,10 @@
 static const struct shape shape = {3, 2, 4, 64, ICE_BF16};
 enum { LENGTH = 700, SLOTS = 800, ROWS = 3 };
 
-static const char *const no_push_options[] = {"--gpu-push", "0", "--shared-bytes", "64m", "--log-level", "debug", NULL};
-static const char *const no_driver_options[] = {"--cuda-library", "/nowhere/libcuda.so", "--log-level", "debug", NULL};
+// Small pools: on a busy machine a gigabyte is not populated within the deadline of a test.
+#define SMALL "--pool-bytes", "64m", "--index-bytes", "64m", "--shared-bytes", "64m", "--log-level", "debug"
+static const char *const no_push_options[] = {SMALL, "--gpu-push", "0", NULL};
+static const char *const no_driver_options[] = {SMALL, "--cuda-library", "/nowhere/libcuda.so", NULL};
 
 static struct history history;
 

@@ -37,9 +37,9 @@
 // The largest sum of the sizes of four table codes, before they are rounded.
 #define TABLE_SUM_MAX 125.0f
 
-// Is it the head_dim of many models, for which loops are unrolled? Neither that nor forced inlining under sanitizers:
-// compiling takes minutes then.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+// Is it the head_dim of many models, for which loops are unrolled? Neither that nor forced inlining under the
+// address sanitizer: compiling takes minutes then.
+#if defined(__SANITIZE_ADDRESS__)
 #define KERNEL_FIXED(n, dim) ((void)(dim), false)
 #define KERNEL_LEAST(n, dim) (n)
 #define KERNEL_INLINE

@@ -1,6 +1,7 @@
 // GPUs of the daemon. A copier is the only thread that issues copies on its GPU and asks for their ends; the opener is
 // the only one that makes and unmakes mappings of workers' memory. Neither is ever waited for by the reactor, the
-// shards or the keeper: a driver that hangs costs the GPU's landings and nothing else.
+// shards or the keeper: a driver that hangs costs what waits in its thread (for the opener that is every landing in GPU
+// memory that is to be opened or closed, with its session), not host landings.
 //
 // Invariants: copies of a GPU are in one stream, so they end in the order in which they were issued; an op is completed
 // after its copies have ended, or when the copier has given its GPU up.

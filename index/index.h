@@ -174,9 +174,10 @@ struct index_query {
                     // page_tokens tokens may come back for a smaller budget); open pages of the tail count as pages
     float coverage; // in (0, 1]: stop as soon as the estimated mass of sinks, window and selection reaches it, and
                     // select no more than reaches it; 0: spend the budget
-    float effort;   // share of the clustered tokens to score, (0, 1]. 0: the default, as many as still promise mass
-                  // that counts. Enough are always scored to fill the budget (without coverage); a budget of all tokens
-                  // outside sinks and window selects them all, page-wise too
+    float effort;   // share of the clustered tokens to look at, (0, 1]; the higher, the more carefully what cannot be
+                    // selected is left out. 0: the default, as many as still promise mass
+    // that counts. Enough are always scored to fill the budget (without coverage); a budget of all tokens
+    // outside sinks and window selects them all, page-wise too
 };
 
 struct index_selected {
@@ -188,7 +189,7 @@ struct index_selection {
     uint32_t count;      // selected tokens, ascending by position
     float selected_mass; // sum of their masses
     float ends_mass;     // mass of sinks and window
-    uint32_t scanned;    // keys scored
+    uint32_t scanned;    // tokens looked at: scored, or left out by the top bits of their codes
     bool partial;        // finished before the search was complete
 };
 

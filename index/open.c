@@ -1,4 +1,4 @@
-// Scoring: blocks of head and tail with their keys, rows of cells with their codes.
+// Scoring: blocks of head and tail with 8-bit codes, rows of cells with 5-bit codes.
 //
 // Thread ownership: that of the search context. No allocation.
 #include "index/search.h"
@@ -157,11 +157,8 @@ static void settle(struct index_search *search, struct waiting *waiting)
     const struct dci_kernel *kernel = search->index->kernel;
     const uint32_t block = search->block_count++;
     kernel->score16(&search->seen, &waiting->lanes, room_for(search, block), SEARCH_ROOM(search, float, ROOM_TOPS));
-    *dci_scored(search, block) = (struct scored){.page = TREE_NONE,
-                                                 .cell = SEARCH_LOOSE,
-                                                 .end = (uint8_t)waiting->count,
-                                                 .number = waiting->loose,
-                                                 .only = TREE_NONE};
+    *dci_scored(search, block) =
+        (struct scored){.page = TREE_NONE, .cell = SEARCH_LOOSE, .number = waiting->loose, .only = TREE_NONE};
     if (search->barred) {
         float masses[DCI_LANES];
         kernel->mix16(dci_search_exps(search, block), search->views, SEARCH_ROOM(search, float, ROOM_UNITS), masses);

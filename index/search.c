@@ -211,15 +211,10 @@ static void enter(struct index_search *search, enum search_phase phase)
     search->cursor = 0;
 }
 
-static uint32_t window_begin(const struct index_search *search)
-{
-    return search->high > search->sinks_end ? search->high : search->sinks_end;
-}
-
 // Sinks and window, token by token where they lie in the tree.
 static void ends_item(struct index_search *search)
 {
-    const uint32_t first = window_begin(search);
+    const uint32_t first = search->high;
     const uint32_t count = search->sinks_end + (search->visible - first);
     if (search->cursor == count) {
         dci_open_flush(search);

@@ -43,7 +43,7 @@ enum search_phase {
 struct scored {
     uint32_t page;      // of the tree
     uint32_t cell;      // TREE_NONE: of head or tail; SEARCH_LOOSE: loose rows
-    uint32_t place;     // head and tail: position of lane 0; else the cell's slot
+    uint32_t place;     // head and tail: position of lane 0; rows of one cell: its slot
     uint8_t begin, end; // head and tail: the lanes that count
     bool counted;       // its exponentials are part of the sums
     uint32_t number;    // which block of the cell's run; which loose block
@@ -93,20 +93,21 @@ enum room_name {
     ROOM_SCALES_OF_SIGNS, // per view: what turns a sum of signs, times a row's scale, into the bits of a term
     ROOM_FACTORS,         // per view: dci_sieve
     ROOM_OFFSETS,         // per view: dci_sieve
-    ROOM_WEIGHTS,         // per view: dci_sieve
+    ROOM_WEIGHTS,         // per view: dci_sieve; before, while references are judged, exp of the largest score
     ROOM_NOISES,          // per view: deviation of what the top bits say, for an isotropic deviation of 1 of the keys
     ROOM_DOUBTS,          // per view: the deviation that is left when it is known how scores spread around anchors
     ROOM_SHIFTS,          // per view: reference of the survey, then exp of it less the final one
     ROOM_SEEN,            // per query position: tokens whose spread was measured
-    ROOM_INVERSE,         // per view: 1 / sum of all exp(score - origin), over the number of views
-    ROOM_TOPS,            // per view and lane: largest score so far
-    ROOM_LANES,           // per view and lane: sums of exponentials
-    ROOM_ROUGH,           // per view and lane: rough sums of exp(score - reference) of blocks that were dropped
+    ROOM_INVERSE, // per view: 1 / sum of all exp(score - origin), over the number of views; before, the largest score
+    ROOM_TOPS,    // per view and lane: largest score so far
+    ROOM_LANES,   // per view and lane: sums of exponentials
+    ROOM_ROUGH,   // per view and lane: rough sums of exp(score - reference) of blocks that were dropped
     ROOM_SPREADS, // per view and lane: promised tops, then sums of squared deviations, at last of what was not opened
     ROOM_UNSEEN,  // per view and lane: largest scores with those that the view does not see; nobody asks for them
     ROOM_ANCHORS, // per view and lane: scores of one block's anchors
     ROOM_BLOCK,   // per view and lane: scores of one block
-    ROOM_TERMS,   // per view and lane: dci_kernel.sift16
+    ROOM_TERMS, // per view and lane: dci_kernel.sift16; exponentials that are not kept; sums that references are judged
+                // by
     ROOM_ANCHORS_OF_LANES, // per view and lane: dci_lanes, of one block; then of the two that wait
     ROOM_SIGNS_OF_LANES,   // likewise
     ROOM_CODES,            // per view: codes of the rotated query
@@ -142,7 +143,7 @@ struct index_search {
     uint32_t block_count, ends_blocks;    // scored; those of sinks and window come first
     uint32_t settled;                     // blocks whose masses are known
     uint32_t score_blocks, center_blocks; // how many fit
-    uint32_t sieve_blocks;                // up to how many there may be loose ones
+    uint32_t sieve_blocks;                // the same, for loose rows; tests that want no sieve set it to 0
     uint32_t to_open, rounds;
     uint64_t opened_tokens; // of the tree
     uint32_t eligible_scored, tokens_scored;

@@ -17,7 +17,7 @@ const char *const search_coverage_names[COVERAGES] = {"0.5", "0.8", "0.9"};
 struct asked {
     uint32_t count;
     uint32_t positions[PLACES_MAX];
-    double scanned;   // keys scored
+    double scanned;   // keys looked at
     double estimated; // mass of sinks, window and selection, as the tree estimates it
 };
 

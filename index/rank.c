@@ -231,6 +231,12 @@ static void place_origins(struct index_search *search)
     search->placed = true;
 }
 
+// Do sums of masses matter, or just what the worst selected token has?
+static bool needs_sums(const struct index_search *search)
+{
+    return search->query.page_wise || search->query.coverage > 0.0f;
+}
+
 void dci_rank_begin_weighing(struct index_search *search)
 {
     if (!search->placed) {
@@ -240,9 +246,12 @@ void dci_rank_begin_weighing(struct index_search *search)
         SEARCH_ROOM(search, float, ROOM_UNITS)
         [v] = dci_exp(SEARCH_ROOM(search, float, ROOM_ORIGINS)[v] - SEARCH_ROOM(search, float, ROOM_REFERENCE)[v]);
     }
-    memset(search->counts, 0, sizeof search->counts);
-    memset(search->weights, 0, sizeof search->weights);
-    memset(search->tokens_of, 0, sizeof search->tokens_of);
+    if (needs_sums(search)) {
+        memset(search->counts, 0, sizeof search->counts);
+        memset(search->weights, 0, sizeof search->weights);
+    } else {
+        memset(search->tokens_of, 0, sizeof search->tokens_of);
+    }
     search->bar_bucket = search->above_bar = 0;
     search->ends_sum = 0.0;
 }
@@ -263,12 +272,6 @@ static void measure_spread(struct index_search *search, const struct scored *sco
         const uint32_t lanes = search->index->kernel->above16(scores + q * heads * DCI_LANES, 0.5f * DCI_HIDDEN);
         seen[q] += (float)__builtin_popcount(lanes);
     }
-}
-
-// Do sums of masses matter, or just what the worst selected token has?
-static bool needs_sums(const struct index_search *search)
-{
-    return search->query.page_wise || search->query.coverage > 0.0f;
 }
 
 void dci_rank_weigh(struct index_search *search, uint32_t block)
@@ -372,7 +375,27 @@ static uint32_t worst_bucket(const struct index_search *search)
     return bucket < SEARCH_BUCKETS ? bucket : SEARCH_BUCKETS - 1;
 }
 
-// The mass of the worst of the best so far, to a bucket, and the sum of the best.
+// What a coverage target is judged by: masses of the best so far, and of all that was scored.
+static void sum_up(struct index_search *search)
+{
+    search->selected_sum = 0.0;
+    uint32_t left = search->select_max;
+    for (uint32_t b = SEARCH_BUCKETS; b > search->bar_bucket && left > 0;
+         b--) { // of the last one only what is selected
+        const uint32_t count = search->counts[b - 1], taken = count < left ? count : left;
+        search->selected_sum += count == 0 ? 0.0 : (double)search->weights[b - 1] * taken / count;
+        left -= taken;
+    }
+    search->scored_sum = search->waiting_sum = 0.0;
+    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
+    for (uint32_t v = 0; v < search->views; v++) {
+        const double unit = (double)SEARCH_ROOM(search, float, ROOM_UNITS)[v];
+        search->scored_sum += unit * (double)dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
+        search->scored_sum += search->barred ? (double)dci_sum_lanes(rough + (size_t)v * DCI_LANES) : 0.0;
+    }
+}
+
+// The mass of the worst of the best so far, to a bucket.
 void dci_rank_fix_weights(struct index_search *search)
 {
     if (!search->barred) {
@@ -388,22 +411,10 @@ void dci_rank_fix_weights(struct index_search *search)
             search->above_bar += search->counts[b];
         }
     }
-    const uint32_t bucket = search->bar_bucket;
-    search->least = dci_bucket_least(bucket);
+    search->least = dci_bucket_least(search->bar_bucket);
     search->log_least = dci_log(search->least > 0x1p-100f ? search->least : 0x1p-100f);
-    search->selected_sum = 0.0;
-    uint32_t left = search->select_max;
-    for (uint32_t b = SEARCH_BUCKETS; b > bucket && left > 0; b--) { // of the last one only as many as are selected
-        const uint32_t count = search->counts[b - 1], taken = count < left ? count : left;
-        search->selected_sum += count == 0 ? 0.0 : (double)search->weights[b - 1] * taken / count;
-        left -= taken;
-    }
-    search->scored_sum = search->waiting_sum = 0.0;
-    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
-    for (uint32_t v = 0; v < search->views; v++) {
-        const double unit = (double)SEARCH_ROOM(search, float, ROOM_UNITS)[v];
-        search->scored_sum += unit * (double)dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
-        search->scored_sum += search->barred ? (double)dci_sum_lanes(rough + (size_t)v * DCI_LANES) : 0.0;
+    if (needs_sums(search)) {
+        sum_up(search);
     }
 }
 

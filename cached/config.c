@@ -30,7 +30,15 @@ static const struct number numbers[] = {
 };
 #define NUMBER_COUNT (sizeof numbers / sizeof *numbers)
 
-enum { FLAG_SOCKET_DIR = 1000, FLAG_LOG_LEVEL, FLAG_CUDA_LIBRARY, FLAG_HELP, FLAG_VERSION };
+enum {
+    FLAG_SOCKET_DIR = 1000,
+    FLAG_LOG_LEVEL,
+    FLAG_CUDA_LIBRARY,
+    FLAG_SPILL_DIR,
+    FLAG_SPILL_ENGINE,
+    FLAG_HELP,
+    FLAG_VERSION
+};
 
 bool config_parse_size(const char *text, uint64_t *out)
 {
@@ -96,6 +104,16 @@ static bool set_text(char *field, size_t field_bytes, const char *flag, const ch
     return true;
 }
 
+static bool set_engine(struct config *config, const char *text, char *error, size_t capacity)
+{
+    if (strcmp(text, "auto") != 0 && strcmp(text, "io_uring") != 0 && strcmp(text, "threads") != 0) {
+        snprintf(error, capacity, "--spill-engine: '%s' is none of auto, io_uring, threads", text);
+        return false;
+    }
+    strcpy(config->spill_engine, text);
+    return true;
+}
+
 #define VARIABLE_BYTES 64
 
 // --pool-bytes -> ICECACHE_POOL_BYTES, whose name goes to `name`
@@ -132,13 +150,20 @@ static bool read_environment(struct config *config, char *error, size_t capacity
     if (library &&
         !set_text(config->cuda_library, sizeof config->cuda_library, "cuda-library", library, error, capacity))
         return blame_variable(name, error, capacity);
+    const char *spill = environment_of("spill-dir", name);
+    if (spill &&
+        !set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", spill, error, capacity))
+        return blame_variable(name, error, capacity);
+    const char *engine = environment_of("spill-engine", name);
+    if (engine && !set_engine(config, engine, error, capacity))
+        return blame_variable(name, error, capacity);
     return true;
 }
 
 static enum config_outcome read_arguments(struct config *config, int argc, char *const *argv, char *error,
                                           size_t capacity)
 {
-    struct option options[NUMBER_COUNT + 6] = {{0}};
+    struct option options[NUMBER_COUNT + 8] = {{0}};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         options[i] = (struct option){numbers[i].flag, required_argument, NULL, (int)i};
     options[NUMBER_COUNT] = (struct option){"socket-dir", required_argument, NULL, FLAG_SOCKET_DIR};
@@ -146,6 +171,8 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
     options[NUMBER_COUNT + 2] = (struct option){"help", no_argument, NULL, FLAG_HELP};
     options[NUMBER_COUNT + 3] = (struct option){"version", no_argument, NULL, FLAG_VERSION};
     options[NUMBER_COUNT + 4] = (struct option){"cuda-library", required_argument, NULL, FLAG_CUDA_LIBRARY};
+    options[NUMBER_COUNT + 5] = (struct option){"spill-dir", required_argument, NULL, FLAG_SPILL_DIR};
+    options[NUMBER_COUNT + 6] = (struct option){"spill-engine", required_argument, NULL, FLAG_SPILL_ENGINE};
     optind = 1;
     opterr = 0;
     for (int flag; (flag = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
@@ -166,6 +193,11 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
             ok = set_text(config->log_level, sizeof config->log_level, "log-level", optarg, error, capacity);
         else if (flag == FLAG_CUDA_LIBRARY)
             ok = set_text(config->cuda_library, sizeof config->cuda_library, "cuda-library", optarg, error, capacity);
+        else if (flag == FLAG_SPILL_DIR)
+            ok =
+                set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", optarg, error, capacity);
+        else if (flag == FLAG_SPILL_ENGINE)
+            ok = set_engine(config, optarg, error, capacity);
         else
             ok = set_number(config, &numbers[flag], optarg, error, capacity);
         if (!ok)
@@ -180,7 +212,7 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
 
 enum config_outcome config_read(struct config *config, int argc, char *const *argv, char *error, size_t capacity)
 {
-    *config = (struct config){.log_level = "info", .cuda_library = CUDA_LIBRARY_DEFAULT};
+    *config = (struct config){.log_level = "info", .cuda_library = CUDA_LIBRARY_DEFAULT, .spill_engine = "auto"};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         memcpy((char *)config + numbers[i].offset, &numbers[i].initial, sizeof numbers[i].initial);
     if (control_default_directory(config->socket_directory, sizeof config->socket_directory) != ICE_OK)
@@ -204,7 +236,10 @@ void config_print_help(FILE *file)
         "Keeps the KV caches of inference workers on this node and finds the tokens their queries attend to.\n\n"
         "  --socket-dir DIR          where the sockets and the lock file are (ICECACHE_SOCKET_DIR)\n"
         "  --log-level LEVEL         error, warn, info or debug (default info)\n"
-        "  --cuda-library FILE       the CUDA driver, loaded for the first landing on a GPU (default libcuda.so.1)\n");
+        "  --cuda-library FILE       the CUDA driver, loaded for the first landing on a GPU (default libcuda.so.1)\n"
+        "  --spill-dir DIR           where the spill file is: pages that are not used leave memory for it (default "
+        "none)\n"
+        "  --spill-engine ENGINE     auto, io_uring or threads (default auto: io_uring where it works)\n");
     for (size_t i = 0; i < NUMBER_COUNT; i++) {
         const struct number *number = &numbers[i];
         char value[32];

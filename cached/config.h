@@ -11,6 +11,10 @@
 #define CONFIG_NUMBERS(X) \
     X(pool_bytes,            "pool-bytes",            SIZE,     1ull << 30,  2ull << 20, 1ull << 46, "memory for pages of K and V, taken at start") \
     X(index_bytes,           "index-bytes",           SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for the trees") \
+    X(spill_bytes,           "spill-bytes",           SIZE,     64ull << 30, 2ull << 20, 1ull << 44, "size of the spill file, which holds every page; with --spill-dir") \
+    X(spill_depth,           "spill-depth",           NUMBER,   64,          1,          64,         "pages on their way to or from the disk at once") \
+    X(spill_read_bytes_per_s,"spill-read-bytes-per-s",SIZE,     0,           0,          1ull << 40, "most bytes read from the spill file in a second; 0: no limit") \
+    X(spill_write_bytes_per_s,"spill-write-bytes-per-s",SIZE,   0,           0,          1ull << 40, "most bytes written to it in a second; 0: no limit") \
     X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings and staging") \
     X(shards,                "shards",                NUMBER,   0,           0,          256,        "threads that own lanes; 0: cores less one, at most 8") \
     X(page_tokens,           "page-tokens",           NUMBER,   16,          1,          256,        "tokens per page") \
@@ -34,6 +38,8 @@ struct config {
     char socket_directory[108];
     char log_level[16];
     char cuda_library[108];
+    char spill_directory[256]; // empty: no spill tier
+    char spill_engine[16];
 };
 
 enum config_outcome { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION, CONFIG_ERROR };

@@ -1,10 +1,11 @@
-// Lanes: joins a DCI-tree (which page and row a token has) with frames of the pool (where that page is in memory).
+// Lanes: joins a DCI-tree (which page and row a token has) with its pages (where that page is).
 //
 // A frame holds page_tokens token rows, each the token's K row and V row side by side: a selected token is one
 // contiguous read. All functions run on the shard that owns the lane.
 //
-// Invariants: a page has a frame from the moment the index names it (prepare, plan) until its last row is gone; an
-// append or plan that fails gives its frames back before it returns, so the lane is as it was.
+// Invariants: a page is in the table from the moment the index names it (prepare, plan) until its last row is gone; it
+// is in memory, or on the disk (tier.h). An append or plan that fails gives its pages back before it returns, so the
+// lane is as it was.
 #include "cached/lane.h"
 
 #include "cached/server.h"
@@ -56,6 +57,16 @@ static void index_release(void *owner, void *memory, size_t bytes)
     atomic_fetch_sub_explicit(&lane->sequence->index_bytes, bytes, memory_order_relaxed);
 }
 
+void *lane_acquire_memory(struct lane *lane, size_t bytes)
+{
+    return index_acquire(lane, bytes);
+}
+
+void lane_release_memory(struct lane *lane, void *memory, size_t bytes)
+{
+    index_release(lane, memory, bytes);
+}
+
 static ice_status status_of(enum index_status status)
 {
     switch (status) {
@@ -89,62 +100,124 @@ static ice_status ensure_index(struct lane *lane)
     return status_of(index_create(&params, &allocator, &lane->index));
 }
 
-// ---- frames ----
+// ---- pages ----
 
-static bool ensure_frame_table(struct lane *lane, uint32_t page)
+static bool ensure_page_table(struct lane *lane, uint32_t page)
 {
-    if (page < lane->frame_capacity)
+    if (page < lane->page_capacity)
         return true;
-    uint32_t capacity = lane->frame_capacity ? lane->frame_capacity : 16;
+    uint32_t capacity = lane->page_capacity ? lane->page_capacity : 16;
     while (capacity <= page)
         capacity += capacity / 2;
-    void **frames = index_acquire(lane, capacity * sizeof *frames);
-    if (!frames)
+    struct page *pages = index_acquire(lane, capacity * sizeof *pages);
+    if (!pages)
         return false;
-    if (lane->frames)
-        memcpy(frames, lane->frames, lane->frame_capacity * sizeof *frames);
-    memset(frames + lane->frame_capacity, 0, (capacity - lane->frame_capacity) * sizeof *frames);
-    index_release(lane, lane->frames, lane->frame_capacity * sizeof *frames);
-    lane->frames = frames;
-    lane->frame_capacity = capacity;
+    if (lane->pages)
+        memcpy(pages, lane->pages, lane->page_capacity * sizeof *pages);
+    memset(pages + lane->page_capacity, 0, (capacity - lane->page_capacity) * sizeof *pages);
+    index_release(lane, lane->pages, lane->page_capacity * sizeof *pages);
+    lane->pages = pages;
+    lane->page_capacity = capacity;
     return true;
 }
 
-static ice_status frame_give(struct lane *lane, uint32_t page, struct pool_reservation *promised)
+static bool page_is_used(const struct lane *lane, uint32_t page)
 {
-    if (!ensure_frame_table(lane, page))
+    return page < lane->page_capacity && lane->pages[page].flags & PAGE_USED;
+}
+
+bool lane_page_is_lost(const struct lane *lane, uint32_t page)
+{
+    return lane->pages[page].flags & PAGE_LOST;
+}
+
+// Memory for a new page and, where there is a disk, its extent.
+static ice_status page_make(struct lane *lane, struct shard *shard, uint32_t page, bool promised)
+{
+    struct server *server = server_of(lane);
+    struct sequence *sequence = lane->sequence;
+    if (!ensure_page_table(lane, page))
         return ICE_INDEX_FULL;
-    assert(!lane->frames[page]);
-    void *frame = pool_acquire(server_of(lane)->pool, promised, lane->sequence->frame_bytes);
-    if (!frame)
-        return ICE_POOL_FULL;
-    lane->frames[page] = frame;
-    atomic_fetch_add_explicit(&lane->sequence->frames, 1, memory_order_relaxed);
+    assert(!page_is_used(lane, page));
+    uint32_t extent = EXTENT_NONE;
+    if (tier_serves(server)) {
+        extent = extents_acquire(server->extents, promised ? &sequence->extents_promised : NULL, sequence->frame_bytes);
+        if (extent == EXTENT_NONE)
+            return ICE_SPILL_FULL;
+    }
+    lane->pages[page] = (struct page){.extent = extent, .flags = PAGE_USED};
+    if (!tier_take_frame(shard, lane, page, promised ? &sequence->frames_promised : NULL)) {
+        if (extent != EXTENT_NONE)
+            extents_release(server->extents, &extent, 1);
+        lane->pages[page] = (struct page){0};
+        return tier_serves(server) ? LANE_WAITS : ICE_POOL_FULL;
+    }
+    lane->pages[page].visited = 1;
+    atomic_fetch_add_explicit(&sequence->page_count, 1, memory_order_relaxed);
     return ICE_OK;
 }
 
-static void frame_drop(struct lane *lane, uint32_t page)
+static void page_drop(struct lane *lane, struct shard *shard, uint32_t page)
 {
-    assert(page < lane->frame_capacity && lane->frames[page]);
-    pool_release(server_of(lane)->pool, lane->frames[page]);
-    lane->frames[page] = NULL;
-    atomic_fetch_sub_explicit(&lane->sequence->frames, 1, memory_order_relaxed);
+    assert(page_is_used(lane, page));
+    tier_forget(shard, lane, page);
+    atomic_fetch_sub_explicit(&lane->sequence->page_count, 1, memory_order_relaxed);
+}
+
+// Brings a page into memory. ICE_OK: it is there; LANE_WAITS: it is on its way, or will be; ICE_PAGE_LOST.
+static ice_status page_need(struct lane *lane, struct shard *shard, uint32_t page)
+{
+    assert(page_is_used(lane, page));
+    lane->pages[page].visited = 1;
+    if (lane->pages[page].memory)
+        return ICE_OK;
+    if (lane_page_is_lost(lane, page))
+        return ICE_PAGE_LOST;
+    tier_read(shard, lane, page);
+    return LANE_WAITS;
 }
 
 static uint8_t *row_of(const struct lane *lane, struct index_place place)
 {
-    assert(place.page < lane->frame_capacity && lane->frames[place.page]);
-    return (uint8_t *)lane->frames[place.page] + place.row * token_bytes(lane);
+    assert(place.page < lane->page_capacity && lane->pages[place.page].memory);
+    return lane->pages[place.page].memory + place.row * token_bytes(lane);
 }
 
-const uint8_t *lane_token(const struct lane *lane, struct index_place place)
+// Pages that must stay in memory through several tasks of the build.
+static bool pin_room(struct lane *lane, uint32_t more)
 {
-    return row_of(lane, place);
+    const uint32_t wanted = lane->pinned_count + more;
+    if (wanted <= lane->pinned_capacity)
+        return true;
+    const uint32_t capacity = wanted + wanted / 2;
+    uint32_t *pages = index_acquire(lane, capacity * sizeof *pages);
+    if (!pages)
+        return false;
+    if (lane->pinned_pages)
+        memcpy(pages, lane->pinned_pages, lane->pinned_count * sizeof *pages);
+    index_release(lane, lane->pinned_pages, lane->pinned_capacity * sizeof *pages);
+    lane->pinned_pages = pages;
+    lane->pinned_capacity = capacity;
+    return true;
+}
+
+static void pin(struct lane *lane, uint32_t page)
+{
+    assert(lane->pinned_count < lane->pinned_capacity);
+    lane->pages[page].pins++;
+    lane->pinned_pages[lane->pinned_count++] = page;
+}
+
+static void unpin_all(struct lane *lane)
+{
+    for (uint32_t i = 0; i < lane->pinned_count; i++)
+        lane->pages[lane->pinned_pages[i]].pins--;
+    lane->pinned_count = 0;
 }
 
 // ---- append ----
 
-uint64_t lane_promise_frames(const struct sequence *sequence, uint64_t tokens)
+uint64_t lane_promise_pages(const struct sequence *sequence, uint64_t tokens)
 {
     return tokens / sequence->server->config->page_tokens + 2;
 }
@@ -189,29 +262,40 @@ uint64_t lane_length(const struct lane *lane)
     return lane->index ? index_length(lane->index) : 0;
 }
 
-// Do the stored tokens first .. first+tokens-1 equal the input's first rows, byte for byte?
-static bool equals_stored(const struct lane *lane, const struct lane_input *input, uint32_t tokens)
+// Do the stored tokens first .. first+tokens-1 equal the input's first rows, byte for byte? ICE_CONFLICT where not.
+// Goes on where an earlier call had to wait for a page.
+static ice_status compare_stored(struct lane *lane, struct shard *shard, const struct lane_input *input,
+                                 uint32_t tokens)
 {
     struct index_place places[64];
     size_t bytes = lane->sequence->row_bytes;
-    for (uint32_t done = 0; done < tokens;) {
-        uint32_t n = tokens - done < 64 ? tokens - done : 64;
+    while (lane->compared_tokens < tokens) {
+        const uint32_t done = lane->compared_tokens, n = tokens - done < 64 ? tokens - done : 64;
+        ice_status status = ICE_OK;
         index_locate(lane->index, input->first + done, n, places);
-        for (uint32_t i = 0; i < n; i++, done++) {
+        for (uint32_t i = 0; i < n; i++) {
+            const ice_status page = page_need(lane, shard, places[i].page);
+            if (status == ICE_OK || page == ICE_PAGE_LOST)
+                status = page; // all that are missing are read at once
+            if (status != ICE_OK)
+                continue;
             const uint8_t *row = row_of(lane, places[i]);
-            size_t offset = done * input->stride_bytes;
+            const size_t offset = (done + i) * input->stride_bytes;
             if (memcmp(row, input->keys + offset, bytes) != 0 ||
                 memcmp(row + bytes, input->values + offset, bytes) != 0)
-                return false;
+                return ICE_CONFLICT;
+            lane->compared_tokens++;
         }
+        if (status != ICE_OK)
+            return status;
     }
-    return true;
+    return ICE_OK;
 }
 
-static void drop_fresh(struct lane *lane)
+static void drop_fresh(struct lane *lane, struct shard *shard)
 {
     for (uint32_t i = 0; i < lane->fresh_count; i++)
-        frame_drop(lane, lane->fresh_pages[i]);
+        page_drop(lane, shard, lane->fresh_pages[i]);
     lane->fresh_count = 0;
 }
 
@@ -230,32 +314,54 @@ static bool ensure_fresh(struct lane *lane, uint32_t capacity)
     return true;
 }
 
-// Gives a frame to every page of the places that has none. On failure none is kept.
-static ice_status give_frames(struct lane *lane, const struct index_place *places, uint32_t tokens)
+// Makes every page of the places that is not there, and brings the others into memory. On failure none is kept.
+static ice_status make_pages(struct lane *lane, struct shard *shard, const struct index_place *places, uint32_t tokens)
 {
     uint32_t page_tokens = (uint32_t)server_of(lane)->config->page_tokens;
     if (!ensure_fresh(lane, tokens / page_tokens + 2))
         return ICE_INDEX_FULL;
     for (uint32_t i = 0; i < tokens; i++) {
-        uint32_t page = places[i].page;
-        if (page < lane->frame_capacity && lane->frames[page])
-            continue;
-        assert(lane->fresh_count < lane->fresh_capacity);
-        ice_status status = frame_give(lane, page, &lane->sequence->frames_promised);
+        const uint32_t page = places[i].page;
+        ice_status status;
+        if (page_is_used(lane, page)) {
+            status = page_need(lane, shard, page);
+        } else {
+            assert(lane->fresh_count < lane->fresh_capacity);
+            status = page_make(lane, shard, page, true);
+            if (status == ICE_OK)
+                lane->fresh_pages[lane->fresh_count++] = page;
+        }
         if (status != ICE_OK) {
-            drop_fresh(lane);
+            drop_fresh(lane, shard);
             return status;
         }
-        lane->fresh_pages[lane->fresh_count++] = page;
+    }
+    for (uint32_t i = 0; i < tokens; i++) { // making the last of them may have pushed out an old one
+        if (!lane->pages[places[i].page].memory) {
+            drop_fresh(lane, shard);
+            return LANE_WAITS;
+        }
     }
     return ICE_OK;
+}
+
+static void write_rows(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip,
+                       const struct index_place *places)
+{
+    const size_t bytes = lane->sequence->row_bytes;
+    uint32_t changed = UINT32_MAX;
+    for (uint32_t i = 0; i < input->tokens - skip; i++) {
+        if (places[i].page != changed)
+            tier_change(shard, lane, changed = places[i].page);
+        uint8_t *row = row_of(lane, places[i]);
+        memcpy(row, input->keys + (skip + i) * input->stride_bytes, bytes);
+        memcpy(row + bytes, input->values + (skip + i) * input->stride_bytes, bytes);
+    }
 }
 
 static ice_status prepare_rest(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
 {
     uint32_t tokens = input->tokens - skip;
-    const uint8_t *keys = input->keys + skip * input->stride_bytes;
-    const uint8_t *values = input->values + skip * input->stride_bytes;
     struct index_place *places =
         shard_scratch(shard, (void **)&shard->places, &shard->places_bytes, tokens * sizeof *places);
     if (!places)
@@ -263,20 +369,16 @@ static ice_status prepare_rest(struct lane *lane, struct shard *shard, const str
     ice_status status = ensure_index(lane);
     if (status != ICE_OK)
         return status;
+    const uint8_t *keys = input->keys + skip * input->stride_bytes;
     status = status_of(index_append_prepare(lane->index, keys, input->stride_bytes, tokens, places));
     if (status != ICE_OK)
         return status;
-    status = give_frames(lane, places, tokens);
+    status = make_pages(lane, shard, places, tokens);
     if (status != ICE_OK) {
         index_append_drop(lane->index);
         return status;
     }
-    size_t bytes = lane->sequence->row_bytes;
-    for (uint32_t i = 0; i < tokens; i++) {
-        uint8_t *row = row_of(lane, places[i]);
-        memcpy(row, keys + i * input->stride_bytes, bytes);
-        memcpy(row + bytes, values + i * input->stride_bytes, bytes);
-    }
+    write_rows(lane, shard, input, skip, places);
     lane->prepared_tokens = tokens;
     return ICE_OK;
 }
@@ -289,9 +391,12 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
         return ICE_POSITION_GAP;
     uint64_t overlap = length - input->first;
     uint32_t skip = overlap < input->tokens ? (uint32_t)overlap : input->tokens;
-    if (skip > 0 && !equals_stored(lane, input, skip))
-        return ICE_CONFLICT;
-    return skip == input->tokens ? ICE_OK : prepare_rest(lane, shard, input, skip);
+    ice_status status = compare_stored(lane, shard, input, skip);
+    if (status == ICE_OK && skip < input->tokens)
+        status = prepare_rest(lane, shard, input, skip);
+    if (status != LANE_WAITS)
+        lane->compared_tokens = 0;
+    return status;
 }
 
 void lane_commit(struct lane *lane, struct shard *shard)
@@ -304,12 +409,13 @@ void lane_commit(struct lane *lane, struct shard *shard)
     shard_lane_due(shard, lane);
 }
 
-void lane_drop(struct lane *lane)
+void lane_drop(struct lane *lane, struct shard *shard)
 {
+    lane->compared_tokens = 0;
     if (lane->prepared_tokens == 0)
         return;
     lane->prepared_tokens = 0;
-    drop_fresh(lane);
+    drop_fresh(lane, shard);
     index_append_drop(lane->index);
 }
 
@@ -328,123 +434,162 @@ void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t
     }
 }
 
-void lane_destroy(struct lane *lane)
+void lane_destroy(struct lane *lane, struct shard *shard)
 {
+    unpin_all(lane);
     index_destroy(lane->index);
     lane->index = NULL;
-    for (uint32_t page = 0; page < lane->frame_capacity; page++) {
-        if (lane->frames[page])
-            frame_drop(lane, page);
+    for (uint32_t page = 0; page < lane->page_capacity; page++) {
+        if (page_is_used(lane, page))
+            page_drop(lane, shard, page);
     }
-    index_release(lane, lane->frames, lane->frame_capacity * sizeof *lane->frames);
+    index_release(lane, lane->pages, lane->page_capacity * sizeof *lane->pages);
     index_release(lane, lane->fresh_pages, lane->fresh_capacity * sizeof *lane->fresh_pages);
-    lane->frames = NULL;
+    index_release(lane, lane->pinned_pages, lane->pinned_capacity * sizeof *lane->pinned_pages);
+    lane->pages = NULL;
     lane->fresh_pages = NULL;
-    lane->frame_capacity = lane->fresh_capacity = 0;
+    lane->pinned_pages = NULL;
+    lane->page_capacity = lane->fresh_capacity = lane->pinned_capacity = 0;
 }
 
 // ---- clustering ----
 
-// A slice of giving frames to the plan's new pages. False where the pool has none: then all that were given are back.
-static bool plan_give_frames(struct lane *lane, const struct index_plan *plan)
+// A page that clustering needs is lost: the lane stays as it is, its tail is scanned.
+static enum lane_work give_up(struct lane *lane)
 {
-    uint32_t until = min_u32(plan->new_page_count, lane->plan_frames + SERVER_PLAN_PAGES);
-    for (; lane->plan_frames < until; lane->plan_frames++) {
-        if (frame_give(lane, plan->new_pages[lane->plan_frames], NULL) == ICE_OK)
-            continue;
-        while (lane->plan_frames > 0)
-            frame_drop(lane, plan->new_pages[--lane->plan_frames]);
-        return false;
-    }
-    return true;
+    lane->damaged = true;
+    return LANE_IDLE;
 }
 
-static void plan_copy_rows(struct lane *lane, const struct index_plan *plan)
+// A slice of making the plan's new pages. False where there is no room: then all that were made are gone again.
+static bool plan_make_pages(struct lane *lane, struct shard *shard, const struct index_plan *plan)
+{
+    uint32_t until = min_u32(plan->new_page_count, lane->plan_frames + SERVER_PLAN_PAGES);
+    bool room = pin_room(lane, until - lane->plan_frames);
+    while (room && lane->plan_frames < until) {
+        const uint32_t page = plan->new_pages[lane->plan_frames];
+        room = page_make(lane, shard, page, false) == ICE_OK;
+        if (room) {
+            pin(lane, page);
+            lane->plan_frames++;
+        }
+    }
+    if (room)
+        return true;
+    while (lane->plan_frames > 0) { // what was pinned last is the plan's
+        const uint32_t page = plan->new_pages[--lane->plan_frames];
+        lane->pages[page].pins--;
+        lane->pinned_count--;
+        page_drop(lane, shard, page);
+    }
+    return false;
+}
+
+// A slice of the plan's copies. Pages that are not in memory are read first; false while they are missing.
+static ice_status plan_copy_rows(struct lane *lane, struct shard *shard, const struct index_plan *plan)
 {
     size_t bytes = token_bytes(lane);
     uint32_t rows = bytes < SERVER_MOVE_BYTES ? (uint32_t)(SERVER_MOVE_BYTES / bytes) : 1;
     uint32_t until = min_u32(plan->move_count, lane->plan_moves + rows);
-    for (; lane->plan_moves < until; lane->plan_moves++) {
-        const struct index_move *move = &plan->moves[lane->plan_moves];
+    ice_status status = ICE_OK;
+    for (uint32_t i = lane->plan_moves; i < until; i++) {
+        const struct index_move *move = &plan->moves[i];
+        const ice_status from = page_need(lane, shard, move->from.page), to = page_need(lane, shard, move->to.page);
+        if (from == ICE_PAGE_LOST || to == ICE_PAGE_LOST)
+            return ICE_PAGE_LOST;
+        if (from != ICE_OK || to != ICE_OK)
+            status = LANE_WAITS; // all that are missing are read at once
+        if (status != ICE_OK)
+            continue;
+        tier_change(shard, lane, move->to.page);
         memcpy(row_of(lane, move->to), row_of(lane, move->from), bytes);
+        lane->plan_moves++;
     }
+    return status;
 }
 
-// A slice of the pending plan: frames first, then rows, at last the commit. The released pages' frames go right before
-// the commit, on the same thread: nothing reads them in between.
-static enum lane_work plan_step(struct lane *lane)
+static void plan_commit(struct lane *lane, struct shard *shard, const struct index_plan *plan)
 {
-    struct index_plan plan;
-    index_plan_get(lane->index, &plan);
-    if (lane->plan_frames < plan.new_page_count) {
-        if (!plan_give_frames(lane, &plan)) {
-            index_plan_drop(lane->index);
-            lane->plan_runs = false;
-            return LANE_STALLED;
-        }
-        return LANE_MORE;
-    }
-    if (lane->plan_moves < plan.move_count) {
-        plan_copy_rows(lane, &plan);
-        return LANE_MORE;
-    }
-    for (uint32_t i = 0; i < plan.released_page_count; i++)
-        frame_drop(lane, plan.released_pages[i]);
+    unpin_all(lane);
+    // Released pages go right before the commit, on the same thread: nothing reads them in between.
+    for (uint32_t i = 0; i < plan->released_page_count; i++)
+        page_drop(lane, shard, plan->released_pages[i]);
     index_plan_commit(lane->index);
     lane->plan_runs = false;
     lane->plan_frames = lane->plan_moves = 0;
     atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
+}
+
+// A slice of the pending plan: pages first, then rows, at last the commit. A plan that finds no room is dropped, with
+// the rows that the index was given for it: they are not looked at again.
+static enum lane_work plan_step(struct lane *lane, struct shard *shard)
+{
+    struct index_plan plan;
+    index_plan_get(lane->index, &plan);
+    if (lane->plan_frames < plan.new_page_count) {
+        if (plan_make_pages(lane, shard, &plan))
+            return LANE_MORE;
+        unpin_all(lane);
+        index_plan_drop(lane->index);
+        lane->plan_runs = false;
+        return LANE_STALLED;
+    }
+    if (lane->plan_moves < plan.move_count) {
+        const ice_status status = plan_copy_rows(lane, shard, &plan);
+        return status == ICE_PAGE_LOST ? give_up(lane) : status == LANE_WAITS ? LANE_STALLED : LANE_MORE;
+    }
+    if (lane->gathers > 0)
+        return LANE_STALLED; // selections that wait for pages name places of the tree as it is
+    plan_commit(lane, shard, &plan);
     return LANE_MORE;
 }
 
-// The K rows of a page, stride token_bytes, in memory until the next plan is committed; all frames are. NULL, with no
-// effect, where they cannot be had now.
-static const void *provide_rows(const struct lane *lane, uint32_t page)
-{
-    return row_of(lane, (struct index_place){page, 0});
-}
-
-// Hands the index the rows that it has asked for: all of them, or none yet.
-static enum lane_work rows_step(struct lane *lane)
+// Hands the index the rows that it has asked for: all of them, or none yet. They stay in memory until its plan is done.
+static enum lane_work rows_step(struct lane *lane, struct shard *shard)
 {
     const uint32_t *pages;
     uint32_t count;
     index_rows_get(lane->index, &pages, &count);
     const void **rows = index_acquire(lane, count * sizeof *rows);
-    bool all = rows != NULL;
-    for (uint32_t i = 0; all && i < count; i++) {
-        rows[i] = provide_rows(lane, pages[i]);
-        all = rows[i] != NULL;
+    ice_status status = rows && pin_room(lane, count) ? ICE_OK : ICE_INDEX_FULL;
+    for (uint32_t i = 0; rows && status != ICE_PAGE_LOST && i < count; i++) {
+        const ice_status page = page_need(lane, shard, pages[i]);
+        rows[i] = lane->pages[pages[i]].memory;
+        status = page == ICE_OK ? status : page;
     }
-    if (all)
+    if (status == ICE_OK) {
+        for (uint32_t i = 0; i < count; i++)
+            pin(lane, pages[i]);
         index_rows_give(lane->index, rows, token_bytes(lane));
+    }
     index_release(lane, rows, count * sizeof *rows);
-    return all ? LANE_MORE : LANE_STALLED;
+    return status == ICE_OK ? LANE_MORE : status == ICE_PAGE_LOST ? give_up(lane) : LANE_STALLED;
 }
 
-static enum lane_work build_step(struct lane *lane)
+static enum lane_work build_step(struct lane *lane, struct shard *shard)
 {
     if (lane->plan_runs)
-        return plan_step(lane);
+        return plan_step(lane, shard);
     switch (index_build_step(lane->index, SERVER_BUILD_UNITS)) {
     case INDEX_BUILD_IDLE:
         return LANE_IDLE;
     case INDEX_BUILD_MORE:
         return LANE_MORE;
     case INDEX_BUILD_ROWS:
-        return rows_step(lane);
+        return rows_step(lane, shard);
     case INDEX_BUILD_PLAN:
         lane->plan_runs = true;
         return LANE_MORE;
     default:
+        unpin_all(lane);
         return LANE_STALLED;
     }
 }
 
-enum lane_work lane_build(struct lane *lane)
+enum lane_work lane_build(struct lane *lane, struct shard *shard)
 {
     lane->building = true;
-    enum lane_work work = build_step(lane);
+    enum lane_work work = build_step(lane, shard);
     lane->building = false;
     return work;
 }

@@ -3,7 +3,7 @@
 #ifndef ICECACHE_CACHED_LANE_H
 #define ICECACHE_CACHED_LANE_H
 
-#include "cached/pool.h"
+#include "cached/tier.h"
 #include "index/index.h"
 #include "proto/status.h"
 
@@ -21,13 +21,18 @@ struct lane {
     bool building;       // memory taken now is the build's, not the running append's
     bool due;            // linked in the shard's list of lanes with clustering to do
     struct index *index; // made at the first append
-    void **frames;       // page -> frame, NULL: none
-    uint32_t frame_capacity;
-    uint32_t *fresh_pages; // pages given a frame by the prepared append
+    struct page *pages;  // by the index's number
+    uint32_t page_capacity;
+    uint32_t *fresh_pages; // pages made by the prepared append
     uint32_t fresh_count, fresh_capacity;
     uint32_t prepared_tokens;
     bool plan_runs;                   // a plan is pending and being carried out:
     uint32_t plan_frames, plan_moves; // so many of its new pages have frames, so many of its moves are done
+    uint32_t *pinned_pages;           // kept in memory for the build: the rows that it was given, its plan's new pages
+    uint32_t pinned_count, pinned_capacity;
+    uint32_t compared_tokens; // of a prepare that waits: so many overlapping tokens are known to be equal
+    uint32_t gathers;         // of this lane that wait for pages: no plan is committed meanwhile
+    bool damaged;             // a page that clustering needs is lost: it goes on without clustering
     struct lane *due_previous, *due_next;
     _Atomic uint64_t indexed; // mirror of index_indexed for statistics
 };
@@ -41,26 +46,40 @@ struct lane_input {
     uint32_t tokens;
 };
 
+// No status of the protocol: pages are on their way, or room is being made; try again after the shard's next wake-up.
+#define LANE_WAITS ((ice_status)0x7fff)
+
 // Compares what overlaps with stored tokens, checks and stores the rest. On success the lane holds a prepared append
-// (maybe an empty one) until lane_commit or lane_drop. On failure nothing has changed.
+// (maybe an empty one) until lane_commit or lane_drop. On failure nothing has changed. LANE_WAITS also instead of
+// ICE_POOL_FULL, as long as pages can leave for the disk.
 ICE_MUST_CHECK ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lane_input *input);
 void lane_commit(struct lane *lane, struct shard *shard);
-void lane_drop(struct lane *lane);
+void lane_drop(struct lane *lane, struct shard *shard);
 
-// What an append of `tokens` to a lane of `length` takes at most: frames, and bytes of index and tables. A bound from
+// What an append of `tokens` to a lane of `length` takes at most: pages, and bytes of index and tables. A bound from
 // how the tree stores keys, tokens and pages (in chunks); a test holds it against what it really takes.
-uint64_t lane_promise_frames(const struct sequence *sequence, uint64_t tokens);
+uint64_t lane_promise_pages(const struct sequence *sequence, uint64_t tokens);
 uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, uint64_t tokens);
 
 uint64_t lane_length(const struct lane *lane);
-// K rows of first .. first+tokens-1 to keys, V rows to values, packed. The positions must exist.
+// K rows of first .. first+tokens-1 to keys, V rows to values, packed. The positions must exist, in memory.
 void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t *keys, uint8_t *values);
-// One token's K row and, right behind it, its V row. Borrowed until the lane's next change.
-const uint8_t *lane_token(const struct lane *lane, struct index_place place);
-void lane_destroy(struct lane *lane);
+// One token's K row and, right behind it, its V row, which counts as a use of its page; NULL where the page is not in
+// memory. Borrowed until the shard's next task.
+static inline const uint8_t *lane_token(const struct lane *lane, struct index_place place, size_t token_bytes)
+{
+    struct page *page = &lane->pages[place.page];
+    page->visited = 1;
+    return page->memory ? page->memory + place.row * token_bytes : NULL;
+}
+// Memory of the lane's, counted as the index's. NULL: none. release accepts NULL.
+void *lane_acquire_memory(struct lane *lane, size_t bytes);
+void lane_release_memory(struct lane *lane, void *memory, size_t bytes);
+bool lane_page_is_lost(const struct lane *lane, uint32_t page);
+void lane_destroy(struct lane *lane, struct shard *shard);
 
 enum lane_work { LANE_IDLE, LANE_MORE, LANE_STALLED };
-// One slice of clustering: index work, or copies of a plan. LANE_STALLED: no memory or no frames now.
-enum lane_work lane_build(struct lane *lane);
+// One slice of clustering: index work, or copies of a plan. LANE_STALLED: no memory, no frames or no pages now.
+enum lane_work lane_build(struct lane *lane, struct shard *shard);
 
 #endif

@@ -141,22 +141,14 @@ static ice_status reserve_append(struct op *op, struct sequence *sequence)
     uint64_t tokens = op->reserve_tokens > op->tokens && end > length ? end - length : 0;
     if (tokens == 0)
         return ICE_OK;
-    uint64_t frames = lanes * lane_promise_frames(sequence, tokens);
+    uint64_t pages = lanes * lane_promise_pages(sequence, tokens);
     uint64_t bytes = lanes * lane_promise_bytes(sequence, length, tokens);
-    if (!pool_reserve(server->pool, &sequence->frames_promised, sequence->frame_bytes, frames))
-        return ICE_POOL_FULL;
-    if (!budget_reserve(&server->index_budget, &sequence->index_promised, bytes)) {
-        pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
-        return ICE_INDEX_FULL;
-    }
-    return ICE_OK;
-}
-
-static void unreserve_append(struct op *op, struct sequence *sequence)
-{
-    struct server *server = op->server;
-    pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
-    budget_unreserve(&server->index_budget, &sequence->index_promised);
+    ice_status status = sequence_reserve_pages(sequence, pages);
+    if (status == ICE_OK && !budget_reserve(&server->index_budget, &sequence->index_promised, bytes))
+        status = ICE_INDEX_FULL;
+    if (status != ICE_OK)
+        sequence_unreserve(sequence);
+    return status;
 }
 
 static void fill_lanes(struct op *op)
@@ -373,7 +365,7 @@ void op_finish(struct op *op, ice_status status, const char *text)
     if (op->phase == PHASE_COMMIT) // also where the search behind it failed: the tokens are there
         note_lengths(op);
     if (op->kind == OP_APPEND && (status != ICE_OK || op->reserve_tokens <= op->tokens))
-        unreserve_append(op, op->admissions[0].sequence);
+        sequence_unreserve(op->admissions[0].sequence);
     note_stats(op, status);
     // The rows are the worker's again before it can read the reply.
     release_memory(op);

@@ -34,7 +34,9 @@ struct op_lane {
     uint32_t *positions; // of the slots, where the worker asked for them in the reply
     float mass;
     uint64_t indexed, version;
-    uint64_t begun_ns, search_ns, copy_ns;
+    uint64_t begun_ns, search_ns, copy_ns, searched_ns;
+    struct op_lane *parked_next; // waits for pages or for room (shard->parked)
+    uint64_t parked_until_ns;    // 0: has not waited in this phase
 };
 
 struct op {
@@ -111,6 +113,10 @@ struct op_totals op_totals(const struct op *op);
 void op_finish(struct op *op, ice_status status, const char *text);
 // Shards (op_lane.c).
 void op_lane_run(struct task *task, void *shard);
+// Goes on with every part of the shard that waits for pages or room. Returns when the next one's time is up.
+uint64_t op_lane_run_parked(struct shard *shard, uint64_t now_ns);
+// Ends a part whose gather is over.
+void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status);
 void op_start_phase(struct op *op, enum op_phase phase);
 
 #endif

@@ -5,6 +5,7 @@
 // into the index first and judged there.
 #include "cached/op.h"
 
+#include "cached/gather.h"
 #include "cached/server.h"
 #include "gpu/store.h"
 #include "proto/dtype.h"
@@ -140,12 +141,18 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
     return status;
 }
 
-static ice_status run_read(struct op_lane *part)
+static ice_status run_read(struct op_lane *part, struct shard *shard)
 {
+    const struct op *op = part->op;
+    const struct gather_plan plan = {.window_from = op->first, .window = op->tokens};
+    if (op->server->disk && !gather_is_resident(part, &plan)) {
+        const ice_status status = gather_start(part, shard, &plan);
+        return status == ICE_OK ? LANE_WAITS : status;
+    }
     uint64_t side;
     size_t stride; // packed: a read's staging is head by head
     uint8_t *keys = staging_rows(part, &side, &stride);
-    lane_read(part->lane, part->op->first, part->op->tokens, keys, keys + side);
+    lane_read(part->lane, op->first, op->tokens, keys, keys + side);
     return ICE_OK;
 }
 
@@ -167,11 +174,10 @@ static struct index_query make_query(const struct op_lane *part, const float *qu
     };
 }
 
-static void copy_token(const struct op_lane *part, const struct gpu_target *target, uint32_t slot,
-                       struct index_place place, uint32_t position)
+static void put_in_slot(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint32_t position,
+                        const uint8_t *row)
 {
     size_t bytes = part->lane->sequence->row_bytes;
-    const uint8_t *row = lane_token(part->lane, place);
     target->store(target->keys + slot * bytes, row, bytes);
     target->store(target->values + slot * bytes, row + bytes, bytes);
     target->positions[slot] = position;
@@ -179,48 +185,89 @@ static void copy_token(const struct op_lane *part, const struct gpu_target *targ
         part->positions[slot] = position;
 }
 
+static void target_of(const struct op_lane *part, struct gpu_target *target)
+{
+    const struct op *op = part->op;
+    const uint32_t row = op->rows[part->sequence_index];
+    op->landing->ops->target(op->landing->memory, row, op->layer, part->lane->kv_head, target);
+}
+
+void gather_put(const struct op_lane *part, const struct gather_token *token, const uint8_t *row)
+{
+    if (part->op->kind == OP_RETRIEVE) {
+        struct gpu_target target;
+        target_of(part, &target);
+        put_in_slot(part, &target, token->slot, token->position, row);
+        return;
+    }
+    const size_t bytes = part->lane->sequence->row_bytes;
+    uint64_t side;
+    size_t stride;
+    uint8_t *keys = staging_rows(part, &side, &stride) + token->slot * bytes;
+    memcpy(keys, row, bytes);
+    memcpy(keys + side, row + bytes, bytes);
+}
+
 // Copies positions from..until-1 (sinks or window) to the next slots.
 static uint32_t copy_range(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint64_t from,
                            uint64_t until)
 {
     const struct lane *lane = part->lane;
-    size_t bytes = lane->sequence->row_bytes;
+    const size_t bytes = 2 * lane->sequence->row_bytes;
     struct index_place places[64];
     while (from < until) {
         uint32_t n = until - from < 64 ? (uint32_t)(until - from) : 64;
         index_locate(lane->index, from, n, places);
         for (uint32_t i = 0; i < n; i++, slot++, from++) {
             if (i + STORE_ROWS_AHEAD < n)
-                store_ask(lane_token(lane, places[i + STORE_ROWS_AHEAD]), 2 * bytes);
-            copy_token(part, target, slot, places[i], (uint32_t)from);
+                store_ask(lane_token(lane, places[i + STORE_ROWS_AHEAD], bytes), bytes);
+            put_in_slot(part, target, slot, (uint32_t)from, lane_token(lane, places[i], bytes));
         }
     }
     return slot;
 }
 
-// Sinks, selection and window into the landing, ascending by position.
-static void copy_selection(struct op_lane *part, const struct index_selection *selection,
-                           const struct index_selected *tokens)
+// What goes to the landing, ascending by position: sinks, selection and window.
+static struct gather_plan plan_landing(const struct op_lane *part, const struct index_selection *selection,
+                                       const struct index_selected *tokens)
 {
     const struct op *op = part->op;
-    const struct lane *lane = part->lane;
-    uint32_t row = op->rows[part->sequence_index];
-    struct gpu_target target;
-    op->landing->ops->target(op->landing->memory, row, op->layer, lane->kv_head, &target);
     uint64_t visible = op->first_queries[part->sequence_index] + op->queries;
     uint64_t sinks = op->sinks < visible ? op->sinks : visible;
     uint64_t window = op->window < visible ? visible - op->window : 0;
     window = window > sinks ? window : sinks;
-    uint32_t slot = op->holds_ends ? 0 : copy_range(part, &target, 0, 0, sinks);
-    for (uint32_t i = 0; i < selection->count; i++, slot++) {
-        if (i + STORE_ROWS_AHEAD < selection->count)
-            store_ask(lane_token(lane, tokens[i + STORE_ROWS_AHEAD].place), 2 * lane->sequence->row_bytes);
-        copy_token(part, &target, slot, tokens[i].place, tokens[i].position);
+    return (struct gather_plan){
+        .sinks = op->holds_ends ? 0 : (uint32_t)sinks,
+        .selected_count = selection->count,
+        .selected = tokens,
+        .window_from = window,
+        .window = op->holds_ends ? 0 : (uint32_t)(visible - window),
+    };
+}
+
+static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
+{
+    const struct lane *lane = part->lane;
+    const size_t bytes = 2 * lane->sequence->row_bytes;
+    const struct index_selected *tokens = plan->selected;
+    struct gpu_target target;
+    target_of(part, &target);
+    uint32_t slot = copy_range(part, &target, 0, 0, plan->sinks);
+    for (uint32_t i = 0; i < plan->selected_count; i++, slot++) {
+        if (i + STORE_ROWS_AHEAD < plan->selected_count)
+            store_ask(lane_token(lane, tokens[i + STORE_ROWS_AHEAD].place, bytes), bytes);
+        put_in_slot(part, &target, slot, tokens[i].position, lane_token(lane, tokens[i].place, bytes));
     }
-    if (!op->holds_ends)
-        slot = copy_range(part, &target, slot, window, visible);
-    part->count = slot;
-    op->landing->ops->submit(op->landing->memory, row, op->layer, lane->kv_head, slot);
+    part->count = copy_range(part, &target, slot, plan->window_from, plan->window_from + plan->window);
+}
+
+// The selection is in its slots: the worker may see it.
+static void end_copy(struct op_lane *part)
+{
+    const struct op *op = part->op;
+    const uint32_t row = op->rows[part->sequence_index];
+    op->landing->ops->submit(op->landing->memory, row, op->layer, part->lane->kv_head, part->count);
+    part->copy_ns = env_now_ns(op->server->env) - part->searched_ns;
 }
 
 static bool out_of_time(const struct op *op)
@@ -262,19 +309,24 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     struct index_selection selection;
     const struct index_selected *tokens;
     index_search_finish(shard->search, &selection, &tokens);
-    uint64_t searched_ns = env_now_ns(env);
-    copy_selection(part, &selection, tokens);
+    part->searched_ns = env_now_ns(env);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
     part->indexed = index_indexed(part->lane->index);
     part->version = index_version(part->lane->index);
-    part->search_ns = searched_ns - part->begun_ns;
-    part->copy_ns = env_now_ns(env) - searched_ns;
+    part->search_ns = part->searched_ns - part->begun_ns;
+    const struct gather_plan plan = plan_landing(part, &selection, tokens);
+    if (op->server->disk && !gather_is_resident(part, &plan)) {
+        status = gather_start(part, shard, &plan);
+        return status == ICE_OK ? LANE_WAITS : status;
+    }
+    copy_selection(part, &plan);
+    end_copy(part);
     return ICE_OK;
 }
 
 // What a dead session has in flight is only finished as far as the lane needs it: nobody waits for the answer, but the
-// session's memory waits for its requests.
+// session's memory waits for its requests. LANE_WAITS: a prepare is to be tried again, or a gather finishes the part.
 static ice_status run_phase(struct op_lane *part, struct shard *shard)
 {
     bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
@@ -290,12 +342,12 @@ static ice_status run_phase(struct op_lane *part, struct shard *shard)
         return part->op->kind == OP_RETRIEVE ? run_search(part, shard) : ICE_OK;
     case PHASE_DROP:
         if (part->prepared)
-            lane_drop(part->lane);
+            lane_drop(part->lane, shard);
         return ICE_OK;
     case PHASE_SEARCH:
         return run_search(part, shard);
     default:
-        return run_read(part);
+        return run_read(part, shard);
     }
 }
 
@@ -343,15 +395,71 @@ void op_start_phase(struct op *op, enum op_phase phase)
         task_queue_push(&server->shards[lanes[i].lane->shard].queue, class, &lanes[i].task);
 }
 
-void op_lane_run(struct task *task, void *thread)
+static void finish(struct op_lane *part, ice_status status)
 {
-    struct op_lane *part = (struct op_lane *)task;
     struct op *op = part->op;
-    ice_status status = run_phase(part, thread);
     uint32_t none = ICE_OK;
+    part->parked_until_ns = 0;
     if (status != ICE_OK && atomic_compare_exchange_strong_explicit(&op->failure, &none, status, memory_order_acq_rel,
                                                                     memory_order_relaxed))
         op->failed = part; // read when all lanes are done
     if (atomic_fetch_sub_explicit(&op->lanes_left, 1, memory_order_acq_rel) == 1)
         next_phase(op);
+}
+
+void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status)
+{
+    if (status == ICE_OK && part->op->kind == OP_RETRIEVE)
+        end_copy(part);
+    shard->stalled = false; // a plan may have waited for the gather
+    finish(part, status);
+}
+
+// A prepare that has to wait does so until its pages are there, or room is; not for ever.
+static void park(struct op_lane *part, struct shard *shard, uint64_t now_ns)
+{
+    const struct op *op = part->op;
+    if (part->parked_until_ns == 0)
+        part->parked_until_ns =
+            op->kind == OP_RETRIEVE && op->deadline_ns > now_ns ? op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;
+    part->parked_next = shard->parked;
+    shard->parked = part;
+    shard_look_again(shard, part->parked_until_ns);
+}
+
+static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
+{
+    const enum op_phase phase = part->op->phase; // a gather may have finished the part, and the op, within the call
+    ice_status status = run_phase(part, shard);
+    if (status == LANE_WAITS && phase != PHASE_PREPARE)
+        return;
+    if (status == LANE_WAITS && (part->parked_until_ns == 0 || now_ns < part->parked_until_ns)) {
+        park(part, shard, now_ns);
+        return;
+    }
+    if (phase == PHASE_PREPARE && status != ICE_OK)
+        lane_drop(part->lane, shard); // forgets how far a prepare that waited had come
+    finish(part, status == LANE_WAITS ? ICE_POOL_FULL : status);
+}
+
+void op_lane_run(struct task *task, void *thread)
+{
+    struct op_lane *part = (struct op_lane *)task;
+    struct shard *shard = thread;
+    run_part(part, shard, env_now_ns(part->op->server->env));
+}
+
+uint64_t op_lane_run_parked(struct shard *shard, uint64_t now_ns)
+{
+    struct op_lane *part = shard->parked;
+    uint64_t next_ns = UINT64_MAX;
+    shard->parked = NULL;
+    while (part) {
+        struct op_lane *next = part->parked_next;
+        run_part(part, shard, now_ns);
+        part = next;
+    }
+    for (part = shard->parked; part; part = part->parked_next)
+        next_ns = part->parked_until_ns < next_ns ? part->parked_until_ns : next_ns;
+    return next_ns;
 }

@@ -9,6 +9,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #define NO_SLAB UINT32_MAX
@@ -40,7 +41,8 @@ struct pool {
     uint32_t free_slab, free_slabs; // guarded by lock, as all below
     uint32_t class_count;
     struct class classes[POOL_CLASSES_MAX];
-    uint64_t used_bytes, used_frames;
+    _Atomic uint64_t used_bytes; // also read without the lock
+    uint64_t used_frames;
 };
 
 int pool_create(struct env *env, uint64_t capacity_bytes, struct pool **out)
@@ -192,7 +194,7 @@ static void *frame_take(struct pool *pool, struct class *class)
         partial_remove(pool, class, index);
     class->free_frames--;
     pool->used_frames++;
-    pool->used_bytes += class->frame_bytes;
+    atomic_fetch_add_explicit(&pool->used_bytes, class->frame_bytes, memory_order_relaxed);
     return frame;
 }
 
@@ -232,7 +234,7 @@ void pool_release(struct pool *pool, void *frame)
     slab->free_frames = frame;
     class->free_frames++;
     pool->used_frames--;
-    pool->used_bytes -= class->frame_bytes;
+    atomic_fetch_sub_explicit(&pool->used_bytes, class->frame_bytes, memory_order_relaxed);
     if (--slab->used == 0) {
         partial_remove(pool, class, index);
         class->free_frames -= class->frames_per_slab;
@@ -242,6 +244,21 @@ void pool_release(struct pool *pool, void *frame)
         pool->free_slabs++;
     }
     pthread_mutex_unlock(&pool->lock);
+}
+
+uint64_t pool_capacity_bytes(const struct pool *pool)
+{
+    return pool->region.bytes;
+}
+
+uint64_t pool_free_bytes(struct pool *pool)
+{
+    return pool->region.bytes - atomic_load_explicit(&pool->used_bytes, memory_order_relaxed);
+}
+
+uint64_t pool_offset(const struct pool *pool, const void *frame)
+{
+    return (uint64_t)((const uint8_t *)frame - (const uint8_t *)pool->region.base);
 }
 
 void pool_usage(struct pool *pool, struct pool_usage *out)

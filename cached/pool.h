@@ -32,6 +32,11 @@ void pool_unreserve(struct pool *pool, struct pool_reservation *reservation, uin
 // NULL where the pool is full (or all the rest is promised to others). reservation may be NULL. Not zeroed.
 void *pool_acquire(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes);
 void pool_release(struct pool *pool, void *frame);
+uint64_t pool_capacity_bytes(const struct pool *pool);
+// What could still be taken, promises included, if it were of the right size. A moment's value, without the lock.
+uint64_t pool_free_bytes(struct pool *pool);
+// Where a frame lies in the pool, below its capacity: a number for it.
+uint64_t pool_offset(const struct pool *pool, const void *frame);
 
 struct pool_usage {
     uint64_t capacity_bytes, used_bytes, used_frames;

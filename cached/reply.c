@@ -86,8 +86,8 @@ void reply_sequence_info(struct server *server, struct session *session, const s
     body.n_lengths = body.n_indexed = sequence->shape.layers;
     body.lengths = sequence->lengths;
     body.indexed = indexed;
-    body.pages = atomic_load_explicit(&sequence->frames, memory_order_relaxed);
-    body.pool_bytes = body.pages * sequence->frame_bytes;
+    body.pages = atomic_load_explicit(&sequence->page_count, memory_order_relaxed);
+    body.pool_bytes = atomic_load_explicit(&sequence->resident, memory_order_relaxed) * sequence->frame_bytes;
     body.index_bytes = atomic_load_explicit(&sequence->index_bytes, memory_order_relaxed);
     body.build_us = atomic_load_explicit(&sequence->build_ns, memory_order_relaxed) / 1000;
     body.idle = atomic_load_explicit(&sequence->lanes_due, memory_order_acquire) == 0 && !sequence->writer;

@@ -62,8 +62,8 @@ static void fill_sequence(const struct sequence *sequence, Icecache__Wire__Seque
         row->tokens = sequence->lengths[layer] > row->tokens ? sequence->lengths[layer] : row->tokens;
         row->indexed = indexed < row->indexed ? indexed : row->indexed;
     }
-    row->pages = atomic_load_explicit(&sequence->frames, memory_order_relaxed);
-    row->pool_bytes = row->pages * sequence->frame_bytes;
+    row->pages = atomic_load_explicit(&sequence->page_count, memory_order_relaxed);
+    row->pool_bytes = atomic_load_explicit(&sequence->resident, memory_order_relaxed) * sequence->frame_bytes;
     row->index_bytes = atomic_load_explicit(&sequence->index_bytes, memory_order_relaxed);
     row->retrieves = sequence->retrieves;
     row->appended_tokens = sequence->appended_tokens;

@@ -105,7 +105,7 @@ ice_status sequence_open(struct server *server, struct session *session, const I
     sequence->session = session;
     init_identity(sequence, message, server->config->tokens_max);
     sequence->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
-    sequence->frame_bytes = server->config->page_tokens * 2 * sequence->row_bytes;
+    sequence->frame_bytes = server_frame_bytes(server, sequence->row_bytes);
     init_lanes(server, sequence);
     session_hold(session);
     sequence->session_next = session->sequences;
@@ -141,13 +141,33 @@ static void unlink_sequence(struct server *server, struct sequence *sequence)
     server->sequence_count--;
 }
 
+ice_status sequence_reserve_pages(struct sequence *sequence, uint64_t pages)
+{
+    struct server *server = sequence->server;
+    if (!tier_serves(server))
+        return pool_reserve(server->pool, &sequence->frames_promised, sequence->frame_bytes, pages) ? ICE_OK
+                                                                                                    : ICE_POOL_FULL;
+    if (extents_reserve(server->extents, &sequence->extents_promised, sequence->frame_bytes, pages) == pages)
+        return ICE_OK;
+    extents_unreserve(server->extents, &sequence->extents_promised, sequence->frame_bytes);
+    return ICE_SPILL_FULL;
+}
+
+void sequence_unreserve(struct sequence *sequence)
+{
+    struct server *server = sequence->server;
+    pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
+    if (server->extents)
+        extents_unreserve(server->extents, &sequence->extents_promised, sequence->frame_bytes);
+    budget_unreserve(&server->index_budget, &sequence->index_promised);
+}
+
 // Reactor, after the last reaper: the lanes are gone, now the rest.
 static void sequence_closed(struct completion *completion, struct server *server)
 {
     struct sequence *sequence = (struct sequence *)((char *)completion - offsetof(struct sequence, closed));
     struct session *session = sequence->session;
-    pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
-    budget_unreserve(&server->index_budget, &sequence->index_promised);
+    sequence_unreserve(sequence);
     unlink_sequence(server, sequence);
     struct op *op = sequence->close_op;
     op_finish(op, ICE_OK, NULL); // the op lies in the sequence's memory, which goes next
@@ -168,7 +188,7 @@ static void reap(struct task *task, void *thread)
     if (reaper->next_lane < sequence->lane_count) {
         struct lane *lane = &sequence->lanes[reaper->next_lane++];
         shard_lane_forget(shard, lane);
-        lane_destroy(lane);
+        lane_destroy(lane, shard);
         task_queue_push(&shard->queue, TASK_BULK, task);
         return;
     }

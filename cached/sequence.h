@@ -43,8 +43,8 @@ struct sequence {
     struct wire_shape shape;
     float scale;
     uint64_t tokens_max;
-    size_t row_bytes; // one K or V row
-    uint64_t frame_bytes;
+    size_t row_bytes;     // one K or V row
+    uint64_t frame_bytes; // a page in memory and, with a disk, in its extent: then a multiple of DISK_ALIGN
     uint32_t lane_count;
     struct lane *lanes; // [layer][kv_head]
     size_t bytes;       // of this allocation, lanes and reapers included
@@ -58,6 +58,7 @@ struct sequence {
     uint64_t retrieves, appended_tokens;
     struct sequence *hash_next, *session_next;
     struct pool_reservation frames_promised;
+    struct extents_reservation extents_promised;
     struct reservation index_promised;
     struct completion closed;
     struct sequence_reaper *reapers; // one per shard
@@ -65,7 +66,8 @@ struct sequence {
 
     // Any thread.
     _Atomic uint32_t reapers_left;
-    _Atomic uint64_t frames; // pages with a frame
+    _Atomic uint64_t page_count;
+    _Atomic uint64_t resident; // pages in memory
     _Atomic uint64_t index_bytes;
     _Atomic uint64_t build_ns;
     _Atomic uint32_t lanes_due; // lanes with clustering to do
@@ -84,6 +86,11 @@ ICE_MUST_CHECK ice_status sequence_open(struct server *server, struct session *s
 struct sequence *sequence_find(struct server *server, const struct session *session, uint64_t id);
 // Hands every lane to its shard for destruction; the sequence frees itself when they are done, then calls back.
 void sequence_destroy_lanes(struct sequence *sequence);
+// Room for `pages` that appends will make: extents where there is a disk, which pages can then leave for, frames of the
+// pool where not. ICE_SPILL_FULL, ICE_POOL_FULL; nothing has changed then.
+ICE_MUST_CHECK ice_status sequence_reserve_pages(struct sequence *sequence, uint64_t pages);
+// Gives back what appends were promised and have not taken, of the index's memory too.
+void sequence_unreserve(struct sequence *sequence);
 uint64_t sequence_length(const struct sequence *sequence, uint32_t layer, uint32_t layers); // shortest of the layers
 uint64_t sequence_indexed(const struct sequence *sequence, uint32_t layer);                 // smallest over its heads
 

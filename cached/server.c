@@ -62,6 +62,9 @@ bool server_init(struct server *server, struct env *env, const struct config *co
 void server_fini(struct server *server)
 {
     struct env *env = server->env;
+    extents_destroy(server->extents);
+    if (server->books)
+        env->release(env, server->books, pool_capacity_bytes(server->pool) / EXTENT_UNIT * sizeof *server->books);
     pool_destroy(server->pool);
     completion_list_fini(&server->completions);
     task_queue_fini(&server->keeper_queue);
@@ -113,6 +116,55 @@ bool server_take_pool(struct server *server)
         log_warn("no huge pages: reserve some with sysctl vm.nr_hugepages=%llu, or "
                  "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
                  (unsigned long long)(usage.capacity_bytes >> 21));
+    return true;
+}
+
+uint64_t server_frame_bytes(const struct server *server, uint64_t row_bytes)
+{
+    const uint64_t bytes = server->config->page_tokens * 2 * row_bytes;
+    return server->disk ? (bytes + DISK_ALIGN - 1) / DISK_ALIGN * DISK_ALIGN : bytes;
+}
+
+static enum disk_engine engine_of(const char *name)
+{
+    return strcmp(name, "io_uring") == 0  ? DISK_ENGINE_URING
+           : strcmp(name, "threads") == 0 ? DISK_ENGINE_THREADS
+                                          : DISK_ENGINE_AUTO;
+}
+
+// The spill tier: without it the daemon serves what fits the pool.
+bool server_take_disk(struct server *server)
+{
+    const struct config *config = server->config;
+    struct env *env = server->env;
+    if (config->spill_directory[0] == '\0')
+        return true;
+    const struct disk_params params = {
+        .directory = config->spill_directory,
+        .bytes = config->spill_bytes / EXTENTS_SLAB_BYTES * EXTENTS_SLAB_BYTES,
+        .engine = engine_of(config->spill_engine),
+        .depth = (uint32_t)config->spill_depth,
+        .read_bytes_per_s_max = config->spill_read_bytes_per_s,
+        .write_bytes_per_s_max = config->spill_write_bytes_per_s,
+    };
+    char text[256] = "";
+    int error = disk_open(env, &params, &server->disk, text, sizeof text);
+    if (error) {
+        log_error("--spill-dir %s: %s", config->spill_directory, text);
+        return false;
+    }
+    error = extents_create(env, params.bytes, &server->extents);
+    const uint64_t books = pool_capacity_bytes(server->pool) / EXTENT_UNIT;
+    server->books = error ? NULL : env->acquire(env, books * sizeof *server->books);
+    if (error || !server->books) {
+        log_error("no memory for the book of the spill file: ask for less --spill-bytes or --pool-bytes");
+        return false;
+    }
+    struct disk_usage usage;
+    disk_usage(server->disk, &usage);
+    log_info("spill: %llu MiB in %s by %s%s%s%s%s", (unsigned long long)(params.bytes >> 20), config->spill_directory,
+             usage.engine, usage.direct ? "" : ", through the page cache", usage.because[0] ? " (" : "", usage.because,
+             usage.because[0] ? ")" : "");
     return true;
 }
 
@@ -176,6 +228,10 @@ void server_stop_threads(struct server *server)
         server_abandon("a thread does not end");
     for (uint32_t i = 0; i < server->shard_count; i++)
         shard_stop(&server->shards[i]);
+    disk_close(server->disk); // what is in flight ends on the shards' lists
+    for (uint32_t i = 0; i < server->shard_count; i++)
+        shard_fini(&server->shards[i]);
+    server->disk = NULL;
     server->shard_count = 0;
     task_queue_stop(&server->keeper_queue);
     if (server->keeper_runs)

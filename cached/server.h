@@ -25,6 +25,8 @@
 #define SERVER_FAREWELL_NS        (100ull * 1000000u) // between the last reply and the closing of the sockets at a stop
 #define SERVER_INFLIGHT_BYTES_MAX (128ull << 20)      // of a session's requests, beyond which it must wait for replies
 #define SERVER_STALL_RETRY_NS     (100ull * 1000000u)
+#define SERVER_STARVED_RETRY_NS   (1000000ull)          // other shards make room meanwhile
+#define SERVER_ROOM_WAIT_NS       (10ull * 1000000000u) // of appends for room, of reads for pages
 
 // Counters and latencies of requests. Reactor only.
 struct server_stats {
@@ -39,6 +41,9 @@ struct server {
     uint64_t boot_token;
     uint64_t started_ns;
     struct pool *pool;
+    struct disk *disk; // NULL: no spill tier, as the next two
+    struct extents *extents;
+    struct tier_book *books; // [pool / EXTENT_UNIT]; a frame's is its shard's
     struct budget index_budget, shared_budget;
     struct gpu_system gpu_system;
     uint32_t shard_count, shard_room; // running, and in the allocation
@@ -51,6 +56,7 @@ struct server {
     pthread_t keeper;
     bool keeper_runs; // main thread
     struct gpus gpus;
+    struct tier_stats tier_stats;
 
     // Reactor only.
     int epoll_fd, listener_fd, lock_fd, signal_fd;
@@ -72,12 +78,16 @@ struct server {
 ICE_MUST_CHECK bool server_init(struct server *server, struct env *env, const struct config *config); // false: no fini
 ICE_MUST_CHECK bool server_take_directory(struct server *server);
 ICE_MUST_CHECK bool server_take_pool(struct server *server);
+ICE_MUST_CHECK bool server_take_disk(struct server *server); // where one is configured
 ICE_MUST_CHECK bool server_start_threads(struct server *server);
 // Runs what is queued, joins. Ends the process where a CUDA driver that hangs keeps a thread.
 void server_stop_threads(struct server *server);
 // Ends the process at once, with a failure: a CUDA driver holds memory that cannot be freed under it.
 _Noreturn void server_abandon(const char *what);
 void server_fini(struct server *server);
+
+// Bytes of a page in memory, for K or V rows of row_bytes.
+uint64_t server_frame_bytes(const struct server *server, uint64_t row_bytes);
 
 // Reactor (reactor.c).
 int reactor_init(struct server *server); // 0 or -errno; logs the cause

@@ -4,6 +4,7 @@
 // The lane at the head of the due list is finished before the next begins: memory for a build in progress is held once.
 #include "cached/shard.h"
 
+#include "cached/gather.h"
 #include "cached/log.h"
 #include "cached/server.h"
 
@@ -37,7 +38,7 @@ static void due_remove(struct shard *shard, struct lane *lane)
 
 void shard_lane_due(struct shard *shard, struct lane *lane)
 {
-    if (lane->due || !index_build_is_due(lane->index))
+    if (lane->due || lane->damaged || !index_build_is_due(lane->index))
         return;
     lane->due = true;
     due_append(shard, lane);
@@ -72,7 +73,7 @@ static void build_slice(struct shard *shard)
     struct env *env = shard->server->env;
     struct lane *lane = shard->due_head;
     uint64_t from_ns = env_now_ns(env);
-    enum lane_work work = lane_build(lane);
+    enum lane_work work = lane_build(lane, shard);
     uint64_t until_ns = env_now_ns(env);
     atomic_fetch_add_explicit(&lane->sequence->build_ns, until_ns - from_ns, memory_order_relaxed);
     if (work == LANE_IDLE) {
@@ -98,14 +99,61 @@ static bool can_build(struct shard *shard)
     return true;
 }
 
+void shard_wake(struct shard *shard)
+{
+    shard->woken = true;
+    shard->stalled = false;
+}
+
+void shard_look_again(struct shard *shard, uint64_t at_ns)
+{
+    shard->look_again_ns = at_ns < shard->look_again_ns ? at_ns : shard->look_again_ns;
+}
+
+// Where something found no room it looks again soon: other shards make some.
+static void note_starved(struct shard *shard, uint64_t now_ns)
+{
+    if (shard->tier.starved)
+        shard_look_again(shard, now_ns + SERVER_STARVED_RETRY_NS);
+    shard->tier.starved = false;
+}
+
+// Goes on with what waits for pages or room, where something has changed or a deadline has passed.
+static void go_on_with_waiting(struct shard *shard)
+{
+    if (!shard->gathers && !shard->parked)
+        return;
+    const uint64_t now_ns = env_now_ns(shard->server->env);
+    note_starved(shard, now_ns);
+    if (!shard->woken && now_ns < shard->look_again_ns)
+        return;
+    shard->woken = false;
+    shard->look_again_ns = UINT64_MAX; // gathers that begin meanwhile may lower it again
+    const uint64_t gathers_ns = gather_all(shard, now_ns), parked_ns = op_lane_run_parked(shard, now_ns);
+    shard_look_again(shard, gathers_ns < parked_ns ? gathers_ns : parked_ns);
+    note_starved(shard, now_ns);
+}
+
+static uint64_t wait_of(struct shard *shard, bool busy)
+{
+    if (busy)
+        return 0;
+    uint64_t wait_ns = shard->stalled ? SERVER_STALL_RETRY_NS : IDLE_WAIT_NS;
+    if (!shard->gathers && !shard->parked)
+        return wait_ns;
+    const uint64_t now_ns = env_now_ns(shard->server->env);
+    const uint64_t until_ns = shard->look_again_ns > now_ns ? shard->look_again_ns - now_ns : 1;
+    return until_ns < wait_ns ? until_ns : wait_ns;
+}
+
 static void *shard_main(void *argument)
 {
     struct shard *shard = argument;
     for (;;) {
         bool stopped;
-        bool build = can_build(shard);
-        uint64_t wait_ns = build ? 0 : shard->stalled ? SERVER_STALL_RETRY_NS : IDLE_WAIT_NS;
-        struct task *task = task_queue_pop(&shard->queue, wait_ns, &stopped);
+        bool build = can_build(shard), sweeps = tier_balance(shard);
+        go_on_with_waiting(shard);
+        struct task *task = task_queue_pop(&shard->queue, wait_of(shard, build || sweeps), &stopped);
         if (task)
             task->run(task, shard);
         else if (stopped)
@@ -130,18 +178,18 @@ static void scratch_release(void *owner, void *memory, size_t bytes)
 
 int shard_start(struct server *server, struct shard *shard, uint32_t index)
 {
-    *shard = (struct shard){.server = server, .index = index};
+    *shard = (struct shard){.server = server, .index = index, .look_again_ns = UINT64_MAX};
+    int error = tier_init(shard);
+    if (error)
+        return error;
     task_queue_init(&shard->queue);
     arena_init(&shard->arena, server->env);
     const struct index_allocator allocator = {scratch_acquire, scratch_release, server->env};
-    if (index_search_create(&allocator, &shard->search) != INDEX_OK) {
-        task_queue_fini(&shard->queue);
-        return -ENOMEM;
-    }
-    int error = pthread_create(&shard->thread, NULL, shard_main, shard);
+    error = index_search_create(&allocator, &shard->search) != INDEX_OK
+                ? ENOMEM
+                : pthread_create(&shard->thread, NULL, shard_main, shard);
     if (error) {
-        index_search_destroy(shard->search);
-        task_queue_fini(&shard->queue);
+        shard_fini(shard);
         return -error;
     }
     char name[16];
@@ -152,9 +200,14 @@ int shard_start(struct server *server, struct shard *shard, uint32_t index)
 
 void shard_stop(struct shard *shard)
 {
-    struct env *env = shard->server->env;
     task_queue_stop(&shard->queue);
     pthread_join(shard->thread, NULL);
+}
+
+void shard_fini(struct shard *shard)
+{
+    struct env *env = shard->server->env;
+    tier_fini(shard);
     index_search_destroy(shard->search);
     env->release(env, shard->queries, shard->queries_bytes);
     env->release(env, shard->places, shard->places_bytes);

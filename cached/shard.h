@@ -6,9 +6,12 @@
 #include "cached/arena.h"
 #include "cached/lane.h"
 #include "cached/task_queue.h"
+#include "cached/tier.h"
 
 #include <pthread.h>
 
+struct gather;
+struct op_lane;
 struct server;
 
 struct shard {
@@ -27,14 +30,24 @@ struct shard {
     struct lane *due_head, *due_tail; // lanes with clustering to do
     bool stalled;                     // no lane got memory in the last round
     uint64_t stalled_until_ns;
+    struct tier tier;
+    struct gather *gathers; // wait for pages
+    struct op_lane *parked; // wait for pages or for room
+    bool woken;             // pages have come or room has been made since those were looked at
+    uint64_t look_again_ns; // the earliest of their deadlines
 };
 
 // 0 or -errno.
 int shard_start(struct server *server, struct shard *shard, uint32_t index);
 void shard_stop(struct shard *shard); // runs what is queued, joins
+void shard_fini(struct shard *shard); // after all I/O has ended
 // Shard thread: the lane may have clustering to do.
 void shard_lane_due(struct shard *shard, struct lane *lane);
 void shard_lane_forget(struct shard *shard, struct lane *lane);
+// Shard thread: what waits for pages or room may go on.
+void shard_wake(struct shard *shard);
+// Shard thread: what waits is looked at again at this time at the latest.
+void shard_look_again(struct shard *shard, uint64_t at_ns);
 // Shard thread: scratch of at least `bytes`, kept between calls; NULL when there is no memory.
 void *shard_scratch(struct shard *shard, void **memory, size_t *held_bytes, size_t bytes);
 

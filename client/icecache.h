@@ -46,6 +46,10 @@ typedef enum ice_status {
     ICE_TIMEOUT = 20,
     ICE_NO_MEMORY = 21,
     ICE_SYSTEM = 28,
+    ICE_SPILL_FULL = 30,
+    ICE_PAGE_LOST = 31,
+    ICE_UNKNOWN_PREFIX = 32,
+    ICE_DISK_FAILED = 33,
     // The session is lost: reconnect.
     ICE_VERSION_MISMATCH = 4,
     ICE_SHUTTING_DOWN = 22,

@@ -45,7 +45,11 @@ enum ice_scope {
     X(ICE_FORKED,               26, SESSION, "the handle was made by the parent process; connect in the child") \
     X(ICE_PERMISSION,           27, SESSION, "this user may not use the daemon; check the socket's owner and mode") \
     X(ICE_SYSTEM,               28, REQUEST, "a system call failed; the message names it") \
-    X(ICE_INTERNAL,             29, DAEMON,  "a defect in icecache; please report it with the log")
+    X(ICE_INTERNAL,             29, DAEMON,  "a defect in icecache; please report it with the log") \
+    X(ICE_SPILL_FULL,           30, REQUEST, "the spill file is full; close sequences or raise --spill-bytes") \
+    X(ICE_PAGE_LOST,            31, REQUEST, "the disk has lost K and V of this sequence; close it and compute it again") \
+    X(ICE_UNKNOWN_PREFIX,       32, REQUEST, "no sealed prefix of this model and namespace begins like this; append the tokens instead") \
+    X(ICE_DISK_FAILED,          33, REQUEST, "the daemon has no disk, or it failed; the message says more")
 // clang-format on
 
 #ifdef ICECACHE_H

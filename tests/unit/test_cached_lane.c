@@ -36,6 +36,7 @@ static void bench_init(struct bench *bench, uint32_t head_dim, uint32_t dtype, u
     assert_int_equal(pool_create(&bench->env, 96u << 20, &bench->server.pool), 0);
     bench->shard.server = &bench->server;
     bench->server.shards = &bench->shard;
+    assert_int_equal(tier_init(&bench->shard), 0);
     arena_init(&bench->shard.arena, &bench->env);
     struct sequence *sequence = &bench->sequence;
     sequence->server = &bench->server;
@@ -61,7 +62,7 @@ static uint64_t frames(struct bench *bench)
 {
     struct pool_usage usage;
     pool_usage(bench->server.pool, &usage);
-    assert_int_equal(usage.used_frames, atomic_load(&bench->sequence.frames));
+    assert_int_equal(usage.used_frames, atomic_load(&bench->sequence.page_count));
     return usage.used_frames;
 }
 
@@ -69,13 +70,14 @@ static uint64_t frames(struct bench *bench)
 static void bench_fini(struct bench *bench)
 {
     shard_lane_forget(&bench->shard, &bench->lane);
-    lane_destroy(&bench->lane);
+    lane_destroy(&bench->lane, &bench->shard);
     pool_unreserve(bench->server.pool, &bench->sequence.frames_promised, bench->sequence.frame_bytes);
     budget_unreserve(&bench->server.index_budget, &bench->sequence.index_promised);
     assert_int_equal(frames(bench), 0);
     assert_int_equal(budget_used(&bench->server.index_budget), 0);
     assert_int_equal(atomic_load(&bench->sequence.index_bytes), 0);
     bench->env.release(&bench->env, bench->shard.places, bench->shard.places_bytes);
+    tier_fini(&bench->shard);
     arena_fini(&bench->shard.arena);
     pool_destroy(bench->server.pool);
     budget_fini(&bench->server.index_budget);
@@ -109,7 +111,7 @@ static void expect_content(struct bench *bench, uint32_t tokens)
 static void build_all(struct bench *bench)
 {
     enum lane_work work;
-    while ((work = lane_build(&bench->lane)) == LANE_MORE)
+    while ((work = lane_build(&bench->lane, &bench->shard)) == LANE_MORE)
         ;
     assert_int_equal(work, LANE_IDLE);
     char text[256] = "";
@@ -144,7 +146,7 @@ static void test_append(void **state)
     assert_int_equal(frames(&bench), held);
     assert_int_equal(prepare(&bench, 150, 100), ICE_OK);
     assert_true(frames(&bench) > held);
-    lane_drop(&bench.lane);
+    lane_drop(&bench.lane, &bench.shard);
     assert_int_equal(frames(&bench), held);
     append(&bench, 150, 100);
     expect_content(&bench, 250);
@@ -167,9 +169,9 @@ static void test_clustering(void **state)
             uint32_t slices = (uint32_t)(random >> 20) % 6;
             assert_int_equal(prepare(&bench, length, tokens), ICE_OK);
             for (uint32_t i = 0; i < slices; i++)
-                assert_int_not_equal(lane_build(&bench.lane), LANE_STALLED);
+                assert_int_not_equal(lane_build(&bench.lane, &bench.shard), LANE_STALLED);
             if (random >> 62 == 0) {
-                lane_drop(&bench.lane);
+                lane_drop(&bench.lane, &bench.shard);
             } else {
                 lane_commit(&bench.lane, &bench.shard);
                 length += tokens;
@@ -198,7 +200,7 @@ static void test_pool_full(void **state)
     assert_int_equal(prepare(&bench, 2000, 100), ICE_POOL_FULL);
     assert_int_equal(frames(&bench), 125);
     enum lane_work work;
-    while ((work = lane_build(&bench.lane)) == LANE_MORE)
+    while ((work = lane_build(&bench.lane, &bench.shard)) == LANE_MORE)
         ;
     assert_int_equal(work, LANE_STALLED);
     assert_int_equal(frames(&bench), 125);
@@ -241,7 +243,7 @@ static void promise_holds(const struct promise *promise)
     uint64_t bytes = lane_promise_bytes(sequence, before, promise->tokens);
     assert_true(budget_reserve(&bench.server.index_budget, &sequence->index_promised, bytes));
     assert_true(pool_reserve(bench.server.pool, &sequence->frames_promised, sequence->frame_bytes,
-                             lane_promise_frames(sequence, promise->tokens)));
+                             lane_promise_pages(sequence, promise->tokens)));
     uint64_t filled = fill(&bench);
     for (uint32_t first = before; first < end; first += promise->part) {
         uint32_t n = end - first < promise->part ? end - first : promise->part;

@@ -39,6 +39,10 @@ class Status(enum.IntEnum):
     PERMISSION = 27
     SYSTEM = 28
     INTERNAL = 29
+    SPILL_FULL = 30
+    PAGE_LOST = 31
+    UNKNOWN_PREFIX = 32
+    DISK_FAILED = 33
 
 
 SESSION_LOST = frozenset(

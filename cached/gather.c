@@ -1,0 +1,189 @@
+// Gathers that wait for pages, see gather.h. Belongs to the shard of the lane. A gather's memory is the shard's
+// arena's, counted as the index's.
+//
+// Invariant: while a lane has gathers, no plan of its tree is committed (lane.c), so that places stay what they are;
+// the sequence's admission keeps appends away.
+#include "cached/gather.h"
+
+#include "cached/server.h"
+#include "gpu/store.h"
+
+#include <assert.h>
+#include <string.h>
+
+struct gather {
+    struct gather *next;
+    struct op_lane *part;
+    size_t bytes;
+    uint64_t deadline_ns;
+    struct gather_plan plan;
+    uint32_t slots, next_slot; // next_slot: first that has not been looked at
+    uint32_t waiting_count;
+    struct gather_token waiting[GATHER_BATCH];
+    struct index_selected selected[]; // the plan's
+};
+
+static uint32_t slots_of(const struct gather_plan *plan)
+{
+    return plan->sinks + plan->selected_count + plan->window;
+}
+
+// The tokens of up to `n` slots from `slot` on; returns how many.
+static uint32_t resolve(const struct lane *lane, const struct gather_plan *plan, uint32_t slot, uint32_t n,
+                        struct gather_token *tokens)
+{
+    struct index_place places[64];
+    const uint32_t window_slot = plan->sinks + plan->selected_count;
+    uint64_t position = slot < plan->sinks ? slot : plan->window_from + slot - window_slot;
+    uint32_t until = slot < plan->sinks ? plan->sinks : slot < window_slot ? window_slot : window_slot + plan->window;
+    n = n < until - slot ? n : until - slot;
+    n = n < 64 ? n : 64;
+    if (slot >= plan->sinks && slot < window_slot) {
+        for (uint32_t i = 0; i < n; i++) {
+            const struct index_selected *selected = &plan->selected[slot + i - plan->sinks];
+            tokens[i] = (struct gather_token){slot + i, selected->position, selected->place};
+        }
+        return n;
+    }
+    index_locate(lane->index, position, n, places);
+    for (uint32_t i = 0; i < n; i++)
+        tokens[i] = (struct gather_token){slot + i, (uint32_t)(position + i), places[i]};
+    return n;
+}
+
+bool gather_is_resident(const struct op_lane *part, const struct gather_plan *plan)
+{
+    const struct lane *lane = part->lane;
+    struct gather_token tokens[64];
+    for (uint32_t slot = 0, slots = slots_of(plan), n; slot < slots; slot += n) {
+        n = resolve(lane, plan, slot, 64, tokens);
+        for (uint32_t i = 0; i < n; i++) {
+            if (!lane->pages[tokens[i].place.page].memory)
+                return false;
+        }
+    }
+    return true;
+}
+
+// Copies a token whose page is in memory. Otherwise asks for the page and keeps the token; ICE_PAGE_LOST where it will
+// never come.
+static ice_status take(struct gather *gather, struct shard *shard, struct gather_token token)
+{
+    struct lane *lane = gather->part->lane;
+    const uint8_t *row = lane_token(lane, token.place, 2 * lane->sequence->row_bytes);
+    if (row) {
+        gather_put(gather->part, &token, row);
+        return ICE_OK;
+    }
+    if (lane_page_is_lost(lane, token.place.page))
+        return ICE_PAGE_LOST;
+    tier_read(shard, lane, token.place.page);
+    gather->waiting[gather->waiting_count++] = token;
+    return ICE_OK;
+}
+
+// LANE_WAITS: tokens are still missing.
+static ice_status step(struct gather *gather, struct shard *shard)
+{
+    const struct lane *lane = gather->part->lane;
+    const uint32_t waiting = gather->waiting_count;
+    gather->waiting_count = 0;
+    for (uint32_t i = 0; i < waiting; i++) {
+        const ice_status status = take(gather, shard, gather->waiting[i]);
+        if (status != ICE_OK)
+            return status;
+    }
+    while (gather->next_slot < gather->slots && gather->waiting_count < GATHER_BATCH) {
+        struct gather_token tokens[64];
+        const uint32_t room = GATHER_BATCH - gather->waiting_count;
+        const uint32_t n = resolve(lane, &gather->plan, gather->next_slot, room, tokens);
+        for (uint32_t i = 0; i < n; i++) {
+            const ice_status status = take(gather, shard, tokens[i]);
+            if (status != ICE_OK)
+                return status;
+        }
+        gather->next_slot += n;
+    }
+    return gather->waiting_count > 0 ? LANE_WAITS : ICE_OK;
+}
+
+// The deadline has passed: what is in memory now, in the first slots.
+static void cut_short(struct gather *gather)
+{
+    struct op_lane *part = gather->part;
+    struct lane *lane = part->lane;
+    uint32_t count = 0;
+    for (uint32_t slot = 0, n; slot < gather->slots; slot += n) {
+        struct gather_token tokens[64];
+        n = resolve(lane, &gather->plan, slot, 64, tokens);
+        for (uint32_t i = 0; i < n; i++) {
+            const uint8_t *row = lane_token(lane, tokens[i].place, 2 * lane->sequence->row_bytes);
+            if (!row)
+                continue;
+            tokens[i].slot = count++;
+            gather_put(part, &tokens[i], row);
+        }
+    }
+    part->count = count;
+    part->partial = true;
+}
+
+// True where the gather is over; its part is finished and its memory given back then.
+static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
+{
+    struct op_lane *part = gather->part;
+    struct lane *lane = part->lane;
+    const bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
+    ice_status status = cancelled ? ICE_UNKNOWN_SESSION : step(gather, shard);
+    if (status == LANE_WAITS && now_ns < gather->deadline_ns)
+        return false;
+    if (status == LANE_WAITS && part->op->kind == OP_RETRIEVE) {
+        cut_short(gather);
+        status = ICE_OK;
+    } else if (status == LANE_WAITS) {
+        status = ICE_TIMEOUT;
+    }
+    const size_t bytes = gather->bytes;
+    lane->gathers--;
+    lane_release_memory(lane, gather, bytes);
+    op_lane_finish(part, shard, status);
+    return true;
+}
+
+ice_status gather_start(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
+{
+    const size_t bytes = sizeof(struct gather) + plan->selected_count * sizeof *plan->selected;
+    struct gather *gather = lane_acquire_memory(part->lane, bytes);
+    if (!gather)
+        return ICE_INDEX_FULL;
+    const uint64_t now_ns = env_now_ns(shard->server->env);
+    *gather = (struct gather){.part = part, .bytes = bytes, .plan = *plan, .slots = slots_of(plan)};
+    memcpy(gather->selected, plan->selected, plan->selected_count * sizeof *plan->selected);
+    gather->plan.selected = gather->selected;
+    gather->deadline_ns = part->op->kind == OP_RETRIEVE ? part->op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;
+    part->count = gather->slots;
+    part->lane->gathers++;
+    if (!run(gather, shard, now_ns)) {
+        gather->next = shard->gathers;
+        shard->gathers = gather;
+        shard_look_again(shard, gather->deadline_ns);
+    }
+    return ICE_OK;
+}
+
+uint64_t gather_all(struct shard *shard, uint64_t now_ns)
+{
+    uint64_t next_ns = UINT64_MAX;
+    struct gather *gather = shard->gathers;
+    shard->gathers = NULL; // what ends may start others
+    while (gather) {
+        struct gather *next = gather->next;
+        if (!run(gather, shard, now_ns)) {
+            next_ns = gather->deadline_ns < next_ns ? gather->deadline_ns : next_ns;
+            gather->next = shard->gathers;
+            shard->gathers = gather;
+        }
+        gather = next;
+    }
+    return next_ns;
+}

@@ -1,0 +1,44 @@
+// Copying chosen tokens to where the worker reads them, when some of their pages are not in memory: what is there is
+// copied at once, the missing pages are read in one batch, and each is copied when it comes. A gather holds no page:
+// whatever comes into memory is copied in the same task, before anything can evict it, so that any number of gathers
+// get through a pool of any size.
+#ifndef ICECACHE_CACHED_GATHER_H
+#define ICECACHE_CACHED_GATHER_H
+
+#include "index/index.h"
+#include "proto/status.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define GATHER_BATCH 512u // tokens that one gather waits for at a time
+
+struct op_lane;
+struct shard;
+
+// Slots 0 .. slots-1: positions 0 .. sinks-1, then the selected, then positions window_from on.
+struct gather_plan {
+    uint32_t sinks;
+    uint32_t selected_count;
+    const struct index_selected *selected; // borrowed during the call
+    uint64_t window_from;                  // a read's first position: sinks and selected_count are 0
+    uint32_t window;
+};
+
+// A slot and the token that goes there.
+struct gather_token {
+    uint32_t slot, position;
+    struct index_place place;
+};
+
+// Puts one token where it belongs; `row` is its K row and, behind it, its V row.
+void gather_put(const struct op_lane *part, const struct gather_token *token, const uint8_t *row);
+// Starts a gather for a part whose tokens are not all in memory. ICE_OK: it goes on behind this call and ends the part
+// by op_lane_finish (perhaps within the call); ICE_NO_MEMORY.
+ICE_MUST_CHECK ice_status gather_start(struct op_lane *part, struct shard *shard, const struct gather_plan *plan);
+// Goes on with every gather of the shard. Returns when the next one must look at its deadline, UINT64_MAX: none.
+uint64_t gather_all(struct shard *shard, uint64_t now_ns);
+// Are all pages of these tokens in memory?
+bool gather_is_resident(const struct op_lane *part, const struct gather_plan *plan);
+
+#endif

@@ -1,0 +1,416 @@
+// Pages between pool and disk, see tier.h. Invariants: a page with memory stands in its shard's order exactly once; a
+// page on its way (READING, WRITING) has exactly one page_io; a page's extent is held once for the page while it is
+// used. A page that goes while it is on its way leaves memory and extent to its page_io.
+//
+// Growth: every call is O(1), or bound by TIER_SCAN_MAX; memory: 24 bytes for each 4 KiB of the pool.
+#include "cached/tier.h"
+
+#include "cached/log.h"
+#include "cached/server.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+#define LOW_SHARE  32u // of the pool is kept free: evicting begins below 1/32
+#define HIGH_SHARE 16u // and ends at 1/16
+
+struct page_io {
+    struct disk_request request;
+    struct page_io *next; // among the free, or the done
+    struct shard *shard;
+    struct lane *lane; // NULL: the page is gone
+    uint32_t page, extent;
+    uint64_t checksum; // wanted, or written
+    bool matches;      // what was read
+};
+
+// The extent is part of it, so that another extent's bytes are found out too.
+static uint64_t checksum_of(const void *memory, size_t bytes, uint32_t extent)
+{
+    return XXH3_64bits_withSeed(memory, bytes, extent);
+}
+
+static uint64_t frame_bytes_of(const struct lane *lane)
+{
+    return lane->sequence->frame_bytes;
+}
+
+static struct page *page_of(const struct lane *lane, uint32_t page)
+{
+    assert(page < lane->page_capacity && lane->pages[page].flags & PAGE_USED);
+    return &lane->pages[page];
+}
+
+bool tier_serves(const struct server *server)
+{
+    return server->disk && !disk_is_off(server->disk);
+}
+
+// ---- the order of the pages in memory ----
+
+static uint32_t book_of(const struct server *server, const uint8_t *memory)
+{
+    return (uint32_t)(pool_offset(server->pool, memory) / EXTENT_UNIT);
+}
+
+static void order_enter(struct shard *shard, struct lane *lane, uint32_t page)
+{
+    struct tier *tier = &shard->tier;
+    struct tier_book *books = shard->server->books;
+    if (!books)
+        return;
+    const uint32_t number = book_of(shard->server, page_of(lane, page)->memory);
+    books[number] = (struct tier_book){lane, page, tier->newest, TIER_NONE};
+    if (tier->newest != TIER_NONE)
+        books[tier->newest].newer = number;
+    else
+        tier->oldest = number;
+    tier->newest = number;
+    atomic_fetch_add_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
+}
+
+static void order_leave(struct shard *shard, const uint8_t *memory)
+{
+    struct tier *tier = &shard->tier;
+    struct tier_book *books = shard->server->books;
+    if (!books)
+        return;
+    const uint32_t number = book_of(shard->server, memory);
+    const struct tier_book *book = &books[number];
+    if (tier->hand == number)
+        tier->hand = book->newer;
+    if (book->older != TIER_NONE)
+        books[book->older].newer = book->newer;
+    else
+        tier->oldest = book->newer;
+    if (book->newer != TIER_NONE)
+        books[book->newer].older = book->older;
+    else
+        tier->newest = book->older;
+    atomic_fetch_sub_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
+}
+
+static void drop_memory(struct shard *shard, struct lane *lane, struct page *page)
+{
+    order_leave(shard, page->memory);
+    pool_release(shard->server->pool, page->memory);
+    page->memory = NULL;
+    atomic_fetch_sub_explicit(&lane->sequence->resident, 1, memory_order_relaxed);
+}
+
+// ---- I/O ----
+
+// On an I/O thread.
+static void io_done(struct disk_request *request)
+{
+    struct page_io *io = (struct page_io *)((char *)request - offsetof(struct page_io, request));
+    struct tier *tier = &io->shard->tier;
+    if (request->op == DISK_READ && request->result == 0)
+        io->matches = checksum_of(request->memory, request->bytes, io->extent) == io->checksum;
+    pthread_mutex_lock(&tier->lock);
+    const bool first = !tier->done;
+    io->next = tier->done;
+    tier->done = io;
+    if (first)
+        task_queue_push(&io->shard->queue, TASK_DECODE, &tier->done_task);
+    pthread_mutex_unlock(&tier->lock);
+}
+
+static void io_start(struct shard *shard, enum disk_op op, struct lane *lane, uint32_t number, uint8_t *memory)
+{
+    struct tier *tier = &shard->tier;
+    struct page *page = page_of(lane, number);
+    struct page_io *io = tier->free_ios;
+    const uint32_t bytes = (uint32_t)frame_bytes_of(lane);
+    tier->free_ios = io->next;
+    *io = (struct page_io){.shard = shard, .lane = lane, .page = number, .extent = page->extent};
+    io->checksum = op == DISK_READ ? page->checksum : checksum_of(memory, bytes, page->extent);
+    io->request = (struct disk_request){
+        .op = op, .offset = extent_offset(page->extent), .memory = memory, .bytes = bytes, .done = io_done};
+    page->flags |= op == DISK_READ ? PAGE_READING : PAGE_WRITING;
+    tier->writes += op == DISK_WRITE;
+    disk_submit(shard->server->disk, &io->request);
+}
+
+static void read_ended(struct page_io *io, struct page *page)
+{
+    struct shard *shard = io->shard;
+    struct server *server = shard->server;
+    page->flags &= (uint8_t)~PAGE_READING;
+    if (io->request.result == 0 && io->matches) {
+        page->memory = io->request.memory;
+        page->visited = 0;
+        order_enter(shard, io->lane, io->page);
+        atomic_fetch_add_explicit(&io->lane->sequence->resident, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&server->tier_stats.pages_read, 1, memory_order_relaxed);
+        return;
+    }
+    pool_release(server->pool, io->request.memory);
+    page->flags |= PAGE_LOST;
+    if (atomic_fetch_add_explicit(&server->tier_stats.pages_lost, 1, memory_order_relaxed) == 0)
+        log_error("a page of sequence %llu cannot be read back from the spill file: %s; requests that need it fail",
+                  (unsigned long long)io->lane->sequence->id,
+                  io->request.result ? strerror(-io->request.result) : "its bytes are not those that were written");
+}
+
+static bool room_is_low(const struct server *server, uint32_t share)
+{
+    return pool_free_bytes(server->pool) < pool_capacity_bytes(server->pool) / share;
+}
+
+static void write_ended(struct page_io *io, struct page *page)
+{
+    struct server *server = io->shard->server;
+    const bool changed = page->flags & PAGE_CHANGED;
+    page->flags &= (uint8_t) ~(PAGE_WRITING | PAGE_CHANGED);
+    if (io->request.result) {
+        if (atomic_fetch_add_explicit(&server->tier_stats.write_errors, 1, memory_order_relaxed) == 0)
+            log_error("a page cannot be written to the spill file: %s; it stays in memory",
+                      strerror(-io->request.result));
+        return;
+    }
+    atomic_fetch_add_explicit(&server->tier_stats.pages_written, 1, memory_order_relaxed);
+    if (changed)
+        return;
+    page->flags |= PAGE_CLEAN;
+    page->checksum = io->checksum;
+    if (!page->visited && page->pins == 0 && room_is_low(server, HIGH_SHARE)) {
+        drop_memory(io->shard, io->lane, page);
+        atomic_fetch_add_explicit(&server->tier_stats.pages_evicted, 1, memory_order_relaxed);
+    }
+}
+
+static void io_end(struct page_io *io)
+{
+    struct shard *shard = io->shard;
+    struct tier *tier = &shard->tier;
+    tier->writes -= io->request.op == DISK_WRITE;
+    if (!io->lane) {
+        pool_release(shard->server->pool, io->request.memory);
+        extents_release(shard->server->extents, &io->extent, 1);
+    } else if (io->request.op == DISK_READ) {
+        read_ended(io, page_of(io->lane, io->page));
+    } else {
+        write_ended(io, page_of(io->lane, io->page));
+    }
+    io->lane = NULL;
+    io->next = tier->free_ios;
+    tier->free_ios = io;
+}
+
+static void end_all(struct shard *shard)
+{
+    struct tier *tier = &shard->tier;
+    pthread_mutex_lock(&tier->lock);
+    struct page_io *io = tier->done;
+    tier->done = NULL;
+    pthread_mutex_unlock(&tier->lock);
+    while (io) {
+        struct page_io *next = io->next;
+        io_end(io);
+        io = next;
+    }
+}
+
+static void run_done(struct task *task, void *thread)
+{
+    (void)task;
+    end_all(thread);
+    shard_wake(thread);
+}
+
+bool tier_read(struct shard *shard, struct lane *lane, uint32_t number)
+{
+    struct tier *tier = &shard->tier;
+    struct page *page = page_of(lane, number);
+    if (page->flags & PAGE_READING)
+        return true;
+    assert(!page->memory && page->flags & PAGE_CLEAN);
+    uint8_t *memory = tier->free_ios ? tier_take_memory(shard, frame_bytes_of(lane), NULL) : NULL;
+    if (!memory) {
+        tier->starved = true;
+        return false;
+    }
+    io_start(shard, DISK_READ, lane, number, memory);
+    return true;
+}
+
+// ---- eviction ----
+
+// What the hand does with a page. True where its memory is free now.
+static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
+{
+    struct page *page = page_of(lane, number);
+    if (page->visited) {
+        page->visited = 0;
+        return false;
+    }
+    if (page->pins > 0 || page->flags & PAGE_WRITING || page->extent == EXTENT_NONE)
+        return false;
+    if (page->flags & PAGE_CLEAN) {
+        drop_memory(shard, lane, page);
+        atomic_fetch_add_explicit(&shard->server->tier_stats.pages_evicted, 1, memory_order_relaxed);
+        return true;
+    }
+    if (shard->tier.free_ios && shard->tier.writes < TIER_WRITES_MAX)
+        io_start(shard, DISK_WRITE, lane, number, page->memory);
+    return false;
+}
+
+// Moves the hand until `wanted` frames are free or enough was looked at. Returns how many.
+static uint32_t sweep(struct shard *shard, uint32_t wanted)
+{
+    struct tier *tier = &shard->tier;
+    uint32_t freed = 0;
+    for (uint32_t seen = 0; seen < TIER_SCAN_MAX && freed < wanted; seen++) {
+        const uint32_t number = tier->hand != TIER_NONE ? tier->hand : tier->oldest;
+        if (number == TIER_NONE)
+            break;
+        const struct tier_book book = shard->server->books[number];
+        tier->hand = book.newer; // also where the page goes: then it is the one behind it
+        freed += evict(shard, book.lane, book.page);
+    }
+    return freed;
+}
+
+// Other shards hold most of the pool: each sweeps its own pages.
+static void ask_relief(struct server *server, const struct shard *asking)
+{
+    for (uint32_t i = 0; i < server->shard_count; i++) {
+        struct shard *shard = &server->shards[i];
+        if (shard != asking && !atomic_exchange_explicit(&shard->tier.relief_asked, true, memory_order_acq_rel))
+            task_queue_push(&shard->queue, TASK_BULK, &shard->tier.relief_task);
+    }
+}
+
+static void run_relief(struct task *task, void *thread)
+{
+    (void)task;
+    struct shard *shard = thread;
+    atomic_store_explicit(&shard->tier.relief_asked, false, memory_order_release);
+    tier_balance(shard);
+}
+
+bool tier_balance(struct shard *shard)
+{
+    struct server *server = shard->server;
+    if (!tier_serves(server) || !room_is_low(server, LOW_SHARE))
+        return false;
+    return sweep(shard, 64) > 0 && room_is_low(server, HIGH_SHARE);
+}
+
+uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reservation *promised)
+{
+    struct server *server = shard->server;
+    uint8_t *memory = pool_acquire(server->pool, promised, bytes);
+    if (memory || !tier_serves(server))
+        return memory;
+    for (int i = 0; i < 4 && !memory; i++) {
+        if (sweep(shard, 8) > 0)
+            memory = pool_acquire(server->pool, promised, bytes);
+    }
+    if (!memory) {
+        shard->tier.starved = true;
+        ask_relief(server, shard);
+    }
+    return memory;
+}
+
+uint8_t *tier_take_frame(struct shard *shard, struct lane *lane, uint32_t number, struct pool_reservation *promised)
+{
+    struct page *page = page_of(lane, number);
+    page->memory = tier_take_memory(shard, frame_bytes_of(lane), promised);
+    if (page->memory) {
+        order_enter(shard, lane, number);
+        atomic_fetch_add_explicit(&lane->sequence->resident, 1, memory_order_relaxed);
+    }
+    return page->memory;
+}
+
+// ---- pages that change or go ----
+
+void tier_change(struct shard *shard, struct lane *lane, uint32_t number)
+{
+    struct page *page = page_of(lane, number);
+    assert(page->memory);
+    if (page->flags & PAGE_WRITING)
+        page->flags |= PAGE_CHANGED;
+    if (!(page->flags & PAGE_CLEAN))
+        return;
+    page->flags &= (uint8_t)~PAGE_CLEAN;
+    // A sealed prefix may hold the extent too: what it holds stays as it is.
+    struct extents *extents = shard->server->extents;
+    extents_release(extents, &page->extent, 1);
+    page->extent = extents_acquire(extents, NULL, frame_bytes_of(lane));
+}
+
+// The page is on its way: what it has becomes its page_io's.
+static void leave_to_io(struct shard *shard, struct lane *lane, uint32_t number)
+{
+    for (uint32_t i = 0; i < TIER_IO_MAX; i++) {
+        struct page_io *io = &shard->tier.ios[i];
+        if (io->lane == lane && io->page == number) {
+            io->lane = NULL;
+            return;
+        }
+    }
+    assert(!"a page on its way has a page_io");
+}
+
+void tier_forget(struct shard *shard, struct lane *lane, uint32_t number)
+{
+    struct server *server = shard->server;
+    struct page *page = page_of(lane, number);
+    if (page->flags & (PAGE_READING | PAGE_WRITING)) {
+        if (page->memory) {
+            order_leave(shard, page->memory);
+            atomic_fetch_sub_explicit(&lane->sequence->resident, 1, memory_order_relaxed);
+        }
+        leave_to_io(shard, lane, number);
+    } else {
+        if (page->memory)
+            drop_memory(shard, lane, page);
+        if (page->extent != EXTENT_NONE)
+            extents_release(server->extents, &page->extent, 1);
+    }
+    *page = (struct page){0};
+}
+
+// ---- start and end ----
+
+int tier_init(struct shard *shard)
+{
+    struct tier *tier = &shard->tier;
+    struct env *env = shard->server->env;
+    *tier = (struct tier){.oldest = TIER_NONE,
+                          .newest = TIER_NONE,
+                          .hand = TIER_NONE,
+                          .done_task = {.run = run_done},
+                          .relief_task = {.run = run_relief}};
+    pthread_mutex_init(&tier->lock, NULL);
+    if (!shard->server->disk)
+        return 0;
+    tier->ios = env_acquire_zeroed(env, TIER_IO_MAX * sizeof *tier->ios);
+    if (!tier->ios) {
+        pthread_mutex_destroy(&tier->lock);
+        return -ENOMEM;
+    }
+    for (uint32_t i = 0; i < TIER_IO_MAX; i++) {
+        tier->ios[i].next = tier->free_ios;
+        tier->free_ios = &tier->ios[i];
+    }
+    return 0;
+}
+
+void tier_fini(struct shard *shard)
+{
+    struct tier *tier = &shard->tier;
+    if (tier->ios)
+        end_all(shard);
+    shard->server->env->release(shard->server->env, tier->ios, TIER_IO_MAX * sizeof *tier->ios);
+    pthread_mutex_destroy(&tier->lock);
+}

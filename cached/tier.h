@@ -1,0 +1,99 @@
+// The spill tier as a shard sees it: which of its pages are in memory, which leave it for the disk, which come back.
+//
+// Every page has an extent of the data file from the moment it is made, so that it can always be written out; the pool
+// is a cache of the pages. A page in memory is clean (its extent holds the same bytes, known by a checksum) or dirty.
+// What leaves memory is chosen by SIEVE (Zhang et al., NSDI 2024): pages stand in the order in which they came, a hand
+// walks from the oldest to the newest, passes over those that were used since it came by last and takes the first that
+// was not. A page that is clean goes at once, a dirty one is written first and goes when it is still unused then.
+//
+// All of it belongs to the shard's thread, except what I/O threads hand in (`done`).
+#ifndef ICECACHE_CACHED_TIER_H
+#define ICECACHE_CACHED_TIER_H
+
+#include "cached/disk.h"
+#include "cached/extents.h"
+#include "cached/pool.h"
+#include "cached/task_queue.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define TIER_IO_MAX     256u  // pages of a shard on their way to or from the disk
+#define TIER_WRITES_MAX 128u  // of them, so that reads always find some
+#define TIER_SCAN_MAX   1024u // pages that one call looks at for something to evict: 0.1 to 0.2 ms
+
+struct lane;
+struct page_io;
+struct server;
+struct shard;
+
+// One page of a lane.
+struct page {
+    uint8_t *memory;   // NULL: not in memory
+    uint64_t checksum; // of what the extent holds; clean pages only
+    uint32_t extent;   // EXTENT_NONE: none, the memory is the only place
+    uint16_t pins;     // uses through several tasks, which keep it in memory
+    uint8_t flags;     // enum page_flag
+    uint8_t visited;   // used since the hand came by
+};
+
+enum page_flag {
+    PAGE_USED = 1,     // the index has given out its number
+    PAGE_CLEAN = 2,    // the extent holds the page
+    PAGE_READING = 4,  // on its way into memory
+    PAGE_WRITING = 8,  // on its way to its extent
+    PAGE_CHANGED = 16, // since the writing began
+    PAGE_LOST = 32,    // its extent cannot be read, or holds something else
+};
+
+// A place of the pool in the order of its shard. One for each EXTENT_UNIT of the pool, of which a frame uses its first.
+struct tier_book {
+    struct lane *lane;
+    uint32_t page;
+    uint32_t older, newer; // TIER_NONE at the ends
+};
+#define TIER_NONE UINT32_MAX
+
+struct tier {
+    uint32_t oldest, newest, hand; // books
+    struct page_io *ios;           // [TIER_IO_MAX]
+    struct page_io *free_ios;
+    uint32_t writes; // in flight
+    bool starved;    // something waits for room; look again soon
+    struct task done_task, relief_task;
+    _Atomic bool relief_asked;
+    pthread_mutex_t lock;
+    struct page_io *done; // guarded by lock
+};
+
+// Counters of the whole tier. Any thread, relaxed.
+struct tier_stats {
+    _Atomic uint64_t pages_read, pages_written, pages_evicted, pages_lost, write_errors;
+    _Atomic uint64_t resident; // pages in memory
+};
+
+// 0 or -errno. Where the server has no disk the tier does nothing and needs nothing.
+ICE_MUST_CHECK int tier_init(struct shard *shard);
+// After the disk has been closed: what was in flight gives its memory back.
+void tier_fini(struct shard *shard);
+// There is a disk and it works.
+bool tier_serves(const struct server *server);
+
+// Memory of a frame, which the caller owns. As tier_take_frame, but of no page.
+uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reservation *promised);
+// A frame for a page that has none, which enters the order as the newest. Evicts clean pages where the pool is full.
+// NULL: none now (tier_serves: ask again after the shard's next wake-up).
+uint8_t *tier_take_frame(struct shard *shard, struct lane *lane, uint32_t page, struct pool_reservation *promised);
+// The page goes for good: its memory and its extent are given back, at once or when its I/O ends.
+void tier_forget(struct shard *shard, struct lane *lane, uint32_t page);
+// The page, in memory, is about to be written to: what its extent holds counts no more.
+void tier_change(struct shard *shard, struct lane *lane, uint32_t page);
+// Starts reading a page that is not in memory, where that has not been done. False: it cannot be now; the shard looks
+// again soon.
+bool tier_read(struct shard *shard, struct lane *lane, uint32_t page);
+// Keeps some of the pool free. One slice; true where more is to be done at once.
+bool tier_balance(struct shard *shard);
+
+#endif

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -75,7 +76,7 @@ void daemon_start(struct daemon *daemon)
     size_t count = 3;
     for (const char *const *option = daemon->options; *option; option++) {
         assert_true(count < CHILD_ARGUMENTS_MAX);
-        arguments[count++] = *option;
+        arguments[count++] = strcmp(*option, DAEMON_SPILL_FOLDER) == 0 ? daemon->spill : *option;
     }
     assert_int_equal(daemon->child.pid, 0);
     daemon->starts++;
@@ -130,6 +131,8 @@ int daemon_setup_stopped(void **state)
     assert_non_null(mkdtemp(daemon->folder));
     snprintf(daemon->sockets, sizeof daemon->sockets, "%s/s", daemon->folder);
     snprintf(daemon->log, sizeof daemon->log, "%s/log", daemon->folder);
+    snprintf(daemon->spill, sizeof daemon->spill, "%s/spill", daemon->folder);
+    assert_int_equal(mkdir(daemon->spill, 0700), 0);
     *state = daemon;
     return 0;
 }

@@ -13,10 +13,12 @@ struct daemon {
     char folder[64];  // temporary, removed at the end
     char sockets[96]; // --socket-dir
     char log[96];
+    char spill[96]; // a folder for the spill file, on the disk that holds the temporary files
 };
 
 // Small shares, two shards.
 extern const char *const daemon_default_options[];
+#define DAEMON_SPILL_FOLDER "SPILL" // stands for the folder in a list of options
 
 // cmocka's set-up and tear-down: *state holds the options before, the running struct daemon after. The tear-down stops
 // it by SIGTERM where it still runs, and fails where it does not end well or a sanitizer has reported something.

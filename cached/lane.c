@@ -8,6 +8,7 @@
 // lane is as it was.
 #include "cached/lane.h"
 
+#include "cached/log.h"
 #include "cached/server.h"
 
 #include <assert.h>
@@ -83,19 +84,23 @@ static ice_status status_of(enum index_status status)
     }
 }
 
+static struct index_params params_of(const struct lane *lane)
+{
+    const struct sequence *sequence = lane->sequence;
+    // The seed depends on the sequence's, the layer and the head, and on nothing that differs between two runs.
+    return (struct index_params){
+        .head_dim = sequence->shape.head_dim,
+        .dtype = (enum index_dtype)sequence->shape.dtype,
+        .page_tokens = (uint32_t)sequence->server->config->page_tokens,
+        .seed = sequence->seed * 0x9e3779b97f4a7c15u + ((uint64_t)lane->layer << 32 | lane->kv_head),
+    };
+}
+
 static ice_status ensure_index(struct lane *lane)
 {
     if (lane->index)
         return ICE_OK;
-    const struct server *server = server_of(lane);
-    const struct wire_shape *shape = &lane->sequence->shape;
-    // The seed depends on the configured seed, the layer and the head, and on nothing that differs between two runs.
-    const struct index_params params = {
-        .head_dim = shape->head_dim,
-        .dtype = (enum index_dtype)shape->dtype,
-        .page_tokens = (uint32_t)server->config->page_tokens,
-        .seed = server->config->seed * 0x9e3779b97f4a7c15u + ((uint64_t)lane->layer << 32 | lane->kv_head),
-    };
+    const struct index_params params = params_of(lane);
     const struct index_allocator allocator = {index_acquire, index_release, lane};
     return status_of(index_create(&params, &allocator, &lane->index));
 }
@@ -434,15 +439,10 @@ void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t
     }
 }
 
-void lane_destroy(struct lane *lane, struct shard *shard)
+// ---- sleeping and waking ----
+
+static void free_tables(struct lane *lane)
 {
-    unpin_all(lane);
-    index_destroy(lane->index);
-    lane->index = NULL;
-    for (uint32_t page = 0; page < lane->page_capacity; page++) {
-        if (page_is_used(lane, page))
-            page_drop(lane, shard, page);
-    }
     index_release(lane, lane->pages, lane->page_capacity * sizeof *lane->pages);
     index_release(lane, lane->fresh_pages, lane->fresh_capacity * sizeof *lane->fresh_pages);
     index_release(lane, lane->pinned_pages, lane->pinned_capacity * sizeof *lane->pinned_pages);
@@ -452,6 +452,181 @@ void lane_destroy(struct lane *lane, struct shard *shard)
     lane->page_capacity = lane->fresh_capacity = lane->pinned_capacity = 0;
 }
 
+ice_status lane_need(struct lane *lane, struct shard *shard)
+{
+    const ice_status failure = lane->wake_failure;
+    switch (lane->state) {
+    case LANE_AWAKE:
+        return ICE_OK;
+    case LANE_LOST:
+        return ICE_PAGE_LOST;
+    case LANE_WAKING:
+        return LANE_WAITS;
+    default:
+        break;
+    }
+    lane->wake_failure = ICE_OK;
+    if (failure != ICE_OK)
+        return failure;
+    lane->state = LANE_WAKING;
+    images_wake(shard, lane);
+    return LANE_WAITS;
+}
+
+void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *image)
+{
+    shard_lane_forget(shard, lane);
+    unpin_all(lane);
+    index_destroy(lane->index);
+    lane->index = NULL;
+    for (uint32_t page = 0; page < lane->page_capacity; page++) {
+        if (page_is_used(lane, page))
+            tier_forget(shard, lane, page); // the image holds the extents too
+    }
+    free_tables(lane);
+    lane->image = image;
+    lane->image_is_prefix = false;
+    lane->state = LANE_ASLEEP;
+    atomic_fetch_add_explicit(&server_of(lane)->tier_stats.asleep, 1, memory_order_relaxed);
+}
+
+ice_status lane_load_begin(struct lane *lane, uint64_t bytes, struct index_load **out)
+{
+    const struct index_params params = params_of(lane);
+    const struct index_allocator allocator = {index_acquire, index_release, lane};
+    const ice_status status = status_of(index_load_begin(&params, &allocator, bytes, out));
+    return status == ICE_INTERNAL ? ICE_PAGE_LOST : status;
+}
+
+ice_status lane_load_feed(struct index_load *load, const void *bytes, size_t n)
+{
+    const ice_status status = status_of(index_load_feed(load, bytes, n));
+    return status == ICE_INTERNAL ? ICE_PAGE_LOST : status;
+}
+
+ice_status lane_load_end(struct lane *lane, struct index_load *load)
+{
+    const ice_status status = status_of(index_load_finish(load, &lane->index));
+    return status == ICE_INTERNAL ? ICE_PAGE_LOST : status;
+}
+
+ice_status lane_load_page(struct lane *lane, uint32_t page, uint32_t extent, uint64_t checksum)
+{
+    if (!lane->index || page >= index_page_bound(lane->index) || index_page_rows(lane->index, page) == 0 ||
+        page_is_used(lane, page))
+        return ICE_PAGE_LOST;
+    if (!ensure_page_table(lane, page))
+        return ICE_INDEX_FULL;
+    lane->pages[page] = (struct page){.checksum = checksum, .extent = extent, .flags = PAGE_USED | PAGE_CLEAN};
+    if (lane->image_is_prefix)
+        extents_hold(server_of(lane)->extents, &extent, 1);
+    return ICE_OK;
+}
+
+// What a waking has made so far goes again; the image has it all.
+static void undo_waking(struct lane *lane)
+{
+    index_destroy(lane->index);
+    lane->index = NULL;
+    for (uint32_t page = 0; page < lane->page_capacity; page++) {
+        if (page_is_used(lane, page) && lane->image_is_prefix)
+            extents_release(server_of(lane)->extents, &lane->pages[page].extent, 1);
+    }
+    free_tables(lane);
+}
+
+// A sequence may be attached to fewer tokens than were sealed.
+static ice_status cut_to_attached(struct lane *lane, struct shard *shard)
+{
+    const uint64_t length = lane->sequence->attached_tokens;
+    if (!lane->index || index_length(lane->index) <= length)
+        return ICE_OK;
+    const uint32_t bound = index_page_bound(lane->index);
+    uint32_t *released = index_acquire(lane, bound * sizeof *released), count = 0;
+    if (!released)
+        return ICE_INDEX_FULL;
+    index_truncate(lane->index, length, released, &count);
+    for (uint32_t i = 0; i < count; i++)
+        page_drop(lane, shard, released[i]);
+    index_release(lane, released, bound * sizeof *released);
+    return ICE_OK;
+}
+
+static uint32_t used_pages(const struct lane *lane)
+{
+    uint32_t count = 0;
+    for (uint32_t page = 0; page < lane->page_capacity; page++)
+        count += page_is_used(lane, page);
+    return count;
+}
+
+void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
+{
+    struct server *server = server_of(lane);
+    assert(lane->state == LANE_WAKING);
+    if (status == ICE_OK && lane->image_is_prefix) {
+        atomic_fetch_add_explicit(&lane->sequence->page_count, used_pages(lane), memory_order_relaxed);
+        status = cut_to_attached(lane, shard);
+        if (status != ICE_OK)
+            atomic_fetch_sub_explicit(&lane->sequence->page_count, used_pages(lane), memory_order_relaxed);
+    }
+    if (status != ICE_OK) {
+        undo_waking(lane);
+        const bool lost = status != ICE_INDEX_FULL && status != ICE_NO_MEMORY;
+        lane->state = lost ? LANE_LOST : LANE_ASLEEP;
+        lane->wake_failure = status;
+        if (lost)
+            log_error("the image of layer %u, KV head %u of sequence %llu cannot be read back from the spill file; "
+                      "requests that need it fail",
+                      lane->layer, lane->kv_head, (unsigned long long)lane->sequence->id);
+        return;
+    }
+    if (!lane->image_is_prefix) {
+        lane->image->page_count = 0; // their holds are the table's now
+        image_destroy(server, lane->image);
+    }
+    lane->image = NULL;
+    lane->state = LANE_AWAKE;
+    atomic_fetch_sub_explicit(&server->tier_stats.asleep, 1, memory_order_relaxed);
+    if (lane->index) {
+        atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
+        shard_lane_due(shard, lane);
+    }
+}
+
+// ---- the end ----
+
+static void destroy_awake(struct lane *lane, struct shard *shard)
+{
+    unpin_all(lane);
+    index_destroy(lane->index);
+    lane->index = NULL;
+    for (uint32_t page = 0; page < lane->page_capacity; page++) {
+        if (page_is_used(lane, page))
+            page_drop(lane, shard, page);
+    }
+    free_tables(lane);
+}
+
+void lane_destroy(struct lane *lane, struct shard *shard)
+{
+    if (lane->state == LANE_AWAKE) {
+        destroy_awake(lane, shard);
+        return;
+    }
+    struct server *server = server_of(lane);
+    if (lane->state == LANE_WAKING)
+        images_forget(shard, lane);
+    undo_waking(lane);
+    if (!lane->image_is_prefix) {
+        atomic_fetch_sub_explicit(&lane->sequence->page_count, lane->image->page_count, memory_order_relaxed);
+        image_destroy(server, lane->image);
+    }
+    lane->image = NULL;
+    lane->state = LANE_AWAKE;
+    atomic_fetch_sub_explicit(&server->tier_stats.asleep, 1, memory_order_relaxed);
+}
+
 // ---- clustering ----
 
 // A page that clustering needs is lost: the lane stays as it is, its tail is scanned.
@@ -459,6 +634,16 @@ static enum lane_work give_up(struct lane *lane)
 {
     lane->damaged = true;
     return LANE_IDLE;
+}
+
+static void plan_unmake_pages(struct lane *lane, struct shard *shard, const struct index_plan *plan)
+{
+    while (lane->plan_frames > 0) { // what was pinned last is the plan's
+        const uint32_t page = plan->new_pages[--lane->plan_frames];
+        lane->pages[page].pins--;
+        lane->pinned_count--;
+        page_drop(lane, shard, page);
+    }
 }
 
 // A slice of making the plan's new pages. False where there is no room: then all that were made are gone again.
@@ -474,15 +659,9 @@ static bool plan_make_pages(struct lane *lane, struct shard *shard, const struct
             lane->plan_frames++;
         }
     }
-    if (room)
-        return true;
-    while (lane->plan_frames > 0) { // what was pinned last is the plan's
-        const uint32_t page = plan->new_pages[--lane->plan_frames];
-        lane->pages[page].pins--;
-        lane->pinned_count--;
-        page_drop(lane, shard, page);
-    }
-    return false;
+    if (!room)
+        plan_unmake_pages(lane, shard, plan);
+    return room;
 }
 
 // A slice of the plan's copies. Pages that are not in memory are read first; false while they are missing.
@@ -529,9 +708,7 @@ static enum lane_work plan_step(struct lane *lane, struct shard *shard)
     if (lane->plan_frames < plan.new_page_count) {
         if (plan_make_pages(lane, shard, &plan))
             return LANE_MORE;
-        unpin_all(lane);
-        index_plan_drop(lane->index);
-        lane->plan_runs = false;
+        lane_drop_plan(lane, shard);
         return LANE_STALLED;
     }
     if (lane->plan_moves < plan.move_count) {
@@ -566,8 +743,23 @@ static enum lane_work rows_step(struct lane *lane, struct shard *shard)
     return status == ICE_OK ? LANE_MORE : status == ICE_PAGE_LOST ? give_up(lane) : LANE_STALLED;
 }
 
+void lane_drop_plan(struct lane *lane, struct shard *shard)
+{
+    if (!lane->plan_runs)
+        return;
+    struct index_plan plan;
+    index_plan_get(lane->index, &plan);
+    plan_unmake_pages(lane, shard, &plan);
+    unpin_all(lane);
+    index_plan_drop(lane->index);
+    lane->plan_runs = false;
+    lane->plan_moves = 0;
+}
+
 static enum lane_work build_step(struct lane *lane, struct shard *shard)
 {
+    if (lane->saving)
+        return LANE_STALLED;
     if (lane->plan_runs)
         return plan_step(lane, shard);
     switch (index_build_step(lane->index, SERVER_BUILD_UNITS)) {

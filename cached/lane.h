@@ -11,17 +11,32 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+struct image;
 struct sequence;
 struct shard;
+
+enum lane_state {
+    LANE_AWAKE,
+    LANE_ASLEEP, // tree and table are in its image
+    LANE_WAKING,
+    LANE_LOST, // its image cannot be read
+};
 
 struct lane {
     struct sequence *sequence; // immutable, as the next three
     uint32_t layer, kv_head;
     uint32_t shard;
-    bool building;       // memory taken now is the build's, not the running append's
-    bool due;            // linked in the shard's list of lanes with clustering to do
-    struct index *index; // made at the first append
-    struct page *pages;  // by the index's number
+    enum lane_state state;
+    bool image_is_prefix;    // the image belongs to a sealed prefix, which the sequence holds
+    bool saving;             // its image is being written: no clustering
+    bool write_failed;       // a page could not be written
+    struct image *image;     // asleep or waking
+    ice_status wake_failure; // why the last waking failed, until somebody has heard of it
+    struct lane *wake_next;  // among those that wait to wake
+    bool building;           // memory taken now is the build's, not the running append's
+    bool due;                // linked in the shard's list of lanes with clustering to do
+    struct index *index;     // made at the first append
+    struct page *pages;      // by the index's number
     uint32_t page_capacity;
     uint32_t *fresh_pages; // pages made by the prepared append
     uint32_t fresh_count, fresh_capacity;
@@ -75,6 +90,18 @@ static inline const uint8_t *lane_token(const struct lane *lane, struct index_pl
 // Memory of the lane's, counted as the index's. NULL: none. release accepts NULL.
 void *lane_acquire_memory(struct lane *lane, size_t bytes);
 void lane_release_memory(struct lane *lane, void *memory, size_t bytes);
+// ICE_OK: the lane is awake. LANE_WAITS: it wakes; the shard is woken when it has. Otherwise why it cannot.
+ICE_MUST_CHECK ice_status lane_need(struct lane *lane, struct shard *shard);
+// Its tree, its table and its memory go; `image`, from now on the lane's, has them.
+void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *image);
+// A pending plan is dropped, with the pages that were made for it.
+void lane_drop_plan(struct lane *lane, struct shard *shard);
+// Parts of waking (image_load.c): the tree, a page of the table, and the end with its outcome.
+ICE_MUST_CHECK ice_status lane_load_begin(struct lane *lane, uint64_t bytes, struct index_load **out);
+ICE_MUST_CHECK ice_status lane_load_feed(struct index_load *load, const void *bytes, size_t n);
+ICE_MUST_CHECK ice_status lane_load_end(struct lane *lane, struct index_load *load);
+ICE_MUST_CHECK ice_status lane_load_page(struct lane *lane, uint32_t page, uint32_t extent, uint64_t checksum);
+void lane_woken(struct lane *lane, struct shard *shard, ice_status status);
 bool lane_page_is_lost(const struct lane *lane, uint32_t page);
 void lane_destroy(struct lane *lane, struct shard *shard);
 

@@ -17,8 +17,8 @@
 #include "gpu/driver.h"
 #include "proto/wire.h"
 
-enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE };
-enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ };
+enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP };
+enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ, PHASE_SAVE };
 
 // One lane's part of an op, and what came of it. Written by the lane's shard, read by the reactor when the op is done.
 struct op_lane {
@@ -35,6 +35,7 @@ struct op_lane {
     float mass;
     uint64_t indexed, version;
     uint64_t begun_ns, search_ns, copy_ns, searched_ns;
+    struct image *image;         // of PHASE_SAVE
     struct op_lane *parked_next; // waits for pages or for room (shard->parked)
     uint64_t parked_until_ns;    // 0: has not waited in this phase
 };

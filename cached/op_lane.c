@@ -346,6 +346,11 @@ static ice_status run_phase(struct op_lane *part, struct shard *shard)
         return ICE_OK;
     case PHASE_SEARCH:
         return run_search(part, shard);
+    case PHASE_SAVE:
+        if (part->lane->state != LANE_AWAKE)
+            return ICE_OK; // falls asleep, and is
+        images_save(shard, part);
+        return LANE_WAITS;
     default:
         return run_read(part, shard);
     }
@@ -409,8 +414,12 @@ static void finish(struct op_lane *part, ice_status status)
 
 void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status)
 {
-    if (status == ICE_OK && part->op->kind == OP_RETRIEVE)
+    if (status == ICE_OK && part->op->kind == OP_RETRIEVE) {
         end_copy(part);
+    } else if (status == ICE_OK && part->op->kind == OP_SLEEP) {
+        lane_fall_asleep(part->lane, shard, part->image);
+        part->image = NULL;
+    }
     shard->stalled = false; // a plan may have waited for the gather
     finish(part, status);
 }
@@ -430,16 +439,21 @@ static void park(struct op_lane *part, struct shard *shard, uint64_t now_ns)
 static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
 {
     const enum op_phase phase = part->op->phase; // a gather may have finished the part, and the op, within the call
-    ice_status status = run_phase(part, shard);
-    if (status == LANE_WAITS && phase != PHASE_PREPARE)
+    const bool wakes = phase != PHASE_DROP && !(part->op->kind == OP_SLEEP && part->lane->state != LANE_AWAKE);
+    ice_status status = wakes ? lane_need(part->lane, shard) : ICE_OK;
+    const bool awake = status == ICE_OK;
+    if (awake)
+        status = run_phase(part, shard);
+    if (status == LANE_WAITS && awake && phase != PHASE_PREPARE)
         return;
-    if (status == LANE_WAITS && (part->parked_until_ns == 0 || now_ns < part->parked_until_ns)) {
+    const bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
+    if (status == LANE_WAITS && !cancelled && (part->parked_until_ns == 0 || now_ns < part->parked_until_ns)) {
         park(part, shard, now_ns);
         return;
     }
-    if (phase == PHASE_PREPARE && status != ICE_OK)
+    if (phase == PHASE_PREPARE && awake && status != ICE_OK)
         lane_drop(part->lane, shard); // forgets how far a prepare that waited had come
-    finish(part, status == LANE_WAITS ? ICE_POOL_FULL : status);
+    finish(part, status != LANE_WAITS ? status : awake ? ICE_POOL_FULL : ICE_TIMEOUT);
 }
 
 void op_lane_run(struct task *task, void *thread)

@@ -105,6 +105,7 @@ ice_status sequence_open(struct server *server, struct session *session, const I
     sequence->session = session;
     init_identity(sequence, message, server->config->tokens_max);
     sequence->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
+    sequence->seed = server->config->seed;
     sequence->frame_bytes = server_frame_bytes(server, sequence->row_bytes);
     init_lanes(server, sequence);
     session_hold(session);

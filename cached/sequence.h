@@ -43,8 +43,10 @@ struct sequence {
     struct wire_shape shape;
     float scale;
     uint64_t tokens_max;
-    size_t row_bytes;     // one K or V row
-    uint64_t frame_bytes; // a page in memory and, with a disk, in its extent: then a multiple of DISK_ALIGN
+    uint64_t seed;            // of its trees
+    uint64_t attached_tokens; // the sealed prefix it began with
+    size_t row_bytes;         // one K or V row
+    uint64_t frame_bytes;     // a page in memory and, with a disk, in its extent: then a multiple of DISK_ALIGN
     uint32_t lane_count;
     struct lane *lanes; // [layer][kv_head]
     size_t bytes;       // of this allocation, lanes and reapers included

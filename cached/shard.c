@@ -103,6 +103,7 @@ void shard_wake(struct shard *shard)
 {
     shard->woken = true;
     shard->stalled = false;
+    shard->images_due = true;
 }
 
 void shard_look_again(struct shard *shard, uint64_t at_ns)
@@ -118,28 +119,43 @@ static void note_starved(struct shard *shard, uint64_t now_ns)
     shard->tier.starved = false;
 }
 
+static bool has_waiting(const struct shard *shard)
+{
+    return shard->gathers || shard->parked || shard->images.save.part;
+}
+
 // Goes on with what waits for pages or room, where something has changed or a deadline has passed.
 static void go_on_with_waiting(struct shard *shard)
 {
-    if (!shard->gathers && !shard->parked)
+    if (!has_waiting(shard))
         return;
     const uint64_t now_ns = env_now_ns(shard->server->env);
     note_starved(shard, now_ns);
     if (!shard->woken && now_ns < shard->look_again_ns)
         return;
     shard->woken = false;
+    shard->images_due = true;
     shard->look_again_ns = UINT64_MAX; // gathers that begin meanwhile may lower it again
     const uint64_t gathers_ns = gather_all(shard, now_ns), parked_ns = op_lane_run_parked(shard, now_ns);
     shard_look_again(shard, gathers_ns < parked_ns ? gathers_ns : parked_ns);
     note_starved(shard, now_ns);
 }
 
+static void go_on_with_images(struct shard *shard)
+{
+    if (!shard->images_due)
+        return;
+    shard->images_due = false; // what is set during the step stays set
+    if (images_step(shard))
+        shard->images_due = true;
+}
+
 static uint64_t wait_of(struct shard *shard, bool busy)
 {
-    if (busy)
+    if (busy || shard->images_due)
         return 0;
     uint64_t wait_ns = shard->stalled ? SERVER_STALL_RETRY_NS : IDLE_WAIT_NS;
-    if (!shard->gathers && !shard->parked)
+    if (!has_waiting(shard))
         return wait_ns;
     const uint64_t now_ns = env_now_ns(shard->server->env);
     const uint64_t until_ns = shard->look_again_ns > now_ns ? shard->look_again_ns - now_ns : 1;
@@ -153,6 +169,7 @@ static void *shard_main(void *argument)
         bool stopped;
         bool build = can_build(shard), sweeps = tier_balance(shard);
         go_on_with_waiting(shard);
+        go_on_with_images(shard);
         struct task *task = task_queue_pop(&shard->queue, wait_of(shard, build || sweeps), &stopped);
         if (task)
             task->run(task, shard);
@@ -182,6 +199,11 @@ int shard_start(struct server *server, struct shard *shard, uint32_t index)
     int error = tier_init(shard);
     if (error)
         return error;
+    error = images_init(shard);
+    if (error) {
+        tier_fini(shard);
+        return error;
+    }
     task_queue_init(&shard->queue);
     arena_init(&shard->arena, server->env);
     const struct index_allocator allocator = {scratch_acquire, scratch_release, server->env};
@@ -208,6 +230,7 @@ void shard_fini(struct shard *shard)
 {
     struct env *env = shard->server->env;
     tier_fini(shard);
+    images_fini(shard);
     index_search_destroy(shard->search);
     env->release(env, shard->queries, shard->queries_bytes);
     env->release(env, shard->places, shard->places_bytes);

@@ -4,6 +4,7 @@
 #define ICECACHE_CACHED_SHARD_H
 
 #include "cached/arena.h"
+#include "cached/image.h"
 #include "cached/lane.h"
 #include "cached/task_queue.h"
 #include "cached/tier.h"
@@ -34,6 +35,8 @@ struct shard {
     struct gather *gathers; // wait for pages
     struct op_lane *parked; // wait for pages or for room
     bool woken;             // pages have come or room has been made since those were looked at
+    struct images images;
+    bool images_due;        // something of them may go on
     uint64_t look_again_ns; // the earliest of their deadlines
 };
 

@@ -168,6 +168,7 @@ static void write_ended(struct page_io *io, struct page *page)
     const bool changed = page->flags & PAGE_CHANGED;
     page->flags &= (uint8_t) ~(PAGE_WRITING | PAGE_CHANGED);
     if (io->request.result) {
+        io->lane->write_failed = true;
         if (atomic_fetch_add_explicit(&server->tier_stats.write_errors, 1, memory_order_relaxed) == 0)
             log_error("a page cannot be written to the spill file: %s; it stays in memory",
                       strerror(-io->request.result));
@@ -239,6 +240,18 @@ bool tier_read(struct shard *shard, struct lane *lane, uint32_t number)
     return true;
 }
 
+bool tier_write(struct shard *shard, struct lane *lane, uint32_t number)
+{
+    struct page *page = page_of(lane, number);
+    assert(page->memory && !(page->flags & (PAGE_CLEAN | PAGE_WRITING)));
+    if (page->extent == EXTENT_NONE)
+        page->extent = extents_acquire(shard->server->extents, NULL, frame_bytes_of(lane));
+    if (page->extent == EXTENT_NONE || !shard->tier.free_ios || shard->tier.writes >= TIER_WRITES_MAX)
+        return false;
+    io_start(shard, DISK_WRITE, lane, number, page->memory);
+    return true;
+}
+
 // ---- eviction ----
 
 // What the hand does with a page. True where its memory is free now.
@@ -249,15 +262,14 @@ static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
         page->visited = 0;
         return false;
     }
-    if (page->pins > 0 || page->flags & PAGE_WRITING || page->extent == EXTENT_NONE)
+    if (page->pins > 0 || page->flags & PAGE_WRITING)
         return false;
     if (page->flags & PAGE_CLEAN) {
         drop_memory(shard, lane, page);
         atomic_fetch_add_explicit(&shard->server->tier_stats.pages_evicted, 1, memory_order_relaxed);
         return true;
     }
-    if (shard->tier.free_ios && shard->tier.writes < TIER_WRITES_MAX)
-        io_start(shard, DISK_WRITE, lane, number, page->memory);
+    tier_write(shard, lane, number);
     return false;
 }
 

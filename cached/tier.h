@@ -72,6 +72,7 @@ struct tier {
 struct tier_stats {
     _Atomic uint64_t pages_read, pages_written, pages_evicted, pages_lost, write_errors;
     _Atomic uint64_t resident; // pages in memory
+    _Atomic uint64_t asleep;   // lanes
 };
 
 // 0 or -errno. Where the server has no disk the tier does nothing and needs nothing.
@@ -93,6 +94,8 @@ void tier_change(struct shard *shard, struct lane *lane, uint32_t page);
 // Starts reading a page that is not in memory, where that has not been done. False: it cannot be now; the shard looks
 // again soon.
 bool tier_read(struct shard *shard, struct lane *lane, uint32_t page);
+// Starts writing a dirty page. False: it cannot be now (no room for it on the disk, or too much is on its way).
+bool tier_write(struct shard *shard, struct lane *lane, uint32_t page);
 // Keeps some of the pool free. One slice; true where more is to be done at once.
 bool tier_balance(struct shard *shard);
 

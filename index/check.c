@@ -8,9 +8,6 @@
 #include <stdio.h>
 #include <string.h>
 
-// Sums that are kept while tokens come in another order than they are summed here.
-#define SUM_TOLERANCE 1.0e-3f
-
 struct report {
     char *text;
     size_t capacity;
@@ -59,11 +56,6 @@ static bool check_token(const struct index *index, uint32_t p, const struct repo
     return true;
 }
 
-static bool is_near(float a, float b)
-{
-    return fabsf(a - b) <= SUM_TOLERANCE * (fabsf(a) + fabsf(b)) + 1.0e-30f;
-}
-
 static bool check_cell(const struct index *index, uint32_t id, const struct entry *entry, uint32_t *pages,
                        const struct report *report)
 {
@@ -108,7 +100,7 @@ static bool check_cell(const struct index *index, uint32_t id, const struct entr
         return wrong(report, "cell %u holds %u tokens and counts %u", id, tokens, cell->count);
     }
     const float unit = sqrtf(spread2 / (float)tokens) * index->inverse_root_dim;
-    if (!is_near(spread2, cell->spread2) || !is_near(unit, entry->unit) || !is_near(far, entry->far)) {
+    if (!dci_is_near(spread2, cell->spread2) || !dci_is_near(unit, entry->unit) || !dci_is_near(far, entry->far)) {
         return wrong(report, "cell %u has the wrong radius: %g for %g, farthest %g for %g", id, (double)entry->unit,
                      (double)unit, (double)entry->far, (double)far);
     }

@@ -215,6 +215,45 @@ bool index_search_step(struct index_search *search, uint64_t work_units);
 void index_search_finish(struct index_search *search, struct index_selection *selection,
                          const struct index_selected **tokens);
 
+// ---- image: an index as bytes ----
+// A saved index, made again from its bytes, behaves as the one it was saved from: version, places, page ids, searches
+// and all that comes after, but for index_bytes. Nothing is clustered anew. The image is what was committed: a running
+// build or a pending plan is not in it, with the page ids that these have taken; the loaded index begins that build
+// anew and comes to the same tree. Equal indexes have equal images.
+//
+// The save's state, in the caller's storage; all of it is private to index/.
+struct index_save {
+    const struct index *index;
+    uint64_t left, digest;
+    uint32_t section, item, piece, link;
+    const unsigned char *from;
+    size_t from_bytes;
+    uint32_t scratch[64];
+};
+
+// Bytes of the image that a save begun now gives. No append may be prepared.
+uint64_t index_image_bytes(const struct index *index);
+// Until the save is over the index must not be appended to, built, committed on or made to forget; searches may go on.
+// A save may be left unfinished.
+void index_save_begin(const struct index *index, struct index_save *save);
+// Writes the next bytes of the image to `out`, as many as there is room for. Returns how many; 0: that was all.
+size_t index_save_step(struct index_save *save, void *out, size_t room);
+
+struct index_load;
+
+// Begins to make an index of these parameters from an image of so many bytes. No image, whatever its bytes, does harm:
+// a load takes no more memory than about eight times image_bytes, and ends with INDEX_INVALID where the bytes are no
+// image of such an index. INDEX_NO_MEMORY, INDEX_INVALID: nothing was begun. allocator: also the loaded index's.
+INDEX_MUST_CHECK enum index_status index_load_begin(const struct index_params *params,
+                                                    const struct index_allocator *allocator, uint64_t image_bytes,
+                                                    struct index_load **out);
+// The next n bytes of the image, cut anywhere (borrowed during the call). What was once refused stays refused.
+INDEX_MUST_CHECK enum index_status index_load_feed(struct index_load *load, const void *bytes, size_t n);
+// Ends the load: hands over the index, or gives all memory back and says why there is none (INDEX_INVALID also where
+// bytes are missing).
+INDEX_MUST_CHECK enum index_status index_load_finish(struct index_load *load, struct index **out);
+void index_load_drop(struct index_load *load); // accepts NULL
+
 // ---- check ----
 // Full walk over the invariants: every token in exactly one page row, positions and places agree, counts, anchors and
 // radii agree with what lies below them, no node is larger than allowed. Writes the first violation to `text`.

@@ -19,20 +19,37 @@ void dci_rows_clear(const struct index *index, const struct node *cell, uint32_t
     memset(dci_lows(index, cell, first), 0, (size_t)index->page_blocks * DCI_LANES * index->code_row_bytes);
 }
 
+// 15 in each byte whose number is that of a bit that is not set.
+static uint64_t nibbles_unset(uint8_t bits)
+{
+    const uint64_t ones = 0x0101010101010101u;
+    const uint64_t apart = (bits * ones & 0x8040201008040201u) + 0x7f * ones;
+    return ~((apart >> 7 & ones) * 15) & 15 * ones;
+}
+
 float dci_code_spread2(const struct index *index, const struct node *cell, uint32_t part, uint32_t row)
 {
     const struct dci_rows *rows = dci_rows_of(index, cell, part, row);
     const uint32_t lane = row % DCI_LANES, half = index->code_row_bytes;
     const uint8_t *low = dci_lows(index, cell, part * index->page_blocks + row / DCI_LANES) + (size_t)lane * half;
-    int32_t sum = 0; // of (2 code - 31)^2
-    for (uint32_t i = 0; i < index->head_dim; i++) {
-        const int32_t bits = i < half ? low[i] & 15 : low[i - half] >> 4;
-        const int32_t top = rows->signs[i / 8 * DCI_LANES + lane] >> (i % 8) & 1;
-        const int32_t value = 2 * (16 * top + bits) - 31;
-        sum += value * value;
+    // A code stands for 2 code - 31 in half steps: with low bits b that is 2 b + 1 where the top bit is set, else the
+    // same of 15 - b with the other sign.
+    uint8_t sizes[INDEX_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < half; i += 8) {
+        uint64_t word;
+        memcpy(&word, low + i, sizeof word);
+        word ^= nibbles_unset(rows->signs[i / 8 * DCI_LANES + lane]);
+        word = half + i < index->head_dim ? word ^ nibbles_unset(rows->signs[(half + i) / 8 * DCI_LANES + lane]) << 4
+                                          : word & 0x0f0f0f0f0f0f0f0fu;
+        memcpy(sizes + i, &word, sizeof word);
+    }
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < half; i++) {
+        const uint32_t a = sizes[i] & 15, b = sizes[i] >> 4;
+        sum += a * (a + 1) + b * (b + 1);
     }
     const float scale = dci_scale_widen(rows->scales[lane]);
-    return scale * scale * (0.25f * (float)sum);
+    return scale * scale * (0.25f * (float)(4 * sum + index->head_dim));
 }
 
 void dci_row_write(const struct index *index, const struct node *cell, uint32_t part, uint32_t row,

@@ -91,6 +91,25 @@ bool dci_store_reserve(struct dci_store *store, struct dci_memory *memory, uint6
     return true;
 }
 
+bool dci_store_reserve_around(struct dci_store *store, struct dci_memory *memory, uint64_t kept, uint64_t first,
+                              uint64_t count)
+{
+    const uint64_t gap_end = first >> store->shift;
+    if (!dci_store_reserve(store, memory, kept)) {
+        return false;
+    }
+    if (store->chunk_count < gap_end) {
+        if (!table_grow(store, memory, (uint32_t)gap_end)) {
+            return false;
+        }
+        while (store->chunk_count < gap_end) {
+            store->chunks[store->chunk_count++] = NULL;
+        }
+        store->forgotten = store->chunk_count;
+    }
+    return dci_store_reserve(store, memory, count);
+}
+
 void dci_store_trim(struct dci_store *store, struct dci_memory *memory, uint64_t count)
 {
     const uint32_t need = chunks_for(store, count);
@@ -139,7 +158,7 @@ bool dci_slab_acquire(struct dci_slab *slab, struct dci_memory *memory, uint32_t
 {
     if (slab->free != UINT32_MAX) {
         *out = slab->free;
-        memcpy(&slab->free, dci_slab_at(slab, *out), sizeof slab->free);
+        slab->free = dci_slab_next_free(slab, *out);
     } else {
         if (!dci_store_reserve(&slab->store, memory, (uint64_t)slab->bound + 1)) {
             return false;
@@ -152,7 +171,7 @@ bool dci_slab_acquire(struct dci_slab *slab, struct dci_memory *memory, uint32_t
 
 void dci_slab_release(struct dci_slab *slab, uint32_t id)
 {
-    memcpy(dci_slab_at(slab, id), &slab->free, sizeof slab->free);
+    dci_slab_link_free(slab, id, slab->free);
     slab->free = id;
     slab->used--;
 }

@@ -4,6 +4,8 @@
 
 #include "index/index.h"
 
+#include <string.h>
+
 // An allocator and the bytes taken from it. Every block is released with the size it was acquired with.
 struct dci_memory {
     struct index_allocator allocator;
@@ -26,6 +28,9 @@ void dci_store_init(struct dci_store *store, size_t stride, uint32_t shift);
 void dci_store_fini(struct dci_store *store, struct dci_memory *memory);
 // Room for `count` elements; false, with the store as it was, when refused.
 INDEX_MUST_CHECK bool dci_store_reserve(struct dci_store *store, struct dci_memory *memory, uint64_t count);
+// The same for a store without chunks, but those that hold nothing but elements kept .. first-1 are left out.
+INDEX_MUST_CHECK bool dci_store_reserve_around(struct dci_store *store, struct dci_memory *memory, uint64_t kept,
+                                               uint64_t first, uint64_t count);
 // Gives back the chunks that `count` elements do not need.
 void dci_store_trim(struct dci_store *store, struct dci_memory *memory, uint64_t count);
 
@@ -57,6 +62,17 @@ void dci_slab_release(struct dci_slab *slab, uint32_t id);
 static inline void *dci_slab_at(const struct dci_slab *slab, uint32_t id)
 {
     return dci_store_at(&slab->store, id);
+}
+// What follows a free element on the list of free ones.
+static inline uint32_t dci_slab_next_free(const struct dci_slab *slab, uint32_t id)
+{
+    uint32_t next;
+    memcpy(&next, dci_slab_at(slab, id), sizeof next);
+    return next;
+}
+static inline void dci_slab_link_free(const struct dci_slab *slab, uint32_t id, uint32_t next)
+{
+    memcpy(dci_slab_at(slab, id), &next, sizeof next);
 }
 
 // A growing list of numbers.

@@ -13,6 +13,7 @@
 #include "index/store.h"
 
 #include <assert.h>
+#include <math.h>
 
 #define TREE_NONE       UINT32_MAX
 #define TREE_LEVELS_MAX 16u  // of index_shape
@@ -197,6 +198,11 @@ static inline struct dci_block *dci_node_block(const struct index *index, const 
 }
 // Squared norm of what the code of a row of one of a cell's pages stands for.
 float dci_code_spread2(const struct index *index, const struct node *cell, uint32_t part, uint32_t row);
+// Are these the same sum, but for the order that was summed in?
+static inline bool dci_is_near(float a, float b)
+{
+    return fabsf(a - b) <= 1.0e-3f * (fabsf(a) + fabsf(b)) + 1.0e-30f;
+}
 // A token on its way to a row.
 struct dci_row {
     uint32_t position;

@@ -11,8 +11,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define DISK_ALIGN     4096u // of places in the file and of the bytes of a request
-#define DISK_DEPTH_MAX 64u   // requests that the device has at one time; the rest waits in order
+#define DISK_ALIGN         4096u // of places in the file and of the bytes of a request
+#define DISK_DEPTH_MAX     64u   // requests that the device has at one time; the rest waits in order
+#define DISK_DEPTH_DEFAULT 32u
+#define DISK_FILE          "data"      // in the directory
+#define DISK_FAILURES_MAX  8u          // one after the other, at different places, until the disk is off
+#define DISK_CLOSE_WAIT_NS 10000000000 // what disk_close gives a device that hangs, unless it is told otherwise
 
 enum disk_engine { DISK_ENGINE_AUTO, DISK_ENGINE_URING, DISK_ENGINE_THREADS };
 enum disk_op { DISK_READ, DISK_WRITE, DISK_SYNC };
@@ -20,11 +24,12 @@ enum disk_op { DISK_READ, DISK_WRITE, DISK_SYNC };
 struct disk;
 
 struct disk_params {
-    const char *directory; // must exist
+    const char *directory; // must exist; borrowed until disk_open returns
     uint64_t bytes;        // of the data file, multiple of DISK_ALIGN
     enum disk_engine engine;
     uint32_t depth;                                       // requests in flight, 1 to DISK_DEPTH_MAX; 0: the default
     uint64_t read_bytes_per_s_max, write_bytes_per_s_max; // 0: no cap
+    uint64_t close_wait_ns;                               // 0: DISK_CLOSE_WAIT_NS
 };
 
 // One transfer. Owned by the caller, who may not touch it or its memory between disk_submit and done.
@@ -35,32 +40,40 @@ struct disk_request {
     void *memory;    // aligned to disk_memory_align
     uint32_t bytes;  // multiple of DISK_ALIGN, inside the file
     int result;      // 0, or -errno: short transfers have been completed, or end as -EIO
-    // On an I/O thread, once for each request; must not block. For SYNC: all writes whose done was called before the
-    // sync was submitted are on stable storage.
+    // On an I/O thread, once for each request; must not block, may submit. For SYNC: all writes whose done was called
+    // before the sync was submitted are on stable storage.
     void (*done)(struct disk_request *request);
     uint64_t submitted_ns; // for statistics; written by disk_submit
 };
 
 // Opens or makes the data file, takes the room for it, probes the engines with real I/O. On failure answers -errno, and
 // `text` says what is wrong and what to do. A file that is there already keeps its contents (grown or cut to `bytes`).
+// -EBUSY: another process uses the directory. env is borrowed until disk_close, after -ETIMEDOUT for good.
 ICE_MUST_CHECK int disk_open(struct env *env, const struct disk_params *params, struct disk **out, char *text,
                              size_t capacity);
-void disk_close(struct disk *disk); // accepts NULL; waits for what is in flight
+// Accepts NULL; nobody may submit any more. Answers all that was submitted, then 0. -ETIMEDOUT: the device hangs. Then
+// what it has not answered never will be, and the disk, the requests and their memory must be left alone: the device
+// may still write there.
+int disk_close(struct disk *disk);
 // Takes a chain of requests, answers each by its done, also when the disk is off (-EIO). Never blocks.
 void disk_submit(struct disk *disk, struct disk_request *first);
 
 // Memory of requests must be aligned to this: 512 to 4096, 1 where O_DIRECT is not to be had (tmpfs).
 uint32_t disk_memory_align(const struct disk *disk);
 
-// The tier is switched off: by errors of the device (see disk.c for how many), for good. Any thread.
+// The tier is switched off, for good, because DISK_FAILURES_MAX requests of one kind (reads; writes and syncs) failed
+// one after the other at different places, or the data file is gone. One bad place, read again and again, does not
+// do it. Any thread.
 bool disk_is_off(const struct disk *disk);
 
 struct disk_usage {
     const char *engine;  // "io_uring" or "threads"
-    const char *because; // why not io_uring, "" where it is
+    const char *because; // why not io_uring, "" where it is; lives as long as the disk
     bool direct;         // O_DIRECT
     bool off;
+    int off_error; // the -errno that switched it off, 0
     uint32_t in_flight, waiting;
+    // What has been answered; a request that failed counts as an error only.
     uint64_t reads, read_bytes, writes, written_bytes, syncs, errors;
 };
 void disk_usage(struct disk *disk, struct disk_usage *out);

@@ -9,9 +9,11 @@
 #include "proto/control.h"
 #include "proto/status.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 // How the pool's memory was obtained, best first.
 enum env_huge { ENV_HUGE_HUGETLB_2M, ENV_HUGE_TRANSPARENT, ENV_HUGE_NONE };
@@ -22,6 +24,17 @@ struct env_region {
     enum env_huge kind;
     uint64_t huge_bytes; // as smaps reports it after populating
 };
+
+// A data file, as it was opened.
+struct env_file {
+    int fd;
+    bool direct;           // transfers pass the page cache by
+    uint32_t memory_align; // of the memory of transfers: 512 to 4096, 1 where they are not direct
+    uint32_t place_align;  // of their places in the file and of their bytes: up to 4096, 1 where they are not direct
+};
+
+// One file in a listing. False ends the listing. The file may be unlinked here.
+typedef bool env_file_visitor(void *context, const char *name);
 
 struct env_bus;
 
@@ -69,6 +82,39 @@ struct env {
     int (*make_directory)(struct env *env, const char *path); // or finds it; -EPERM: another user's
     int (*lock_file)(struct env *env, const char *path, int *fd_out, pid_t *holder); // -EWOULDBLOCK: held by *holder
     int (*unlink)(struct env *env, const char *path);
+
+    // Files of the spill folder (env_file.c). `directory` is a descriptor, names are relative to it. A name whose last
+    // part is a link is refused. close_fd closes.
+    int (*open_directory)(struct env *env, const char *path, int *fd_out);
+    // Opens or makes a file for direct transfers, or for buffered ones where the file system has no others. -EBUSY:
+    // another process has it open through this function.
+    int (*open_data_file)(struct env *env, int directory, const char *name, struct env_file *out);
+    void (*close_data_file)(struct env *env, struct env_file *file); // another may open it at once
+    int (*file_bytes)(struct env *env, int fd, uint64_t *out);
+    // -ESTALE: the file has no name any more, so that it ends with its last descriptor.
+    int (*check_file)(struct env *env, int fd);
+    int (*resize_file)(struct env *env, int fd, uint64_t bytes);
+    // Takes the room for all of a file of `bytes`, which may make it longer, never shorter; what is in it stays.
+    // -ENOSPC leaves it as long as it was.
+    int (*preallocate)(struct env *env, int fd, uint64_t bytes);
+    // Bytes transferred, which may be fewer than asked for (0 from pread: the end), or -errno. Never -EINTR.
+    ssize_t (*pread)(struct env *env, int fd, void *memory, size_t bytes, uint64_t offset);
+    ssize_t (*pwrite)(struct env *env, int fd, const void *memory, size_t bytes, uint64_t offset);
+    int (*sync_file)(struct env *env, int fd); // fdatasync
+    // NULL in the real table. Replaces the result (bytes, or -errno) of a transfer that the kernel's ring has answered,
+    // or of a sync (bytes 0). On an I/O thread.
+    int (*ring_result)(struct env *env, bool is_write, uint64_t offset, uint32_t bytes, int result);
+
+    // Small whole files. After a crash there is the old file or the new one: the pieces are written to name.tmp, which
+    // is synced, renamed, and the directory synced. On failure name.tmp is unlinked and the old file is what it was,
+    // but where the last step fails it may be either.
+    int (*write_file)(struct env *env, int directory, const char *name, const struct iovec *pieces, int count);
+    // *bytes_out is the file's size, also with -EFBIG: it is larger than the capacity.
+    int (*read_file)(struct env *env, int directory, const char *name, void *memory, size_t capacity,
+                     size_t *bytes_out);
+    // Every name that ends in the suffix, in no order.
+    int (*list_files)(struct env *env, int directory, const char *suffix, env_file_visitor *visit, void *context);
+    int (*unlink_file)(struct env *env, int directory, const char *name); // and syncs the directory; 0: not there
 
     // Control sockets, non-blocking.
     int (*listen)(struct env *env, const char *path, mode_t mode, int *fd_out);

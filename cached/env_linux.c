@@ -319,4 +319,5 @@ void env_linux_init(struct env *env)
         .control_receive = receive_control,
     };
     env_zmq_init(env);
+    env_file_init(env);
 }

@@ -4,6 +4,7 @@
 
 #include "cached/env.h"
 
-void env_zmq_init(struct env *env); // fills the bus_ entries
+void env_zmq_init(struct env *env);  // fills the bus_ entries
+void env_file_init(struct env *env); // fills those of the spill folder
 
 #endif

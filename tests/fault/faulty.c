@@ -219,6 +219,99 @@ static int bus_send(struct env *env, struct env_bus *bus, const uint8_t *route, 
     return fails(env, FAULT_BUS_SEND) ? error_of(env) : real->bus_send(real, bus, route, route_bytes, bytes, size);
 }
 
+static int open_folder(struct env *env, const char *path, int *fd_out)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_OPEN_FOLDER) ? error_of(env) : real->open_directory(real, path, fd_out);
+}
+
+static int open_data_file(struct env *env, int directory, const char *name, struct env_file *out)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_OPEN_FILE) ? error_of(env) : real->open_data_file(real, directory, name, out);
+}
+
+static void close_data_file(struct env *env, struct env_file *file)
+{
+    struct env *real = &faulty_of(env)->real;
+    real->close_data_file(real, file);
+}
+
+static int file_bytes(struct env *env, int fd, uint64_t *out)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_FILE_BYTES) ? error_of(env) : real->file_bytes(real, fd, out);
+}
+
+static int check_file(struct env *env, int fd)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_CHECK_FILE) ? error_of(env) : real->check_file(real, fd);
+}
+
+static int resize_file(struct env *env, int fd, uint64_t bytes)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_RESIZE_FILE) ? error_of(env) : real->resize_file(real, fd, bytes);
+}
+
+static int preallocate(struct env *env, int fd, uint64_t bytes)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_PREALLOCATE) ? error_of(env) : real->preallocate(real, fd, bytes);
+}
+
+static ssize_t read_at(struct env *env, int fd, void *memory, size_t bytes, uint64_t offset)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_PREAD) ? error_of(env) : real->pread(real, fd, memory, bytes, offset);
+}
+
+static ssize_t write_at(struct env *env, int fd, const void *memory, size_t bytes, uint64_t offset)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_PWRITE) ? error_of(env) : real->pwrite(real, fd, memory, bytes, offset);
+}
+
+static int sync_file(struct env *env, int fd)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_SYNC_FILE) ? error_of(env) : real->sync_file(real, fd);
+}
+
+static int ring_result(struct env *env, bool is_write, uint64_t offset, uint32_t bytes, int result)
+{
+    (void)is_write;
+    (void)offset;
+    (void)bytes;
+    return fails(env, FAULT_RING_RESULT) ? error_of(env) : result;
+}
+
+static int write_file(struct env *env, int directory, const char *name, const struct iovec *pieces, int count)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_WRITE_FILE) ? error_of(env) : real->write_file(real, directory, name, pieces, count);
+}
+
+static int read_file(struct env *env, int directory, const char *name, void *memory, size_t capacity, size_t *bytes_out)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_READ_FILE) ? error_of(env)
+                                       : real->read_file(real, directory, name, memory, capacity, bytes_out);
+}
+
+static int list_files(struct env *env, int directory, const char *suffix, env_file_visitor *visit, void *context)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_LIST_FILES) ? error_of(env) : real->list_files(real, directory, suffix, visit, context);
+}
+
+static int unlink_file(struct env *env, int directory, const char *name)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_UNLINK_FILE) ? error_of(env) : real->unlink_file(real, directory, name);
+}
+
 void faulty_init(struct faulty *faulty)
 {
     *faulty = (struct faulty){.kind = FAULT_KIND_COUNT};
@@ -237,6 +330,21 @@ void faulty_init(struct faulty *faulty)
         .make_directory = make_directory,
         .lock_file = lock_file,
         .unlink = unlink_path,
+        .open_directory = open_folder,
+        .open_data_file = open_data_file,
+        .close_data_file = close_data_file,
+        .file_bytes = file_bytes,
+        .check_file = check_file,
+        .resize_file = resize_file,
+        .preallocate = preallocate,
+        .pread = read_at,
+        .pwrite = write_at,
+        .sync_file = sync_file,
+        .ring_result = ring_result,
+        .write_file = write_file,
+        .read_file = read_file,
+        .list_files = list_files,
+        .unlink_file = unlink_file,
         .listen = listen_path,
         .accept = accept_one,
         .control_send = control_send_one,

@@ -13,7 +13,11 @@
     X(ACQUIRE, "acquire") X(RANDOM, "random") X(MAP_REGION, "map_region") X(MEMFD, "memfd_create") \
     X(MAP_SHARED, "map_shared") X(DIRECTORY, "make_directory") X(LOCK, "lock_file") X(UNLINK, "unlink") \
     X(LISTEN, "listen") X(ACCEPT, "accept") X(CONTROL_SEND, "control_send") X(CONTROL_RECEIVE, "control_receive") \
-    X(BUS_OPEN, "bus_open") X(BUS_RECEIVE, "bus_receive") X(BUS_SEND, "bus_send")
+    X(BUS_OPEN, "bus_open") X(BUS_RECEIVE, "bus_receive") X(BUS_SEND, "bus_send") \
+    X(OPEN_FOLDER, "open_directory") X(OPEN_FILE, "open_data_file") X(FILE_BYTES, "file_bytes") \
+    X(CHECK_FILE, "check_file") X(RESIZE_FILE, "resize_file") X(PREALLOCATE, "preallocate") X(PREAD, "pread") \
+    X(PWRITE, "pwrite") X(SYNC_FILE, "sync_file") X(RING_RESULT, "ring_result") X(WRITE_FILE, "write_file") \
+    X(READ_FILE, "read_file") X(LIST_FILES, "list_files") X(UNLINK_FILE, "unlink_file")
 // clang-format on
 
 enum fault_kind {

@@ -18,8 +18,8 @@ struct gather {
     uint64_t deadline_ns;
     struct gather_plan plan;
     uint32_t slots, next_slot; // next_slot: first that has not been looked at
-    uint32_t waiting_count;
-    struct gather_token waiting[GATHER_BATCH];
+    uint32_t waiting_count, waiting_capacity;
+    struct gather_token *waiting;     // [waiting_capacity], behind the selected
     struct index_selected selected[]; // the plan's
 };
 
@@ -65,46 +65,52 @@ bool gather_is_resident(const struct op_lane *part, const struct gather_plan *pl
     return true;
 }
 
-// Copies a token whose page is in memory. Otherwise asks for the page and keeps the token; ICE_PAGE_LOST where it will
-// never come.
-static ice_status take(struct gather *gather, struct shard *shard, struct gather_token token)
+// Copies a token whose page is in memory, and keeps it otherwise. ICE_PAGE_LOST where it will never come.
+static ice_status take(struct gather *gather, struct gather_token token)
 {
     struct lane *lane = gather->part->lane;
     const uint8_t *row = lane_token(lane, token.place, 2 * lane->sequence->row_bytes);
-    if (row) {
+    if (row)
         gather_put(gather->part, &token, row);
-        return ICE_OK;
-    }
-    if (lane_page_is_lost(lane, token.place.page))
+    else if (lane_page_is_lost(lane, token.place.page))
         return ICE_PAGE_LOST;
-    tier_read(shard, lane, token.place.page);
-    gather->waiting[gather->waiting_count++] = token;
+    else
+        gather->waiting[gather->waiting_count++] = token;
     return ICE_OK;
 }
 
-// LANE_WAITS: tokens are still missing.
-static ice_status step(struct gather *gather, struct shard *shard)
+// Copies what is in memory. Asks for nothing: that could push out what another gather is about to copy.
+static ice_status copy_resident(struct gather *gather)
 {
     const struct lane *lane = gather->part->lane;
     const uint32_t waiting = gather->waiting_count;
     gather->waiting_count = 0;
     for (uint32_t i = 0; i < waiting; i++) {
-        const ice_status status = take(gather, shard, gather->waiting[i]);
+        const ice_status status = take(gather, gather->waiting[i]);
         if (status != ICE_OK)
             return status;
     }
-    while (gather->next_slot < gather->slots && gather->waiting_count < GATHER_BATCH) {
+    while (gather->next_slot < gather->slots && gather->waiting_count < gather->waiting_capacity) {
         struct gather_token tokens[64];
-        const uint32_t room = GATHER_BATCH - gather->waiting_count;
+        const uint32_t room = gather->waiting_capacity - gather->waiting_count;
         const uint32_t n = resolve(lane, &gather->plan, gather->next_slot, room, tokens);
         for (uint32_t i = 0; i < n; i++) {
-            const ice_status status = take(gather, shard, tokens[i]);
+            const ice_status status = take(gather, tokens[i]);
             if (status != ICE_OK)
                 return status;
         }
         gather->next_slot += n;
     }
     return gather->waiting_count > 0 ? LANE_WAITS : ICE_OK;
+}
+
+static void ask_for_missing(struct gather *gather, struct shard *shard)
+{
+    struct lane *lane = gather->part->lane;
+    for (uint32_t i = 0; i < gather->waiting_count; i++) {
+        if (!tier_read(shard, lane, gather->waiting[i].place.page))
+            return; // no room for more: what comes makes some
+    }
 }
 
 // The deadline has passed: what is in memory now, in the first slots.
@@ -134,7 +140,7 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
     struct op_lane *part = gather->part;
     struct lane *lane = part->lane;
     const bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
-    ice_status status = cancelled ? ICE_UNKNOWN_SESSION : step(gather, shard);
+    ice_status status = cancelled ? ICE_UNKNOWN_SESSION : copy_resident(gather);
     if (status == LANE_WAITS && now_ns < gather->deadline_ns)
         return false;
     if (status == LANE_WAITS && part->op->kind == OP_RETRIEVE) {
@@ -152,22 +158,26 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
 
 ice_status gather_start(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
 {
-    const size_t bytes = sizeof(struct gather) + plan->selected_count * sizeof *plan->selected;
+    const uint32_t slots = slots_of(plan), capacity = slots < GATHER_BATCH ? slots : GATHER_BATCH;
+    const size_t bytes = sizeof(struct gather) + plan->selected_count * sizeof *plan->selected +
+                         capacity * sizeof(struct gather_token);
     struct gather *gather = lane_acquire_memory(part->lane, bytes);
     if (!gather)
         return ICE_INDEX_FULL;
     const uint64_t now_ns = env_now_ns(shard->server->env);
-    *gather = (struct gather){.part = part, .bytes = bytes, .plan = *plan, .slots = slots_of(plan)};
+    *gather = (struct gather){.part = part, .bytes = bytes, .plan = *plan, .slots = slots, .waiting_capacity = capacity};
     memcpy(gather->selected, plan->selected, plan->selected_count * sizeof *plan->selected);
     gather->plan.selected = gather->selected;
+    gather->waiting = (struct gather_token *)(gather->selected + plan->selected_count);
     gather->deadline_ns = part->op->kind == OP_RETRIEVE ? part->op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;
     part->count = gather->slots;
     part->lane->gathers++;
-    if (!run(gather, shard, now_ns)) {
-        gather->next = shard->gathers;
-        shard->gathers = gather;
-        shard_look_again(shard, gather->deadline_ns);
-    }
+    if (run(gather, shard, now_ns))
+        return ICE_OK;
+    ask_for_missing(gather, shard);
+    gather->next = shard->gathers;
+    shard->gathers = gather;
+    shard_look_again(shard, gather->deadline_ns);
     return ICE_OK;
 }
 
@@ -185,5 +195,7 @@ uint64_t gather_all(struct shard *shard, uint64_t now_ns)
         }
         gather = next;
     }
+    for (gather = shard->gathers; gather; gather = gather->next)
+        ask_for_missing(gather, shard);
     return next_ns;
 }

@@ -11,7 +11,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define GATHER_BATCH 512u // tokens that one gather waits for at a time
+// Tokens that one gather waits for at a time. Tokens of one page are anywhere in a sequence: the more are looked at
+// together, the less often a page is read.
+#define GATHER_BATCH 8192u
 
 struct op_lane;
 struct shard;

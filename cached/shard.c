@@ -167,8 +167,9 @@ static void *shard_main(void *argument)
     struct shard *shard = argument;
     for (;;) {
         bool stopped;
-        bool build = can_build(shard), sweeps = tier_balance(shard);
-        go_on_with_waiting(shard);
+        bool build = can_build(shard);
+        go_on_with_waiting(shard); // first: what has come must not be pushed out again
+        bool sweeps = tier_balance(shard);
         go_on_with_images(shard);
         struct task *task = task_queue_pop(&shard->queue, wait_of(shard, build || sweeps), &stopped);
         if (task)

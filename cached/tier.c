@@ -120,19 +120,32 @@ static void io_done(struct disk_request *request)
     pthread_mutex_unlock(&tier->lock);
 }
 
-static void io_start(struct shard *shard, enum disk_op op, struct lane *lane, uint32_t number, uint8_t *memory)
+static struct page_io *io_take(struct tier *tier)
 {
-    struct tier *tier = &shard->tier;
-    struct page *page = page_of(lane, number);
     struct page_io *io = tier->free_ios;
+    if (io)
+        tier->free_ios = io->next;
+    return io;
+}
+
+static void io_give(struct tier *tier, struct page_io *io)
+{
+    io->lane = NULL;
+    io->next = tier->free_ios;
+    tier->free_ios = io;
+}
+
+static void io_start(struct shard *shard, struct page_io *io, enum disk_op op, struct lane *lane, uint32_t number,
+                     uint8_t *memory)
+{
+    struct page *page = page_of(lane, number);
     const uint32_t bytes = (uint32_t)frame_bytes_of(lane);
-    tier->free_ios = io->next;
     *io = (struct page_io){.shard = shard, .lane = lane, .page = number, .extent = page->extent};
     io->checksum = op == DISK_READ ? page->checksum : checksum_of(memory, bytes, page->extent);
     io->request = (struct disk_request){
         .op = op, .offset = extent_offset(page->extent), .memory = memory, .bytes = bytes, .done = io_done};
     page->flags |= op == DISK_READ ? PAGE_READING : PAGE_WRITING;
-    tier->writes += op == DISK_WRITE;
+    shard->tier.writes += op == DISK_WRITE;
     disk_submit(shard->server->disk, &io->request);
 }
 
@@ -143,8 +156,7 @@ static void read_ended(struct page_io *io, struct page *page)
     page->flags &= (uint8_t)~PAGE_READING;
     if (io->request.result == 0 && io->matches) {
         page->memory = io->request.memory;
-        page->visited = 0;
-        order_enter(shard, io->lane, io->page);
+        order_enter(shard, io->lane, io->page); // as visited as those that asked for it have made it
         atomic_fetch_add_explicit(&io->lane->sequence->resident, 1, memory_order_relaxed);
         atomic_fetch_add_explicit(&server->tier_stats.pages_read, 1, memory_order_relaxed);
         return;
@@ -198,9 +210,7 @@ static void io_end(struct page_io *io)
     } else {
         write_ended(io, page_of(io->lane, io->page));
     }
-    io->lane = NULL;
-    io->next = tier->free_ios;
-    tier->free_ios = io;
+    io_give(tier, io);
 }
 
 static void end_all(struct shard *shard)
@@ -228,15 +238,18 @@ bool tier_read(struct shard *shard, struct lane *lane, uint32_t number)
 {
     struct tier *tier = &shard->tier;
     struct page *page = page_of(lane, number);
-    if (page->flags & PAGE_READING)
+    if (page->flags & PAGE_READING || page->memory)
         return true;
-    assert(!page->memory && page->flags & PAGE_CLEAN);
-    uint8_t *memory = tier->free_ios ? tier_take_memory(shard, frame_bytes_of(lane), NULL) : NULL;
+    assert(page->flags & PAGE_CLEAN);
+    struct page_io *io = io_take(tier); // first: what makes room may write
+    uint8_t *memory = io ? tier_take_memory(shard, frame_bytes_of(lane), NULL) : NULL;
     if (!memory) {
+        if (io)
+            io_give(tier, io);
         tier->starved = true;
         return false;
     }
-    io_start(shard, DISK_READ, lane, number, memory);
+    io_start(shard, io, DISK_READ, lane, number, memory);
     return true;
 }
 
@@ -246,10 +259,12 @@ bool tier_write(struct shard *shard, struct lane *lane, uint32_t number)
     assert(page->memory && !(page->flags & (PAGE_CLEAN | PAGE_WRITING)));
     if (page->extent == EXTENT_NONE)
         page->extent = extents_acquire(shard->server->extents, NULL, frame_bytes_of(lane));
-    if (page->extent == EXTENT_NONE || !shard->tier.free_ios || shard->tier.writes >= TIER_WRITES_MAX)
+    if (page->extent == EXTENT_NONE || shard->tier.writes >= TIER_WRITES_MAX)
         return false;
-    io_start(shard, DISK_WRITE, lane, number, page->memory);
-    return true;
+    struct page_io *io = io_take(&shard->tier);
+    if (io)
+        io_start(shard, io, DISK_WRITE, lane, number, page->memory);
+    return io != NULL;
 }
 
 // ---- eviction ----

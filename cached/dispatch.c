@@ -55,6 +55,14 @@ static bool dispatch_simple(struct server *server, struct session *session, cons
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
         with_sequence(server, session, request, message, request->sequence_info->sequence_id);
         return true;
+    case ICECACHE__WIRE__REQUEST__BODY_SEAL:
+    case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
+    case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
+        server->stats.errors++;
+        reply_error(server, session, message, request->request_id, ICE_NOT_SUPPORTED, "this daemon seals no prefixes");
+        return true;
     default:
         return false;
     }

@@ -2,6 +2,8 @@
 #ifndef ICECACHE_PROTO_LIMITS_H
 #define ICECACHE_PROTO_LIMITS_H
 
+// Counted up when a message of a released version would be taken for another. A body that a daemon does not know is
+// refused by name (ICE_BAD_MESSAGE) whatever the version.
 #define WIRE_PROTOCOL_VERSION           1u
 
 #define WIRE_HEADER_BYTES_MAX           (64u << 10)  // frame 1 of a request
@@ -22,6 +24,9 @@
 #define WIRE_HEAD_DIM_STEP              16u
 #define WIRE_TOKENS_MAX                 (1u << 24) // positions of a sequence
 #define WIRE_BLOCK_TOKENS_MAX           4096u
+#define WIRE_BLOCK_TOKENS_DEFAULT       16u
+#define WIRE_HASH_BYTES                 16u        // of one block of a prefix
+#define WIRE_BLOCKS_MAX                 (1u << 20) // hashes in one message; they fill frame 2
 #define WIRE_SEQUENCES_PER_RETRIEVE_MAX 256u
 #define WIRE_QUERIES_MAX                256u       // query positions per sequence of a retrieve
 #define WIRE_SLOTS_MAX                  (1u << 24) // slots of a landing per row, layer and head
@@ -35,5 +40,6 @@
 #define WIRE_DEADLINE_US_MAX            (600u * 1000u * 1000u)
 #define WIRE_TEXT_BYTES_MAX             512u // error text in a reply
 #define WIRE_STATS_SEQUENCES_MAX        256u // sequences listed per stats reply
+#define WIRE_PREFIXES_LISTED_MAX        256u // prefixes per reply to a PrefixList
 
 #endif

@@ -250,10 +250,18 @@ static bool reply_is_sound(const Icecache__Wire__Reply *reply)
         return reply->sequence_info->n_lengths == reply->sequence_info->n_indexed;
     case ICECACHE__WIRE__REPLY__BODY_STATS:
         return reply->stats->n_sequence <= WIRE_STATS_SEQUENCES_MAX;
+    case ICECACHE__WIRE__REPLY__BODY_SEAL:
+        return reply->seal->tokens <= WIRE_TOKENS_MAX;
+    case ICECACHE__WIRE__REPLY__BODY_LOOKUP:
+        return reply->lookup->tokens <= WIRE_TOKENS_MAX;
+    case ICECACHE__WIRE__REPLY__BODY_ATTACH:
+        return reply->attach->tokens <= WIRE_TOKENS_MAX;
+    case ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST:
+        return reply->prefix_list->n_prefix <= WIRE_PREFIXES_LISTED_MAX;
     case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN:
     case ICECACHE__WIRE__REPLY__BODY_APPEND:
     case ICECACHE__WIRE__REPLY__BODY_READ:
-    case ICECACHE__WIRE__REPLY__BODY__NOT_SET: // errors and closes
+    case ICECACHE__WIRE__REPLY__BODY__NOT_SET: // errors, closes and removals
     default:
         return true;
     }

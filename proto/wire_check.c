@@ -13,8 +13,7 @@
 #include <math.h>
 #include <string.h>
 
-#define DEFAULT_NAME_SPACE   "default"
-#define DEFAULT_BLOCK_TOKENS 16u
+#define DEFAULT_NAME_SPACE "default"
 
 // ---- fields that several messages share ----
 
@@ -330,7 +329,7 @@ static ice_status check_sequence_options(const Icecache__Wire__SequenceOpen *ope
     if (open->block_tokens > WIRE_BLOCK_TOKENS_MAX) {
         return wire_refuse(error, ICE_TOO_LARGE,
                            "block_tokens is %u, over WIRE_BLOCK_TOKENS_MAX = %u; use smaller blocks, or 0 for %u",
-                           open->block_tokens, WIRE_BLOCK_TOKENS_MAX, DEFAULT_BLOCK_TOKENS);
+                           open->block_tokens, WIRE_BLOCK_TOKENS_MAX, WIRE_BLOCK_TOKENS_DEFAULT);
     }
     if (open->max_tokens > WIRE_TOKENS_MAX) {
         return wire_refuse(error, ICE_TOO_LARGE,
@@ -378,8 +377,54 @@ static void fill_defaults(Icecache__Wire__SequenceOpen *open)
         open->tp_size = 1;
     }
     if (open->block_tokens == 0) {
-        open->block_tokens = DEFAULT_BLOCK_TOKENS;
+        open->block_tokens = WIRE_BLOCK_TOKENS_DEFAULT;
     }
+}
+
+// A SequenceOpen by itself, or inside of a Lookup or an Attach, where it may be missing.
+static ice_status take_sequence_open(const char *name, Icecache__Wire__SequenceOpen *open, struct wire_error *error)
+{
+    if (!open) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT, "%s is missing; describe the sequence as in a SequenceOpen",
+                           name);
+    }
+    const ice_status status = check_sequence_open(open, error);
+    if (status == ICE_OK) {
+        fill_defaults(open);
+    }
+    return status;
+}
+
+static ice_status check_attach(const Icecache__Wire__Attach *attach, struct wire_error *error)
+{
+    const ice_status status = take_sequence_open("open", attach->open, error);
+    if (status == ICE_OK && attach->tokens_max > WIRE_TOKENS_MAX) {
+        return wire_refuse(error, ICE_TOO_LARGE,
+                           "tokens_max is %" PRIu64 ", over WIRE_TOKENS_MAX = %u; give less, or 0 for no limit",
+                           attach->tokens_max, WIRE_TOKENS_MAX);
+    }
+    return status;
+}
+
+ice_status wire_hashes_check(size_t bytes, uint32_t block_tokens, uint32_t *count_out, struct wire_error *error)
+{
+    const size_t count = bytes / WIRE_HASH_BYTES;
+    if (count == 0 || bytes % WIRE_HASH_BYTES != 0) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT,
+                           "frame 2 has %zu bytes; it holds one hash of %u bytes for each block of the prefix", bytes,
+                           WIRE_HASH_BYTES);
+    }
+    if (count > WIRE_BLOCKS_MAX) {
+        return wire_refuse(error, ICE_TOO_LARGE, "%zu hashes, over WIRE_BLOCKS_MAX = %u; use larger blocks", count,
+                           WIRE_BLOCKS_MAX);
+    }
+    if ((uint64_t)count * block_tokens > WIRE_TOKENS_MAX) {
+        return wire_refuse(error, ICE_TOO_LARGE,
+                           "%zu blocks of %u tokens pass WIRE_TOKENS_MAX = %u; a sequence cannot be longer", count,
+                           block_tokens, WIRE_TOKENS_MAX);
+    }
+    *count_out = (uint32_t)count;
+    return ICE_OK;
 }
 
 static ice_status check_append(const Icecache__Wire__Append *append, struct wire_error *error)
@@ -504,23 +549,25 @@ static ice_status check_retrieve(const Icecache__Wire__Retrieve *retrieve, struc
 
 ice_status wire_check_request(Icecache__Wire__Request *request, struct wire_error *error)
 {
-    ice_status status;
     switch (request->body_case) {
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_OPEN:
-        status = check_sequence_open(request->sequence_open, error);
-        if (status == ICE_OK) {
-            fill_defaults(request->sequence_open);
-        }
-        return status;
+        return take_sequence_open("sequence_open", request->sequence_open, error);
     case ICECACHE__WIRE__REQUEST__BODY_APPEND:
         return check_append(request->append, error);
     case ICECACHE__WIRE__REQUEST__BODY_RETRIEVE:
         return check_retrieve(request->retrieve, error);
     case ICECACHE__WIRE__REQUEST__BODY_READ:
         return check_read(request->read, error);
+    case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
+        return take_sequence_open("identity", request->lookup->identity, error);
+    case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
+        return check_attach(request->attach, error);
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE:
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
     case ICECACHE__WIRE__REQUEST__BODY_STATS:
+    case ICECACHE__WIRE__REQUEST__BODY_SEAL:
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
         return ICE_OK; // nothing but ids
     case ICECACHE__WIRE__REQUEST__BODY__NOT_SET:
     default:

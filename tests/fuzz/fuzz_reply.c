@@ -25,6 +25,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
         FUZZ_CHECK(reply->sequence_info->n_lengths == reply->sequence_info->n_indexed);
     } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_STATS) {
         FUZZ_CHECK(reply->stats->n_sequence <= WIRE_STATS_SEQUENCES_MAX);
+    } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_SEAL) {
+        FUZZ_CHECK(reply->seal->tokens <= WIRE_TOKENS_MAX);
+    } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_LOOKUP) {
+        FUZZ_CHECK(reply->lookup->tokens <= WIRE_TOKENS_MAX);
+    } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_ATTACH) {
+        FUZZ_CHECK(reply->attach->tokens <= WIRE_TOKENS_MAX);
+    } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST) {
+        FUZZ_CHECK(reply->prefix_list->n_prefix <= WIRE_PREFIXES_LISTED_MAX);
     }
     icecache__wire__reply__free_unpacked(reply, NULL);
     return 0;

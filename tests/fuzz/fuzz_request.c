@@ -83,9 +83,20 @@ static void check_request(const Icecache__Wire__Request *request)
         check_range(read->layer, read->layers, read->first, read->tokens, read->staging_offset);
         break;
     }
+    case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
+        FUZZ_CHECK(request->lookup->identity != NULL);
+        check_open(request->lookup->identity);
+        break;
+    case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
+        FUZZ_CHECK(request->attach->open != NULL && request->attach->tokens_max <= WIRE_TOKENS_MAX);
+        check_open(request->attach->open);
+        break;
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE:
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
     case ICECACHE__WIRE__REQUEST__BODY_STATS:
+    case ICECACHE__WIRE__REQUEST__BODY_SEAL:
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
         break;
     case ICECACHE__WIRE__REQUEST__BODY__NOT_SET:
     default:

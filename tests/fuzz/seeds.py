@@ -52,6 +52,9 @@ COUNTS = packed(1, [2, 0, 3]) + b(2, struct.pack("<3f", .5, .25, 1)) + packed(3,
 STATS = b(1, "0.1.0") + u(2, 1000) + b(22, b(1, "queue") + u(2, 3) + varint(3 << 3 | 1) + struct.pack("<d", 1.5)) + b(
     23, f64(1, 5) + f64(2, 6) + u(3, 100) + b(4, "tenant") + b(12, "idle"))
 
+SPILL = b(1, "threads") + b(2, "refused") + u(3, 1) + u(4, 1) + u(5, 1 << 20) + u(7, 3) + u(14, 2) + u(15, 2**64 - 1)
+PREFIX = f64(1, 7) + b(2, "tenant") + u(3, 4096) + u(4, 32) + u(5, 8) + u(6, 128) + u(7, 1 << 30) + u(8, 2)
+
 
 def reply(field, body):
     return u(1, 42) + f64(2, 99) + b(field, body)
@@ -78,6 +81,15 @@ SEEDS = {
         "read": request(9, f64(1, 5) + u(3, 1) + u(4, 10) + u(5, 90)),
         "info": request(10, f64(1, 5)),
         "stats": request(11, u(1, 256)),
+        "seal": request(12, f64(1, 5)),
+        "lookup": request(13, b(1, OPEN)),
+        "lookup_of_nothing": request(13, b""),
+        "lookup_twice": request(13, b(1, OPEN) + b(1, packed(12, [0]) + b(1, "other"))),
+        "attach": request(14, b(1, OPEN) + u(2, 65536)),
+        "attach_to_nothing": request(14, u(2, 2**64 - 1)),
+        "attach_then_lookup": request(14, b(1, OPEN)) + b(13, b""),
+        "prefix_remove": request(15, f64(1, 7)),
+        "prefix_list": request(16, u(1, 256)),
         "version": request(11, b"", version=2),
         "version_garbled": u(1, 9) + u(2, 42) + b"\x1f\xff",
         "token": request(11, b"", token=b"short"),
@@ -111,6 +123,13 @@ SEEDS = {
         "info": reply(9, packed(1, [5, 6]) + packed(2, [1, 2]) + u(7, 1)),
         "stats": reply(10, STATS),
         "stats_twice": reply(10, STATS) + b(10, STATS),
+        "stats_spill": reply(10, STATS + b(27, SPILL)),
+        "seal": reply(11, f64(1, 7) + u(2, 4096) + u(3, 1)),
+        "lookup": reply(12, u(1, 4096)),
+        "attach": reply(13, f64(1, 9) + u(2, 4096)),
+        "attach_endless": reply(13, f64(1, 9) + u(2, 2**64 - 1)),
+        "prefix_list": reply(14, b(1, PREFIX) + b(1, b"") + u(2, 2)),
+        "prefix_list_then_seal": reply(14, b(1, PREFIX)) + b(11, u(2, 16)),
     },
     "control_reply": {
         "hello": u(1, 1) + b(4, f64(1, 5) + f64(2, 6) + b(3, TOKEN) + b(4, "ipc:///run/icecache/data.sock")

@@ -1,0 +1,95 @@
+// Sealed prefixes: the first tokens of a sequence, whole blocks of them, on stable storage with their trees. They are
+// listed after a restart, a crash or a power failure, and a new sequence can begin attached to one, without clustering.
+//
+// A prefix is the images of its lanes (image.h) and a manifest, a small file in the spill folder, which is written last,
+// synced and renamed into its place: what has a manifest is whole. What the manifest names in the spill file is not
+// written to again until the manifest is gone, and that has been synced too.
+//
+// Named by the chain of its blocks' hashes within namespace, model, ranks and shape. All of it belongs to the reactor; the
+// keeper writes and removes manifests.
+#ifndef ICECACHE_CACHED_PREFIX_H
+#define ICECACHE_CACHED_PREFIX_H
+
+#include "cached/completion.h"
+#include "cached/disk.h"
+#include "cached/image.h"
+#include "cached/task_queue.h"
+#include "proto/limits.h"
+#include "proto/wire.h"
+
+#define PREFIX_BUCKETS      1024u
+#define PREFIX_SUFFIX       ".seal"
+#define PREFIX_NAME_BYTES   32u
+#define PREFIX_BLOCK_BYTES  16u // of a hash
+
+struct op;
+struct sequence;
+struct server;
+
+// What two sequences must have in common. All bytes are defined, so that it can be compared and hashed as bytes.
+struct prefix_identity {
+    char name_space[WIRE_NAME_BYTES_MAX + 1];
+    uint8_t model_digest[WIRE_DIGEST_BYTES_MAX];
+    uint8_t model_digest_bytes, padding[2];
+    uint32_t tp_rank, tp_size, block_tokens;
+    uint32_t layers, kv_heads, query_heads, head_dim, dtype;
+    uint32_t page_tokens;
+};
+
+struct prefix {
+    uint64_t id;
+    struct prefix_identity identity;
+    uint64_t seed;                              // of its trees
+    uint32_t block_count;                       // tokens: block_count x identity.block_tokens
+    uint8_t (*hashes)[PREFIX_BLOCK_BYTES];      // [block_count]
+    uint32_t lane_count;
+    struct image **images;                      // [layer][kv_head]; may hold more tokens than are sealed
+    size_t memory_bytes;                        // of this allocation, without the images
+    uint32_t attached;                          // sequences
+    bool listed, unlinked;                      // in the registry; its manifest is gone for good
+    uint64_t used;                              // number of the last attachment, for the order of eviction
+    struct prefix *next;                        // in its bucket
+    struct server *server;
+    struct op *op;                              // the sealing that made it, until it is answered
+    ice_status status;                          // of the keeper's work
+    struct disk_request sync;
+    struct task task;
+    struct completion completion;
+};
+
+struct prefixes {
+    struct prefix *buckets[PREFIX_BUCKETS]; // by identity and first hash
+    uint32_t count;
+    uint32_t removing; // whose manifest is on its way out
+    uint64_t uses;
+};
+
+// Start-up: finds what was sealed, takes its extents, removes manifests that are not whole. False: no memory, logged.
+ICE_MUST_CHECK bool prefixes_load(struct server *server);
+void prefixes_fini(struct server *server);
+
+void prefix_identity_of(struct server *server, const Icecache__Wire__SequenceOpen *message,
+                        struct prefix_identity *out);
+// The prefix that shares most blocks with the hashes, and how many; NULL: none shares one.
+struct prefix *prefix_find(struct server *server, const struct prefix_identity *identity,
+                           const uint8_t (*hashes)[PREFIX_BLOCK_BYTES], uint32_t count, uint32_t *blocks);
+struct prefix *prefix_by_id(struct server *server, uint64_t id);
+uint64_t prefix_tokens(const struct prefix *prefix);
+uint64_t prefix_disk_bytes(const struct prefix *prefix);
+
+// Room for a prefix that a sealing will fill. NULL: none.
+struct prefix *prefix_create(struct server *server, const struct prefix_identity *identity, uint32_t lane_count,
+                             uint32_t block_count);
+// Gives back what it holds, the images too. Not once it has a manifest.
+void prefix_destroy(struct prefix *prefix);
+// Syncs the spill file, writes the manifest, then calls `completion` with status set.
+void prefix_write(struct prefix *prefix);
+void prefix_list_add(struct prefix *prefix);
+// Not found any more from now on; the manifest goes, then, when no sequence is attached, all of it.
+void prefix_remove(struct prefix *prefix);
+void prefix_attach(struct prefix *prefix, struct sequence *sequence);
+void prefix_detach(struct prefix *prefix);
+// Removes the one that has not been used for longest, where one is not attached. False: none.
+bool prefix_evict(struct server *server);
+
+#endif

@@ -15,6 +15,7 @@
     X(spill_depth,           "spill-depth",           NUMBER,   64,          1,          64,         "pages on their way to or from the disk at once") \
     X(spill_read_bytes_per_s,"spill-read-bytes-per-s",SIZE,     0,           0,          1ull << 40, "most bytes read from the spill file in a second; 0: no limit") \
     X(spill_write_bytes_per_s,"spill-write-bytes-per-s",SIZE,   0,           0,          1ull << 40, "most bytes written to it in a second; 0: no limit") \
+    X(hibernate_ms,          "hibernate-ms",          NUMBER,   300000,      0,          86400000,   "after so long without a request a sequence leaves memory for the disk; 0: only where memory is short") \
     X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings and staging") \
     X(shards,                "shards",                NUMBER,   0,           0,          256,        "threads that own lanes; 0: cores less one, at most 8") \
     X(page_tokens,           "page-tokens",           NUMBER,   16,          1,          256,        "tokens per page") \

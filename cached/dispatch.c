@@ -55,13 +55,17 @@ static bool dispatch_simple(struct server *server, struct session *session, cons
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
         with_sequence(server, session, request, message, request->sequence_info->sequence_id);
         return true;
-    case ICECACHE__WIRE__REQUEST__BODY_SEAL:
     case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
+        lookup_prefix(server, session, request, message);
+        return true;
     case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
+        attach_prefix(server, session, request, message);
+        return true;
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+        remove_prefix(server, session, request, message);
+        return true;
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
-        server->stats.errors++;
-        reply_error(server, session, message, request->request_id, ICE_NOT_SUPPORTED, "this daemon seals no prefixes");
+        report_prefixes(server, session, message, request->request_id, request->prefix_list->from);
         return true;
     default:
         return false;
@@ -73,7 +77,9 @@ static ice_status admissible(const struct server *server, const struct session *
                              const Icecache__Wire__Request *request)
 {
     bool stats = request->body_case == ICECACHE__WIRE__REQUEST__BODY_STATS;
-    if (session->admin && !stats)
+    bool admin = stats || request->body_case == ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST ||
+                 request->body_case == ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE;
+    if (session->admin && !admin)
         return ICE_PERMISSION;
     if (server->stopping && !stats && request->body_case != ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE)
         return ICE_SHUTTING_DOWN;
@@ -96,7 +102,9 @@ static void dispatch_request(struct server *server, const Icecache__Wire__Reques
     if (status != ICE_OK) {
         server->stats.errors++;
         reply_error(server, session, message, request->request_id, status,
-                    status == ICE_PERMISSION ? "an admin session can only ask for statistics" : NULL);
+                    status == ICE_PERMISSION
+                        ? "an admin session can only ask for statistics and for sealed prefixes, and remove these"
+                        : NULL);
         server->env->bus_release(server->env, message);
         return;
     }

@@ -159,13 +159,14 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
 ice_status gather_start(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
 {
     const uint32_t slots = slots_of(plan), capacity = slots < GATHER_BATCH ? slots : GATHER_BATCH;
-    const size_t bytes = sizeof(struct gather) + plan->selected_count * sizeof *plan->selected +
-                         capacity * sizeof(struct gather_token);
+    const size_t bytes =
+        sizeof(struct gather) + plan->selected_count * sizeof *plan->selected + capacity * sizeof(struct gather_token);
     struct gather *gather = lane_acquire_memory(part->lane, bytes);
     if (!gather)
         return ICE_INDEX_FULL;
     const uint64_t now_ns = env_now_ns(shard->server->env);
-    *gather = (struct gather){.part = part, .bytes = bytes, .plan = *plan, .slots = slots, .waiting_capacity = capacity};
+    *gather =
+        (struct gather){.part = part, .bytes = bytes, .plan = *plan, .slots = slots, .waiting_capacity = capacity};
     memcpy(gather->selected, plan->selected, plan->selected_count * sizeof *plan->selected);
     gather->plan.selected = gather->selected;
     gather->waiting = (struct gather_token *)(gather->selected + plan->selected_count);

@@ -35,7 +35,8 @@ struct image_piece {
 struct image {
     uint64_t bytes; // of the image
     uint64_t tokens, indexed;
-    uint32_t piece_count, page_count;
+    uint32_t piece_count, page_count;     // whose extents are held
+    uint32_t claims_pieces, claims_pages; // of a manifest just read: so many are to be taken
     uint64_t frame_bytes;
     struct image_piece *pieces;
     uint32_t *page_extents;

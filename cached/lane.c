@@ -490,6 +490,16 @@ void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *imag
     atomic_fetch_add_explicit(&server_of(lane)->tier_stats.asleep, 1, memory_order_relaxed);
 }
 
+void lane_attach(struct lane *lane, struct image *image)
+{
+    const uint64_t length = lane->sequence->attached_tokens;
+    lane->image = image;
+    lane->image_is_prefix = true;
+    lane->state = LANE_ASLEEP;
+    atomic_store_explicit(&lane->indexed, image->indexed < length ? image->indexed : length, memory_order_relaxed);
+    atomic_fetch_add_explicit(&server_of(lane)->tier_stats.asleep, 1, memory_order_relaxed);
+}
+
 ice_status lane_load_begin(struct lane *lane, uint64_t bytes, struct index_load **out)
 {
     const struct index_params params = params_of(lane);

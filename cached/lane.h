@@ -90,6 +90,8 @@ static inline const uint8_t *lane_token(const struct lane *lane, struct index_pl
 // Memory of the lane's, counted as the index's. NULL: none. release accepts NULL.
 void *lane_acquire_memory(struct lane *lane, size_t bytes);
 void lane_release_memory(struct lane *lane, void *memory, size_t bytes);
+// A new lane begins asleep, as a sealed prefix's image, which the sequence holds.
+void lane_attach(struct lane *lane, struct image *image);
 // ICE_OK: the lane is awake. LANE_WAITS: it wakes; the shard is woken when it has. Otherwise why it cannot.
 ICE_MUST_CHECK ice_status lane_need(struct lane *lane, struct shard *shard);
 // Its tree, its table and its memory go; `image`, from now on the lane's, has them.

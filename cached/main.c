@@ -24,7 +24,7 @@ static int serve(struct server *server)
 {
     int outcome = EXIT_FAILURE;
     if (server_take_directory(server) && server_take_pool(server) && server_take_disk(server) &&
-        server_start_threads(server) && reactor_init(server) == 0) {
+        prefixes_load(server) && server_start_threads(server) && reactor_init(server) == 0) {
         log_info("ready: version=%s socket-dir=%s shards=%u", ICECACHE_VERSION, server->config->socket_directory,
                  server->shard_count);
         reactor_run(server);

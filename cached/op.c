@@ -33,6 +33,8 @@ static void admission_enter(struct admission *admission)
 {
     struct sequence *sequence = admission->sequence;
     admission->next = NULL;
+    if (sequence->sleep_op) // whoever comes is waited for no longer than the slice that runs
+        atomic_store_explicit(&sequence->sleep_op->cancelled, true, memory_order_relaxed);
     if (!sequence->waiting && admit(sequence, admission))
         return;
     if (sequence->waiting)
@@ -199,8 +201,25 @@ static ice_status check_begin(struct op *op, char *text)
         return check_retrieve(op, text);
     case OP_READ:
         return check_read(op, sequence, text);
+    case OP_SEAL:
+        return op_check_seal(op, text, TEXT_BYTES);
     default:
         return ICE_OK;
+    }
+}
+
+static enum op_phase first_phase(const struct op *op)
+{
+    switch (op->kind) {
+    case OP_APPEND:
+        return PHASE_PREPARE;
+    case OP_READ:
+        return PHASE_READ;
+    case OP_SEAL:
+    case OP_SLEEP:
+        return PHASE_SAVE;
+    default:
+        return op->append ? PHASE_PREPARE : PHASE_SEARCH;
     }
 }
 
@@ -220,11 +239,16 @@ static void op_begin(struct op *op)
         op_finish(op, status, text);
         return;
     }
+    if (op->kind == OP_SEAL && op_seal_is_known(op)) {
+        op_finish(op, ICE_OK, NULL);
+        return;
+    }
     if (op->kind == OP_RETRIEVE)
         bind_rows(op);
+    if (op->kind == OP_SLEEP)
+        op->admissions[0].sequence->sleep_op = op;
     fill_lanes(op);
-    bool writes = op->kind == OP_APPEND || op->append;
-    op_start_phase(op, writes ? PHASE_PREPARE : op->kind == OP_READ ? PHASE_READ : PHASE_SEARCH);
+    op_start_phase(op, first_phase(op));
 }
 
 // ---- the end ----
@@ -298,6 +322,12 @@ static void note_stats(struct op *op, ice_status status)
 {
     struct server_stats *stats = &op->server->stats;
     uint64_t now = env_now_ns(op->server->env);
+    if (op->kind == OP_SLEEP)
+        return; // nobody asked for it
+    for (uint32_t i = 0; i < op->sequence_count; i++) {
+        op->admissions[i].sequence->used_ns = now;
+        op->admissions[i].sequence->asleep = false;
+    }
     if (status != ICE_OK) {
         stats->errors += !op->session->dead; // what a dead session left unfinished is no error of anybody
         return;
@@ -312,6 +342,8 @@ static void note_stats(struct op *op, ice_status status)
         histogram_add(&stats->read, now - op->received_ns);
         return;
     }
+    if (op->kind == OP_SEAL)
+        return;
     const struct op_totals totals = op_totals(op);
     stats->retrieves++;
     stats->retrieves_partial += totals.partial;
@@ -354,6 +386,15 @@ static void finish_close(struct op *op)
     op_detach(op);
 }
 
+static void end_sleep(struct op *op, ice_status status)
+{
+    struct sequence *sequence = op->admissions[0].sequence;
+    sequence->sleep_op = NULL;
+    sequence->asleep = status == ICE_OK;
+    if (status != ICE_OK)
+        sequence->used_ns = env_now_ns(op->server->env); // not again at once
+}
+
 void op_finish(struct op *op, ice_status status, const char *text)
 {
     struct server *server = op->server;
@@ -362,6 +403,8 @@ void op_finish(struct op *op, ice_status status, const char *text)
         finish_close(op);
         return;
     }
+    if (op->kind == OP_SLEEP)
+        end_sleep(op, status);
     if (op->phase == PHASE_COMMIT) // also where the search behind it failed: the tokens are there
         note_lengths(op);
     if (op->kind == OP_APPEND && (status != ICE_OK || op->reserve_tokens <= op->tokens))
@@ -369,7 +412,7 @@ void op_finish(struct op *op, ice_status status, const char *text)
     note_stats(op, status);
     // The rows are the worker's again before it can read the reply.
     release_memory(op);
-    if (!session->dead)
+    if (!session->dead && op->kind != OP_SLEEP)
         reply_op(op, status, text);
     server->ops--;
     for (uint32_t i = 0; i < op->sequence_count; i++)

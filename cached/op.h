@@ -11,6 +11,7 @@
 
 #include "cached/completion.h"
 #include "cached/env.h"
+#include "cached/prefix.h"
 #include "cached/sequence.h"
 #include "cached/session.h"
 #include "cached/task_queue.h"
@@ -71,11 +72,15 @@ struct op {
     size_t positions_bytes;
     size_t held_bytes; // this op, its positions and its message, as the session counts them
     uint32_t slots_max;
+    uint32_t blocks; // seal: hashes in the message's second frame
+    struct prefix_identity seal_identity;
 
     // Reactor only.
     struct op *session_previous, *session_next; // in flight
     uint32_t admissions_missing;
     bool rows_taken;
+    uint64_t prefix_id; // seal: what has come of it
+    bool prefix_known;
     struct completion completion;
 
     // The copier of the landing's GPU, after the last phase.
@@ -104,6 +109,12 @@ void op_cancel_all(struct session *session);
 // Links an op to its session, which it holds from now on; unlinks it.
 void op_attach(struct op *op, struct session *session);
 void op_detach(struct op *op);
+// Sealing (op_prefix.c): what depends on the sequence's state; whether nothing need be done; what follows the lanes.
+ICE_MUST_CHECK ice_status op_check_seal(struct op *op, char *text, size_t capacity);
+bool op_seal_is_known(struct op *op);
+void op_sealed_lanes(struct op *op, ice_status status, const char *text);
+// A sequence falls asleep, lane by lane, unless a request comes.
+void op_sleep_sequence(struct server *server, struct sequence *sequence);
 // What a retrieve took and moved, over its lanes: the phases in parallel, so the slowest lane's. Done ops only.
 struct op_totals {
     uint64_t queue_ns, search_ns, copy_ns, bytes_moved;

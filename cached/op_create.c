@@ -131,6 +131,37 @@ static struct op *create_read(struct server *server, struct session *session, co
     return op;
 }
 
+static struct op *create_seal(struct server *server, struct session *session, const Icecache__Wire__Seal *message,
+                              const struct env_message *frames, struct refusal *refusal)
+{
+    struct sequence *sequence = find_sequence(server, session, message->sequence_id, refusal);
+    struct wire_error error = {0};
+    uint32_t blocks = 0;
+    if (!sequence)
+        return NULL;
+    if (!tier_serves(server)) {
+        refuse(refusal, ICE_DISK_FAILED, "%s",
+               server->disk ? "the daemon's disk has failed and is switched off; see its log"
+                            : "the daemon has no disk; start icecached with --spill-dir");
+        return NULL;
+    }
+    ice_status status = wire_hashes_check(frames->vectors_bytes, sequence->block_tokens, &blocks, &error);
+    if (status != ICE_OK) {
+        refuse(refusal, status, "%s", error.text);
+        return NULL;
+    }
+    struct op *op = allocate(server, OP_SEAL, 1, sequence->lane_count);
+    if (!op) {
+        refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
+        return NULL;
+    }
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    op->layers = sequence->shape.layers;
+    op->blocks = blocks;
+    op->seal_identity = sequence->identity;
+    return op;
+}
+
 // The most slots that a head may need. Page-wise at least one whole page is taken, however small the budget is.
 static uint64_t slots_needed(const struct server *server, const Icecache__Wire__Retrieve *message)
 {
@@ -286,6 +317,8 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
         op = create_append(server, session, request->append, &refusal);
     } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_READ) {
         op = create_read(server, session, request->read, &refusal);
+    } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_SEAL) {
+        op = create_seal(server, session, request->seal, message, &refusal);
     } else {
         op = create_retrieve(server, session, request->retrieve, message, &refusal);
         deadline_us = request->retrieve->deadline_us ? request->retrieve->deadline_us : deadline_us;
@@ -317,5 +350,20 @@ void op_close_sequence(struct server *server, struct sequence *sequence, const I
     } else {
         op_attach(op, sequence->session);
     }
+    op_submit(op);
+}
+
+void op_sleep_sequence(struct server *server, struct sequence *sequence)
+{
+    struct op *op = allocate(server, OP_SLEEP, 1, sequence->lane_count);
+    if (!op) {
+        sequence->used_ns = env_now_ns(server->env); // later, perhaps
+        return;
+    }
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    op->layers = sequence->shape.layers;
+    op->held_bytes = op->bytes;
+    op_attach(op, sequence->session);
+    op->received_ns = env_now_ns(server->env);
     op_submit(op);
 }

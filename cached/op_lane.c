@@ -369,7 +369,10 @@ static void op_done(struct completion *completion, struct server *server)
     else if (op->failed)
         snprintf(text, sizeof text, "layer %u, KV head %u: %s", op->failed->lane->layer, op->failed->lane->kv_head,
                  status_text((int)status));
-    op_finish(op, status, text);
+    if (op->kind == OP_SEAL)
+        op_sealed_lanes(op, status, text);
+    else
+        op_finish(op, status, text);
 }
 
 static void next_phase(struct op *op)

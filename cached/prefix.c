@@ -12,11 +12,12 @@
 #include <xxhash.h>
 
 #include <assert.h>
+#include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
-void prefix_identity_of(struct server *server, const Icecache__Wire__SequenceOpen *message,
-                        struct prefix_identity *out)
+void prefix_identity_of(struct server *server, const Icecache__Wire__SequenceOpen *message, struct prefix_identity *out)
 {
     memset(out, 0, sizeof *out);
     strncpy(out->name_space, message->name_space, sizeof out->name_space - 1);
@@ -231,14 +232,19 @@ static void removed(struct completion *completion, struct server *server)
         prefix_destroy(prefix);
 }
 
-void prefix_remove(struct prefix *prefix)
+void prefix_abandon(struct prefix *prefix)
 {
     struct server *server = prefix->server;
-    list_remove(prefix);
     server->prefixes.removing++;
     prefix->completion.done = removed;
     prefix->task.run = run_unlink;
     task_queue_push(&server->keeper_queue, TASK_BULK, &prefix->task);
+}
+
+void prefix_remove(struct prefix *prefix)
+{
+    list_remove(prefix);
+    prefix_abandon(prefix);
 }
 
 bool prefix_evict(struct server *server)
@@ -256,6 +262,137 @@ bool prefix_evict(struct server *server)
              (unsigned long long)prefix_tokens(oldest));
     prefix_remove(oldest);
     return true;
+}
+
+// ---- start-up ----
+
+// Takes the extents of an image. False where the spill file does not have them: it was made smaller, or is another one.
+static bool claim_image(struct server *server, struct image *image)
+{
+    for (; image->piece_count < image->claims_pieces; image->piece_count++) {
+        if (!extents_claim(server->extents, image->pieces[image->piece_count].extent, IMAGE_PIECE_BYTES))
+            return false;
+    }
+    for (; image->page_count < image->claims_pages; image->page_count++) {
+        if (!extents_claim(server->extents, image->page_extents[image->page_count], image->frame_bytes))
+            return false;
+    }
+    return true;
+}
+
+struct probe {
+    struct disk_request request;
+    pthread_mutex_t lock;
+    pthread_cond_t ended;
+    bool done;
+};
+
+static void probe_done(struct disk_request *request)
+{
+    struct probe *probe = (struct probe *)((char *)request - offsetof(struct probe, request));
+    pthread_mutex_lock(&probe->lock);
+    probe->done = true;
+    pthread_cond_signal(&probe->ended);
+    pthread_mutex_unlock(&probe->lock);
+}
+
+// Is the spill file the one that the manifest speaks of? Reads one piece and looks at its checksum; all else is looked
+// at when it is needed.
+static bool piece_is_there(struct server *server, const struct image *image, uint8_t *memory)
+{
+    struct probe probe = {.lock = PTHREAD_MUTEX_INITIALIZER, .ended = PTHREAD_COND_INITIALIZER};
+    if (image->piece_count == 0)
+        return false;
+    const struct image_piece *piece = &image->pieces[image->piece_count - 1];
+    probe.request = (struct disk_request){.op = DISK_READ,
+                                          .offset = extent_offset(piece->extent),
+                                          .memory = memory,
+                                          .bytes = IMAGE_PIECE_BYTES,
+                                          .done = probe_done};
+    disk_submit(server->disk, &probe.request);
+    pthread_mutex_lock(&probe.lock);
+    while (!probe.done) // the disk answers every request: a device that hangs is the operator's to see
+        pthread_cond_wait(&probe.ended, &probe.lock);
+    pthread_mutex_unlock(&probe.lock);
+    return probe.request.result == 0 &&
+           XXH3_64bits_withSeed(memory, IMAGE_PIECE_BYTES, piece->extent) == piece->checksum;
+}
+
+struct loading {
+    struct server *server;
+    int folder;
+    uint8_t *memory; // of a manifest, grown as needed
+    size_t memory_bytes;
+    uint8_t *piece; // aligned
+    bool no_memory;
+    uint32_t dropped;
+};
+
+static bool read_manifest(struct loading *loading, const char *name, size_t *bytes)
+{
+    struct env *env = loading->server->env;
+    int error = env->read_file(env, loading->folder, name, loading->memory, loading->memory_bytes, bytes);
+    if (error != -EFBIG || *bytes > PREFIX_FILE_BYTES_MAX)
+        return error == 0;
+    env->release(env, loading->memory, loading->memory_bytes);
+    loading->memory = env->acquire(env, *bytes);
+    loading->memory_bytes = loading->memory ? *bytes : 0;
+    loading->no_memory |= !loading->memory;
+    return loading->memory &&
+           env->read_file(env, loading->folder, name, loading->memory, loading->memory_bytes, bytes) == 0;
+}
+
+static bool load_one(void *context, const char *name)
+{
+    struct loading *loading = context;
+    struct server *server = loading->server;
+    size_t bytes = 0;
+    ice_status status = ICE_INVALID_ARGUMENT;
+    struct prefix *prefix = NULL;
+    if (read_manifest(loading, name, &bytes))
+        prefix = prefix_decode(server, loading->memory, bytes, &status);
+    if (loading->no_memory || status == ICE_NO_MEMORY) {
+        loading->no_memory = true;
+        return false;
+    }
+    bool whole = prefix != NULL;
+    for (uint32_t i = 0; whole && i < prefix->lane_count; i++)
+        whole = claim_image(server, prefix->images[i]);
+    if (whole && piece_is_there(server, prefix->images[0], loading->piece)) {
+        prefix_list_add(prefix);
+        return true;
+    }
+    if (prefix)
+        prefix_destroy(prefix);
+    loading->dropped++;
+    log_warn("%s/%s is not whole, or not of this spill file: removed", server->config->spill_directory, name);
+    if (server->env->unlink_file(server->env, loading->folder, name) != 0)
+        log_warn("%s/%s cannot be removed", server->config->spill_directory, name);
+    return true;
+}
+
+bool prefixes_load(struct server *server)
+{
+    struct env *env = server->env;
+    struct loading loading = {.server = server};
+    if (!server->disk)
+        return true;
+    uint8_t *memory = env->acquire(env, IMAGE_PIECE_BYTES + DISK_ALIGN);
+    int error = memory ? env->open_directory(env, server->config->spill_directory, &loading.folder) : -ENOMEM;
+    if (!error) {
+        loading.piece = memory + (DISK_ALIGN - (uintptr_t)memory % DISK_ALIGN) % DISK_ALIGN;
+        error = env->list_files(env, loading.folder, PREFIX_SUFFIX, load_one, &loading);
+        env->close_fd(env, loading.folder);
+    }
+    env->release(env, memory, IMAGE_PIECE_BYTES + DISK_ALIGN);
+    env->release(env, loading.memory, loading.memory_bytes);
+    error = loading.no_memory ? -ENOMEM : error;
+    if (error)
+        log_error("cannot read the sealed prefixes in %s: %s%s", server->config->spill_directory, strerror(-error),
+                  error == -ENOMEM ? "; raise --index-bytes" : "");
+    else if (server->prefixes.count > 0 || loading.dropped > 0)
+        log_info("sealed prefixes: %u found, %u dropped", server->prefixes.count, loading.dropped);
+    return error == 0;
 }
 
 void prefixes_fini(struct server *server)

@@ -1,12 +1,12 @@
 // Sealed prefixes: the first tokens of a sequence, whole blocks of them, on stable storage with their trees. They are
 // listed after a restart, a crash or a power failure, and a new sequence can begin attached to one, without clustering.
 //
-// A prefix is the images of its lanes (image.h) and a manifest, a small file in the spill folder, which is written last,
-// synced and renamed into its place: what has a manifest is whole. What the manifest names in the spill file is not
-// written to again until the manifest is gone, and that has been synced too.
+// A prefix is the images of its lanes (image.h) and a manifest, a small file in the spill folder, which is written
+// last, synced and renamed into its place: what has a manifest is whole. What the manifest names in the spill file is
+// not written to again until the manifest is gone, and that has been synced too.
 //
-// Named by the chain of its blocks' hashes within namespace, model, ranks and shape. All of it belongs to the reactor; the
-// keeper writes and removes manifests.
+// Named by the chain of its blocks' hashes within namespace, model, ranks and shape. All of it belongs to the reactor;
+// the keeper writes and removes manifests.
 #ifndef ICECACHE_CACHED_PREFIX_H
 #define ICECACHE_CACHED_PREFIX_H
 
@@ -17,10 +17,10 @@
 #include "proto/limits.h"
 #include "proto/wire.h"
 
-#define PREFIX_BUCKETS      1024u
-#define PREFIX_SUFFIX       ".seal"
-#define PREFIX_NAME_BYTES   32u
-#define PREFIX_BLOCK_BYTES  16u // of a hash
+#define PREFIX_BUCKETS     1024u
+#define PREFIX_SUFFIX      ".seal"
+#define PREFIX_NAME_BYTES  32u
+#define PREFIX_BLOCK_BYTES 16u // of a hash
 
 struct op;
 struct sequence;
@@ -39,19 +39,19 @@ struct prefix_identity {
 struct prefix {
     uint64_t id;
     struct prefix_identity identity;
-    uint64_t seed;                              // of its trees
-    uint32_t block_count;                       // tokens: block_count x identity.block_tokens
-    uint8_t (*hashes)[PREFIX_BLOCK_BYTES];      // [block_count]
+    uint64_t seed;                         // of its trees
+    uint32_t block_count;                  // tokens: block_count x identity.block_tokens
+    uint8_t (*hashes)[PREFIX_BLOCK_BYTES]; // [block_count]
     uint32_t lane_count;
-    struct image **images;                      // [layer][kv_head]; may hold more tokens than are sealed
-    size_t memory_bytes;                        // of this allocation, without the images
-    uint32_t attached;                          // sequences
-    bool listed, unlinked;                      // in the registry; its manifest is gone for good
-    uint64_t used;                              // number of the last attachment, for the order of eviction
-    struct prefix *next;                        // in its bucket
+    struct image **images; // [layer][kv_head]; may hold more tokens than are sealed
+    size_t memory_bytes;   // of this allocation, without the images
+    uint32_t attached;     // sequences
+    bool listed, unlinked; // in the registry; its manifest is gone for good
+    uint64_t used;         // number of the last attachment, for the order of eviction
+    struct prefix *next;   // in its bucket
     struct server *server;
-    struct op *op;                              // the sealing that made it, until it is answered
-    ice_status status;                          // of the keeper's work
+    struct op *op;     // the sealing that made it, until it is answered
+    ice_status status; // of the keeper's work
     struct disk_request sync;
     struct task task;
     struct completion completion;
@@ -80,8 +80,10 @@ uint64_t prefix_disk_bytes(const struct prefix *prefix);
 // Room for a prefix that a sealing will fill. NULL: none.
 struct prefix *prefix_create(struct server *server, const struct prefix_identity *identity, uint32_t lane_count,
                              uint32_t block_count);
-// Gives back what it holds, the images too. Not once it has a manifest.
+// Gives back what it holds, the images too. Not while it has a manifest.
 void prefix_destroy(struct prefix *prefix);
+// Its manifest may or may not be there: removes it, then all of it.
+void prefix_abandon(struct prefix *prefix);
 // Syncs the spill file, writes the manifest, then calls `completion` with status set.
 void prefix_write(struct prefix *prefix);
 void prefix_list_add(struct prefix *prefix);

@@ -2,8 +2,8 @@
 //
 //   "ICESEAL1", u64 bytes of all of it, u64 id, u64 seed, identity (its fields in order: namespace NUL-padded, digest
 //   zero-padded, one byte of its length and two of nothing, nine u32), u32 blocks, u32 lanes, the hashes, then for each
-//   lane u64 bytes, tokens, indexed, frame_bytes, u32 pieces, u32 pages, pieces as (u64 checksum, u32 extent), pages' u32
-//   extents; at the end a u64 XXH3 of all before it.
+//   lane u64 bytes, tokens, indexed, frame_bytes, u32 pieces, u32 pages, pieces as (u64 checksum, u32 extent), pages'
+//   u32 extents; at the end a u64 XXH3 of all before it.
 //
 // A manifest that a crash has cut or a disk has damaged fails its checksum, and counts as missing.
 #include "cached/prefix_file.h"

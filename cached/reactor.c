@@ -176,7 +176,8 @@ static void one_round(struct server *server, bool *more)
     uint64_t now = env_now_ns(server->env);
     uint64_t expire_ns = session_expire(server, now);
     uint64_t accept_ns = resume_accepting(server, now);
-    int timeout_ms = *more ? 0 : wait_ms(server, now, expire_ns < accept_ns ? expire_ns : accept_ns);
+    uint64_t idle_ns = idle_look(server, now), first_ns = expire_ns < accept_ns ? expire_ns : accept_ns;
+    int timeout_ms = *more ? 0 : wait_ms(server, now, first_ns < idle_ns ? first_ns : idle_ns);
     int count = epoll_wait(server->epoll_fd, events, EVENTS_MAX, timeout_ms);
     for (int i = 0; i < count; i++)
         handle_event(server, events[i].data.ptr);

@@ -74,6 +74,31 @@ void reply_sequence_open(struct server *server, struct session *session, const s
     reply_send(server, session, to->route, to->route_bytes, &reply);
 }
 
+void reply_lookup(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                  uint64_t tokens)
+{
+    Icecache__Wire__Reply reply;
+    Icecache__Wire__LookupReply body = ICECACHE__WIRE__LOOKUP_REPLY__INIT;
+    set_status(&reply, request_id, ICE_OK, NULL);
+    body.tokens = tokens;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_LOOKUP;
+    reply.lookup = &body;
+    reply_send(server, session, to->route, to->route_bytes, &reply);
+}
+
+void reply_attach(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                  uint64_t sequence_id, uint64_t tokens)
+{
+    Icecache__Wire__Reply reply;
+    Icecache__Wire__AttachReply body = ICECACHE__WIRE__ATTACH_REPLY__INIT;
+    set_status(&reply, request_id, ICE_OK, NULL);
+    body.sequence_id = sequence_id;
+    body.tokens = tokens;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_ATTACH;
+    reply.attach = &body;
+    reply_send(server, session, to->route, to->route_bytes, &reply);
+}
+
 void reply_sequence_info(struct server *server, struct session *session, const struct env_message *to,
                          uint64_t request_id, struct sequence *sequence)
 {
@@ -186,6 +211,7 @@ void reply_op(struct op *op, ice_status status, const char *text)
     Icecache__Wire__Reply reply;
     Icecache__Wire__AppendReply append = ICECACHE__WIRE__APPEND_REPLY__INIT;
     Icecache__Wire__ReadReply read = ICECACHE__WIRE__READ_REPLY__INIT;
+    Icecache__Wire__SealReply seal = ICECACHE__WIRE__SEAL_REPLY__INIT;
     if (op->kind == OP_RETRIEVE && status == ICE_OK) {
         reply_retrieve(op);
         return;
@@ -199,6 +225,12 @@ void reply_op(struct op *op, ice_status status, const char *text)
         read.tokens = op->tokens;
         reply.body_case = ICECACHE__WIRE__REPLY__BODY_READ;
         reply.read = &read;
+    } else if (op->kind == OP_SEAL && status == ICE_OK) {
+        seal.prefix_id = op->prefix_id;
+        seal.tokens = (uint64_t)op->blocks * op->admissions[0].sequence->block_tokens;
+        seal.known = op->prefix_known;
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEAL;
+        reply.seal = &seal;
     }
     reply_send(op->server, op->session, op->route, op->route_bytes, &reply);
 }

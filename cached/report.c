@@ -94,6 +94,30 @@ static void fill_sequences(const struct server *server, uint32_t from, struct se
     }
 }
 
+static void fill_spill(struct server *server, Icecache__Wire__SpillStats *body)
+{
+    const struct tier_stats *stats = &server->tier_stats;
+    struct disk_usage disk;
+    struct extents_usage extents;
+    disk_usage(server->disk, &disk);
+    extents_usage(server->extents, &extents);
+    body->engine = (char *)disk.engine;
+    body->reason = (char *)disk.because;
+    body->direct = disk.direct;
+    body->off = disk.off;
+    body->bytes = extents.used_bytes;
+    body->capacity_bytes = extents.capacity_bytes;
+    body->pages_read = atomic_load_explicit(&stats->pages_read, memory_order_relaxed);
+    body->pages_written = atomic_load_explicit(&stats->pages_written, memory_order_relaxed);
+    body->pages_evicted = atomic_load_explicit(&stats->pages_evicted, memory_order_relaxed);
+    body->pages_lost = atomic_load_explicit(&stats->pages_lost, memory_order_relaxed);
+    body->write_errors = atomic_load_explicit(&stats->write_errors, memory_order_relaxed);
+    body->in_flight = disk.in_flight;
+    body->waiting = disk.waiting;
+    body->prefixes = server->prefixes.count;
+    body->hibernated = atomic_load_explicit(&stats->asleep, memory_order_relaxed);
+}
+
 static void fill_totals(struct server *server, Icecache__Wire__StatsReply *body)
 {
     const struct server_stats *stats = &server->stats;
@@ -139,6 +163,11 @@ void report_stats(struct server *server, struct session *session, const struct e
     fill_phases(&server->stats, &phases);
     fill_totals(server, &body);
     fill_sequences(server, sequences_from, list, &body);
+    Icecache__Wire__SpillStats spill = ICECACHE__WIRE__SPILL_STATS__INIT;
+    if (server->disk) {
+        fill_spill(server, &spill);
+        body.spill = &spill;
+    }
     body.n_phases = PHASES;
     body.phases = phases.pointers;
     body.n_sequence = list->count;
@@ -147,6 +176,62 @@ void report_stats(struct server *server, struct session *session, const struct e
     reply.request_id = request_id;
     reply.body_case = ICECACHE__WIRE__REPLY__BODY_STATS;
     reply.stats = &body;
+    reply_send(server, session, to->route, to->route_bytes, &reply);
+    env->release(env, list, sizeof *list);
+}
+
+// ---- sealed prefixes ----
+
+struct prefix_rows {
+    Icecache__Wire__PrefixStats rows[WIRE_STATS_SEQUENCES_MAX], *pointers[WIRE_STATS_SEQUENCES_MAX];
+    uint32_t count, next;
+};
+
+static void fill_prefix(const struct prefix *prefix, Icecache__Wire__PrefixStats *row)
+{
+    icecache__wire__prefix_stats__init(row);
+    row->prefix_id = prefix->id;
+    row->name_space = (char *)prefix->identity.name_space;
+    row->tokens = prefix_tokens(prefix);
+    row->layers = prefix->identity.layers;
+    row->kv_heads = prefix->identity.kv_heads;
+    row->head_dim = prefix->identity.head_dim;
+    row->bytes = prefix_disk_bytes(prefix);
+    row->attached = prefix->attached;
+}
+
+void report_prefixes(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                     uint32_t from)
+{
+    struct env *env = server->env;
+    struct prefix_rows *list = env->acquire(env, sizeof *list);
+    if (!list) {
+        reply_error(server, session, to, request_id, ICE_NO_MEMORY, "no memory for the list");
+        return;
+    }
+    list->count = list->next = 0;
+    uint32_t at = 0;
+    for (uint32_t bucket = 0; bucket < PREFIX_BUCKETS; bucket++) {
+        for (const struct prefix *each = server->prefixes.buckets[bucket]; each; each = each->next, at++) {
+            if (at < from)
+                continue;
+            if (list->count == WIRE_STATS_SEQUENCES_MAX) {
+                list->next = list->next ? list->next : at;
+                continue;
+            }
+            fill_prefix(each, &list->rows[list->count]);
+            list->pointers[list->count] = &list->rows[list->count];
+            list->count++;
+        }
+    }
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT;
+    Icecache__Wire__PrefixListReply body = ICECACHE__WIRE__PREFIX_LIST_REPLY__INIT;
+    body.n_prefix = list->count;
+    body.prefix = list->pointers;
+    body.next = list->next;
+    reply.request_id = request_id;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST;
+    reply.prefix_list = &body;
     reply_send(server, session, to->route, to->route_bytes, &reply);
     env->release(env, list, sizeof *list);
 }

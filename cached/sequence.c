@@ -101,11 +101,13 @@ ice_status sequence_open(struct server *server, struct session *session, const I
     if (status != ICE_OK)
         return status;
     sequence->id = ++server->next_id;
+    sequence->used_ns = env_now_ns(server->env);
     sequence->server = server;
     sequence->session = session;
     init_identity(sequence, message, server->config->tokens_max);
     sequence->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
     sequence->seed = server->config->seed;
+    prefix_identity_of(server, message, &sequence->identity);
     sequence->frame_bytes = server_frame_bytes(server, sequence->row_bytes);
     init_lanes(server, sequence);
     session_hold(session);
@@ -169,6 +171,8 @@ static void sequence_closed(struct completion *completion, struct server *server
     struct sequence *sequence = (struct sequence *)((char *)completion - offsetof(struct sequence, closed));
     struct session *session = sequence->session;
     sequence_unreserve(sequence);
+    if (sequence->prefix)
+        prefix_detach(sequence->prefix);
     unlink_sequence(server, sequence);
     struct op *op = sequence->close_op;
     op_finish(op, ICE_OK, NULL); // the op lies in the sequence's memory, which goes next

@@ -8,6 +8,7 @@
 #include "cached/budget.h"
 #include "cached/completion.h"
 #include "cached/lane.h"
+#include "cached/prefix.h"
 #include "cached/task_queue.h"
 #include "proto/limits.h"
 #include "proto/wire.h"
@@ -43,7 +44,8 @@ struct sequence {
     struct wire_shape shape;
     float scale;
     uint64_t tokens_max;
-    uint64_t seed;            // of its trees
+    uint64_t seed; // of its trees
+    struct prefix_identity identity;
     uint64_t attached_tokens; // the sealed prefix it began with
     size_t row_bytes;         // one K or V row
     uint64_t frame_bytes;     // a page in memory and, with a disk, in its extent: then a multiple of DISK_ALIGN
@@ -64,6 +66,10 @@ struct sequence {
     struct reservation index_promised;
     struct completion closed;
     struct sequence_reaper *reapers; // one per shard
+    struct prefix *prefix;           // that it was attached to; NULL: none
+    struct op *sleep_op;             // it is falling asleep
+    uint64_t used_ns;                // when a request on it ended
+    bool asleep;                     // none of its lanes has been needed since it fell asleep
     struct op *close_op;             // made with the sequence, so that closing never needs memory
 
     // Any thread.

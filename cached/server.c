@@ -62,6 +62,7 @@ bool server_init(struct server *server, struct env *env, const struct config *co
 void server_fini(struct server *server)
 {
     struct env *env = server->env;
+    prefixes_fini(server);
     extents_destroy(server->extents);
     if (server->books)
         env->release(env, server->books, pool_capacity_bytes(server->pool) / EXTENT_UNIT * sizeof *server->books);
@@ -228,7 +229,8 @@ void server_stop_threads(struct server *server)
         server_abandon("a thread does not end");
     for (uint32_t i = 0; i < server->shard_count; i++)
         shard_stop(&server->shards[i]);
-    disk_close(server->disk); // what is in flight ends on the shards' lists
+    if (server->disk && disk_close(server->disk) != 0) // what is in flight ends on the shards' lists
+        server_abandon("the disk does not answer");
     for (uint32_t i = 0; i < server->shard_count; i++)
         shard_fini(&server->shards[i]);
     server->disk = NULL;

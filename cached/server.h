@@ -10,6 +10,7 @@
 #include "cached/histogram.h"
 #include "cached/op.h"
 #include "cached/pool.h"
+#include "cached/prefix.h"
 #include "cached/session.h"
 #include "cached/shard.h"
 
@@ -25,6 +26,8 @@
 #define SERVER_FAREWELL_NS        (100ull * 1000000u) // between the last reply and the closing of the sockets at a stop
 #define SERVER_INFLIGHT_BYTES_MAX (128ull << 20)      // of a session's requests, beyond which it must wait for replies
 #define SERVER_STALL_RETRY_NS     (100ull * 1000000u)
+#define SERVER_IDLE_LOOK_NS       (500ull * 1000000u)
+#define SERVER_IDLE_MIN_NS        (2ull * 1000000000u)
 #define SERVER_STARVED_RETRY_NS   (1000000ull)          // other shards make room meanwhile
 #define SERVER_ROOM_WAIT_NS       (10ull * 1000000000u) // of appends for room, of reads for pages
 
@@ -70,6 +73,8 @@ struct server {
     uint64_t next_id;
     struct session *sessions, *graveyard;
     struct sequence *sequences[SERVER_HASH_BUCKETS];
+    struct prefixes prefixes;
+    uint64_t idle_look_ns; // when sequences are looked at for sleep next
     struct server_stats stats;
 };
 
@@ -104,6 +109,10 @@ void reply_error(struct server *server, struct session *session, const struct en
 void reply_op(struct op *op, ice_status status, const char *text);
 void reply_sequence_open(struct server *server, struct session *session, const struct env_message *to,
                          uint64_t request_id, uint64_t sequence_id);
+void reply_lookup(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                  uint64_t tokens);
+void reply_attach(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                  uint64_t sequence_id, uint64_t tokens);
 void reply_sequence_info(struct server *server, struct session *session, const struct env_message *to,
                          uint64_t request_id, struct sequence *sequence);
 // Statistics (report.c).
@@ -111,6 +120,19 @@ void report_stats(struct server *server, struct session *session, const struct e
                   uint32_t sequences_from);
 void reply_send(struct server *server, struct session *session, const uint8_t *route, size_t route_bytes,
                 Icecache__Wire__Reply *reply);
+
+// Requests about sealed prefixes that are answered at once (op_prefix.c).
+void lookup_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                   const struct env_message *message);
+void attach_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                   const struct env_message *message);
+void remove_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                   const struct env_message *message);
+void report_prefixes(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                     uint32_t from);
+
+// Sequences that have been idle for long fall asleep (idle.c). Returns when to look again.
+uint64_t idle_look(struct server *server, uint64_t now_ns);
 
 // Requests from the bus (dispatch.c). Takes ownership of the message.
 void dispatch_message(struct server *server, struct env_message *message);

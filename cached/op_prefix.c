@@ -1,0 +1,204 @@
+// Requests about sealed prefixes, on the reactor: sealing, which is an operation on all lanes of a sequence, and those
+// that are answered at once.
+//
+//   seal: admitted alone -> images of all lanes (shards) -> sync of the spill file (I/O thread) -> manifest (keeper)
+//   -> listed and answered (reactor)
+#include "cached/log.h"
+#include "cached/prefix.h"
+#include "cached/server.h"
+
+#include <stdio.h>
+#include <string.h>
+
+typedef const uint8_t (*hashes_t)[PREFIX_BLOCK_BYTES];
+
+// The hashes in frame 2.
+static ice_status hashes_of(const struct env_message *message, uint32_t block_tokens, hashes_t *hashes, uint32_t *count,
+                            struct wire_error *error)
+{
+    *hashes = (hashes_t)message->vectors;
+    return wire_hashes_check(message->vectors_bytes, block_tokens, count, error);
+}
+
+static ice_status need_disk(const struct server *server, struct wire_error *error)
+{
+    if (tier_serves(server))
+        return ICE_OK;
+    wire_error_set(error, ICE_DISK_FAILED, "%s",
+                   server->disk ? "the daemon's disk has failed and is switched off; see its log"
+                                : "the daemon has no disk; start icecached with --spill-dir");
+    return ICE_DISK_FAILED;
+}
+
+static void answer_error(struct server *server, struct session *session, const struct env_message *to,
+                         uint64_t request_id, ice_status status, const struct wire_error *error)
+{
+    server->stats.errors++;
+    reply_error(server, session, to, request_id, status, error->text);
+}
+
+// ---- seal ----
+
+// Sealed already, with exactly these blocks?
+static struct prefix *known_prefix(const struct op *op)
+{
+    struct server *server = op->server;
+    uint32_t blocks;
+    struct prefix *prefix = prefix_find(server, &op->seal_identity, (hashes_t)op->message.vectors, op->blocks, &blocks);
+    return prefix && blocks == op->blocks && prefix->block_count == op->blocks ? prefix : NULL;
+}
+
+ice_status op_check_seal(struct op *op, char *text, size_t capacity)
+{
+    const struct sequence *sequence = op->admissions[0].sequence;
+    const uint64_t length = sequence_length(sequence, 0, sequence->shape.layers);
+    const uint64_t tokens = (uint64_t)op->blocks * sequence->block_tokens;
+    if (tokens <= length)
+        return ICE_OK;
+    snprintf(text, capacity, "%u blocks are %llu tokens, the shortest layer has %llu; seal whole blocks that are there",
+             op->blocks, (unsigned long long)tokens, (unsigned long long)length);
+    return ICE_POSITION_GAP;
+}
+
+bool op_seal_is_known(struct op *op)
+{
+    const struct prefix *prefix = known_prefix(op);
+    if (!prefix)
+        return false;
+    op->prefix_id = prefix->id;
+    op->prefix_known = true;
+    return true;
+}
+
+static void destroy_images(struct op *op)
+{
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        image_destroy(op->server, op->lanes[i].image);
+        op->lanes[i].image = NULL;
+    }
+}
+
+// Reactor, when the keeper has written the manifest, or something has failed.
+static void sealed(struct completion *completion, struct server *server)
+{
+    struct prefix *prefix = (struct prefix *)((char *)completion - offsetof(struct prefix, completion));
+    struct op *op = prefix->op;
+    const ice_status status = prefix->status;
+    prefix->op = NULL;
+    if (status == ICE_OK) {
+        op->prefix_id = prefix->id;
+        prefix_list_add(prefix);
+        log_debug("prefix sealed id=%016llx tokens=%llu bytes=%llu", (unsigned long long)prefix->id,
+                  (unsigned long long)prefix_tokens(prefix), (unsigned long long)prefix_disk_bytes(prefix));
+    } else if (status == ICE_DISK_FAILED) {
+        prefix_abandon(prefix); // perhaps its manifest is there
+    } else {
+        prefix_destroy(prefix);
+    }
+    (void)server;
+    op_finish(op, status, status == ICE_DISK_FAILED ? "the manifest cannot be written; see the daemon's log" : NULL);
+}
+
+void op_sealed_lanes(struct op *op, ice_status status, const char *text)
+{
+    struct server *server = op->server;
+    const struct sequence *sequence = op->admissions[0].sequence;
+    if (status != ICE_OK) {
+        destroy_images(op);
+        op_finish(op, status, text);
+        return;
+    }
+    struct prefix *prefix = prefix_create(server, &op->seal_identity, sequence->lane_count, op->blocks);
+    if (!prefix || server->env->random(server->env, &prefix->id, sizeof prefix->id) != 0) {
+        if (prefix)
+            prefix_destroy(prefix);
+        destroy_images(op);
+        op_finish(op, ICE_INDEX_FULL, NULL);
+        return;
+    }
+    prefix->seed = sequence->seed;
+    memcpy(prefix->hashes, op->message.vectors, (size_t)op->blocks * PREFIX_BLOCK_BYTES);
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        prefix->images[i] = op->lanes[i].image;
+        op->lanes[i].image = NULL;
+    }
+    prefix->op = op;
+    prefix->completion.done = sealed;
+    prefix_write(prefix);
+}
+
+// ---- answered at once ----
+
+void lookup_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                   const struct env_message *message)
+{
+    const Icecache__Wire__SequenceOpen *open = request->lookup->identity;
+    struct wire_error error = {0};
+    struct prefix_identity identity;
+    hashes_t hashes;
+    uint32_t count, blocks;
+    ice_status status = need_disk(server, &error);
+    if (status == ICE_OK)
+        status = hashes_of(message, open->block_tokens, &hashes, &count, &error);
+    if (status != ICE_OK) {
+        answer_error(server, session, message, request->request_id, status, &error);
+        return;
+    }
+    prefix_identity_of(server, open, &identity);
+    prefix_find(server, &identity, hashes, count, &blocks);
+    reply_lookup(server, session, message, request->request_id, (uint64_t)blocks * open->block_tokens);
+}
+
+// As many whole blocks of what matches as are wanted.
+static uint32_t wanted_blocks(const Icecache__Wire__Attach *attach, uint32_t blocks)
+{
+    const uint64_t most = attach->tokens_max / attach->open->block_tokens;
+    return attach->tokens_max == 0 || most >= blocks ? blocks : (uint32_t)most;
+}
+
+void attach_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                   const struct env_message *message)
+{
+    const Icecache__Wire__SequenceOpen *open = request->attach->open;
+    struct wire_error error = {0};
+    struct prefix_identity identity;
+    struct prefix *prefix = NULL;
+    struct sequence *sequence;
+    hashes_t hashes;
+    uint32_t count, blocks = 0;
+    ice_status status = need_disk(server, &error);
+    if (status == ICE_OK)
+        status = hashes_of(message, open->block_tokens, &hashes, &count, &error);
+    if (status == ICE_OK) {
+        prefix_identity_of(server, open, &identity);
+        prefix = prefix_find(server, &identity, hashes, count, &blocks);
+        blocks = prefix ? wanted_blocks(request->attach, blocks) : 0;
+        status = blocks > 0 ? ICE_OK : ICE_UNKNOWN_PREFIX;
+    }
+    const uint64_t tokens = (uint64_t)blocks * open->block_tokens;
+    if (status == ICE_OK)
+        status = sequence_open(server, session, open, &sequence);
+    if (status != ICE_OK) {
+        answer_error(server, session, message, request->request_id, status, &error);
+        return;
+    }
+    sequence->seed = prefix->seed;
+    sequence->attached_tokens = tokens;
+    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
+        sequence->lengths[layer] = tokens;
+    prefix_attach(prefix, sequence);
+    reply_attach(server, session, message, request->request_id, sequence->id, tokens);
+}
+
+void remove_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                   const struct env_message *message)
+{
+    struct prefix *prefix = prefix_by_id(server, request->prefix_remove->prefix_id);
+    if (!prefix) {
+        server->stats.errors++;
+        reply_error(server, session, message, request->request_id, ICE_UNKNOWN_PREFIX, "no sealed prefix has this id");
+        return;
+    }
+    prefix_remove(prefix);
+    reply_error(server, session, message, request->request_id, ICE_OK, NULL);
+}

@@ -19,6 +19,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -305,6 +306,12 @@ static int open_file(struct disk *disk, const struct disk_params *params, char *
 {
     struct env *env = disk->env;
     int error = env->open_data_file(env, disk->directory, DISK_FILE, &disk->file);
+    // The kernel ends the ring of a process that was killed, and with it the lock, some time after the process.
+    const uint64_t until_ns = env_now_ns(env) + DISK_OPEN_WAIT_NS;
+    while (error == -EBUSY && env_now_ns(env) < until_ns) {
+        poll(NULL, 0, 10);
+        error = env->open_data_file(env, disk->directory, DISK_FILE, &disk->file);
+    }
     if (error == -EBUSY)
         return say(text, capacity, error, "%s is in use by another process", params->directory);
     if (error)

@@ -16,6 +16,7 @@
 #define DISK_DEPTH_DEFAULT 32u
 #define DISK_FILE          "data"      // in the directory
 #define DISK_FAILURES_MAX  8u          // one after the other, at different places, until the disk is off
+#define DISK_OPEN_WAIT_NS  2000000000  // for the lock of a process that has just been killed
 #define DISK_CLOSE_WAIT_NS 10000000000 // what disk_close gives a device that hangs, unless it is told otherwise
 
 enum disk_engine { DISK_ENGINE_AUTO, DISK_ENGINE_URING, DISK_ENGINE_THREADS };

@@ -8,6 +8,7 @@
 
 int command_copy(const struct options *options, json_t *rows, json_t *ratios);
 int command_search(const struct options *options, json_t *rows, json_t *ratios);
+int command_spill(const struct options *options, json_t *rows, json_t *ratios);
 int command_step(const struct options *options, json_t *rows, json_t *ratios);
 
 #endif

@@ -33,9 +33,10 @@ int main(int argc, char **argv)
         (void)fputs("icecache-bench: no memory\n", stderr);
         return EXIT_MISSING;
     }
-    code = strcmp(options.command, "search") == 0 ? command_search(&options, rows, ratios)
-           : strcmp(options.command, "copy") == 0 ? command_copy(&options, rows, ratios)
-                                                  : command_step(&options, rows, ratios);
+    code = strcmp(options.command, "search") == 0  ? command_search(&options, rows, ratios)
+           : strcmp(options.command, "copy") == 0  ? command_copy(&options, rows, ratios)
+           : strcmp(options.command, "spill") == 0 ? command_spill(&options, rows, ratios)
+                                                   : command_step(&options, rows, ratios);
     if (code == 0 || code == EXIT_CHECK) {
         if (options.json) {
             (void)json_dumpf(result, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(6));

@@ -8,12 +8,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define PAGE_UNIT 4096u // direct transfers come in pieces of it
+
 static const char help[] =
     "usage: icecache-bench COMMAND [options]\n"
     "\n"
     "commands\n"
     "  search   build, insertion, memory and search of one lane: the tree beside exact scans\n"
     "  copy     bringing a selection of 8 KV heads into a landing: gathered in host memory, and on to a GPU\n"
+    "  spill    pages on their way to a file system and back, by the daemon's disk and by fio\n"
     "  step     the whole node job of one decode step at a model's shape: search and gather of all lanes\n"
     "\n"
     "options (LIST: numbers with commas between them)\n"
@@ -40,6 +43,11 @@ static const char help[] =
     "  --copies N          step: lanes that are made from the same draw of data, or from a trace's lane (64)\n"
     "  --cores LIST        step: threads over the lanes (1)\n"
     "  --no-gather         step: without K and V, which need most of the memory\n"
+    "  --dir DIR           spill: a folder of the file system to measure; one is made in it ($TMPDIR, or here)\n"
+    "  --bytes N           spill: of the file (1073741824)\n"
+    "  --page-bytes N      spill: of a page, a multiple of 4096 (8192)\n"
+    "  --depths LIST       spill: pages in flight, up to 64 (1,4,16,32,64)\n"
+    "  --seconds X         spill: of each measurement (1)\n"
     "\n"
     "exit status: 0, 1 a check inside failed, 2 wrong usage, 3 something needed is missing\n";
 
@@ -66,6 +74,11 @@ enum {
     COPIES,
     CORES,
     NO_GATHER,
+    DIR,
+    BYTES,
+    PAGE_BYTES,
+    DEPTHS,
+    SECONDS,
     HELP
 };
 
@@ -79,7 +92,9 @@ static const struct {
     {PYTHON, "search", NULL},   {SHAPE, "step", NULL},          {COPIES, "step", NULL},
     {CORES, "step", NULL},      {NO_GATHER, "step", NULL},      {TRACE, "search", "step"},
     {DATA, "search", "step"},   {TOKENS, "search", "step"},     {SINKS, "search", "step"},
-    {WINDOW, "search", "step"}, {POLICY, "search", "step"},
+    {WINDOW, "search", "step"}, {POLICY, "search", "step"},     {DIR, "spill", NULL},
+    {BYTES, "spill", NULL},     {PAGE_BYTES, "spill", NULL},    {DEPTHS, "spill", NULL},
+    {SECONDS, "spill", NULL},
 };
 
 static const struct option long_options[] = {
@@ -104,6 +119,11 @@ static const struct option long_options[] = {
     {"copies", required_argument, NULL, COPIES},
     {"cores", required_argument, NULL, CORES},
     {"no-gather", no_argument, NULL, NO_GATHER},
+    {"dir", required_argument, NULL, DIR},
+    {"bytes", required_argument, NULL, BYTES},
+    {"page-bytes", required_argument, NULL, PAGE_BYTES},
+    {"depths", required_argument, NULL, DEPTHS},
+    {"seconds", required_argument, NULL, SECONDS},
     {"help", no_argument, NULL, HELP},
     {NULL, 0, NULL, 0},
 };
@@ -170,12 +190,12 @@ static bool parse_names(const char *option, const char *text, const char *const 
     return true;
 }
 
-static bool parse_share(const char *text, double *out)
+static bool parse_real(const char *text, double least, double most, const char *what, double *out)
 {
     char *end;
     const double value = strtod(text, &end);
-    if (end == text || *end != '\0' || !(value >= 0 && value <= 0.9)) {
-        (void)fprintf(stderr, "icecache-bench: %s: not a share from 0 to 0.9\n", text);
+    if (end == text || *end != '\0' || !(value >= least && value <= most)) {
+        (void)fprintf(stderr, "icecache-bench: %s: not %s from %g to %g\n", text, what, least, most);
         return false;
     }
     *out = value;
@@ -239,7 +259,7 @@ static bool set(struct options *options, int option, const char *text)
     case POLICY:
         return parse_names("policy", text, policy_names, options->policies);
     case INSERT_SHARE:
-        return parse_share(text, &options->insert_share);
+        return parse_real(text, 0, 0.9, "a share", &options->insert_share);
     case PYTHON:
         options->python = text;
         return true;
@@ -252,6 +272,17 @@ static bool set(struct options *options, int option, const char *text)
     case NO_GATHER:
         options->pages = false;
         return true;
+    case DIR:
+        options->folder = text;
+        return true;
+    case BYTES:
+        return parse_number(text, (uint64_t)1 << 20, (uint64_t)1 << 40, &options->bytes);
+    case PAGE_BYTES:
+        return parse_u32(text, PAGE_UNIT, 1u << 20, &options->page_bytes);
+    case DEPTHS:
+        return parse_list(text, 1, 64, &options->depths);
+    case SECONDS:
+        return parse_real(text, 0.05, 600, "seconds", &options->seconds);
     default:
         return false;
     }
@@ -300,6 +331,9 @@ static void set_defaults(struct options *options)
     if (options->cores.count == 0) {
         options->cores = (struct option_list){1, {1}};
     }
+    if (options->depths.count == 0) {
+        options->depths = (struct option_list){5, {1, 4, 16, 32, 64}};
+    }
     if (!options->kinds[0] && !options->kinds[1] && options->trace_count == 0) {
         options->kinds[DATA_ATTENTION] = true;
     }
@@ -317,8 +351,12 @@ static bool is_valid(const struct options *options)
             return false;
         }
     }
+    if (options->page_bytes % PAGE_UNIT != 0) {
+        (void)fprintf(stderr, "icecache-bench: --page-bytes must be a multiple of %u\n", PAGE_UNIT);
+        return false;
+    }
     if (strcmp(options->command, "search") != 0 && strcmp(options->command, "step") != 0 &&
-        strcmp(options->command, "copy") != 0) {
+        strcmp(options->command, "copy") != 0 && strcmp(options->command, "spill") != 0) {
         (void)fprintf(stderr, "icecache-bench: %s: no such command; --help lists them\n", options->command);
         return false;
     }
@@ -339,6 +377,9 @@ int options_parse(struct options *options, int argc, char **argv)
         .window = 64,
         .copies = 64,
         .pages = true,
+        .bytes = (uint64_t)1 << 30,
+        .page_bytes = 8192,
+        .seconds = 1,
     };
     uint64_t given = 0;
     for (int option; (option = getopt_long(argc, argv, "", long_options, NULL)) != -1;) {

@@ -29,6 +29,11 @@ struct options {
     struct option_list tokens, head_dims, query_heads, budgets, cores;
     const char *shape, *python;
     uint32_t sinks, window, copies;
+    const char *folder; // spill: where its folder is made; NULL: TMPDIR or here
+    uint64_t bytes;     // spill: of the file, at least page_bytes
+    uint32_t page_bytes;
+    double seconds; // spill: of one measurement
+    struct option_list depths;
     bool pages; // step: with the gather of K and V, which needs their memory
 };
 

@@ -3,6 +3,7 @@
 usage: smoke.py ICECACHE_BENCH TRACE FAKE_CUDA"""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ MASS_KEYS = {"exact", "token_wise", "page_wise", "partition_optimum", "sequentia
 STEP_KEYS = {"method", "budget", "cores", "search_ms", "gather_ms", "share", "share_mean", "bytes_per_key",
              "scanned_share", "lanes", "cold", "build_s", "insert_us_per_key"}
 COPY_KEYS = {"path", "bytes", "pieces", "us", "gb_per_s"}
+SPILL_KEYS = {"engine", "op", "depth", "page_bytes", "pages_per_s", "pages_per_s_min", "pages_per_s_max",
+              "cpu_us_per_page", "p50_us", "p99_us"}
 TREES = ("tree", "tree-promotion")
 SEARCH_RATIOS = {"tree_over_i8_at_0.95", "tree_over_best_peer_at_0.95", "tree_over_i8_at_share_0.98"}
 
@@ -38,7 +41,8 @@ def run_json(bench, *arguments):
     result = json.loads(run(bench, *arguments, "--json"))
     check(OBJECT_KEYS <= result.keys(), f"keys of the object: {sorted(result)}")
     check(MACHINE_KEYS <= result["machine"].keys(), f"keys of the machine: {sorted(result['machine'])}")
-    check(result["command"] == arguments[0] and result["rows"] and result["ratios"], "command, rows or ratios")
+    check(result["command"] == arguments[0] and result["rows"], "command or rows")
+    check(result["ratios"] or arguments[0] == "spill", "ratios")
     return result
 
 
@@ -110,6 +114,43 @@ def check_copy(result, paths):
         check(ratio["over_memcpy"] > 0 and ("over_link" in ratio) == ("cuda-link" in paths), f"ratio {ratio}")
 
 
+def check_spill(result, engines, depths):
+    rows = result["rows"]
+    wanted = [(engine, op, depth) for engine in engines for op in ("read", "write") for depth in depths]
+    check([(row["engine"], row["op"], row["depth"]) for row in rows] == wanted, f"rows of spill: {rows}")
+    for row in rows:
+        check(SPILL_KEYS <= row.keys(), f"spill lacks {SPILL_KEYS - row.keys()}")
+        check(0 < row["p50_us"] <= row["p99_us"] and row["cpu_us_per_page"] > 0, f"spill: {row}")
+        check(0 < row["pages_per_s_min"] <= row["pages_per_s"] <= row["pages_per_s_max"], f"spill: {row}")
+    ratios = result["ratios"]
+    check(bool(ratios) == ("fio" in engines), f"ratios of spill: {ratios}")
+    if ratios:
+        for op in ("read", "write"):
+            of = [ratios[f"depth={depth}"][f"{op}_over_fio"] for depth in depths]
+            check(ratios[f"{op}_over_fio_min"] == min(of) > 0, f"worst depth: {ratios}")
+        check(ratios["cpu_over_fio_max"] > 0, f"ratio of CPU: {ratios}")
+
+
+# Here, with and without fio; nothing is left in the folder.
+def run_spill(bench):
+    small = ("spill", "--rounds", "1", "--seconds", "0.1", "--bytes", "4194304", "--depths", "1,8")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        done = subprocess.run([bench, *small, "--dir", folder, "--json"], capture_output=True, text=True)
+        ring = () if "no io_uring" in done.stderr else ("io_uring",)
+        fio = ("fio",) if ring and shutil.which("fio") else ()
+        check(done.returncode == 0 and ("no fio" in done.stderr) == (bool(ring) and not fio), f"spill: {done}")
+        check_spill(run_json(bench, *small, "--dir", folder), (*ring, "pread", *fio), (1, 8))
+        path = os.environ["PATH"]
+        os.environ["PATH"] = folder
+        check_spill(run_json(bench, *small, "--dir", folder, "--page-bytes", "65536"), (*ring, "pread"), (1, 8))
+        os.environ["PATH"] = path
+        check(os.listdir(folder) == [], f"spill leaves {os.listdir(folder)}")
+    run(bench, *small, "--dir", "/nowhere", wanted=3)
+    run(bench, *small, "--page-bytes", "5000", wanted=2)
+    run(bench, *small, "--depths", "65", wanted=2)
+    run(bench, "copy", "--depths", "1", wanted=2)  # spill's
+
+
 def main():
     bench, trace, fake_cuda = sys.argv[1:]
     copy = ("copy", "--rounds", "1", "--budget", "32,64")
@@ -120,6 +161,7 @@ def main():
         os.environ.update(ICECACHE_CUDA_LIBRARY=fake_cuda, FAKE_CUDA_DIR=folder)
         check_copy(run_json(bench, *copy), (*host, "cuda-link", "cuda-copy", "cuda-push"))
     run(bench, "copy", "--tokens", "512", wanted=2)  # of the others
+    run_spill(bench)
     small = ("--rounds", "1", "--seeds", "1")
     search = run_json(bench, "search", *small, "--data", "attention,gauss", "--tokens", "1024", "--head-dim", "64",
                       "--query-heads", "1,2", "--queries", "4", "--budget", "32,64")

@@ -11,6 +11,16 @@ static bool may_sleep(const struct sequence *sequence)
            !sequence->session->dead && !sequence->asleep && sequence->lengths[0] > 0;
 }
 
+// Requests that make few pages are not told beforehand how much room there is: some is kept for them.
+static void keep_disk_room(struct server *server)
+{
+    struct extents_usage usage;
+    extents_usage(server->extents, &usage);
+    if (server->config->prefix_evict && server->prefixes.removing == 0 &&
+        usage.used_bytes > usage.capacity_bytes - usage.capacity_bytes / 32)
+        (void)prefix_evict(server);
+}
+
 static bool memory_is_short(struct server *server)
 {
     return budget_used(&server->index_budget) > server->index_budget.cap_bytes / 8 * 7;
@@ -24,6 +34,7 @@ uint64_t idle_look(struct server *server, uint64_t now_ns)
     if (now_ns < server->idle_look_ns)
         return server->idle_look_ns;
     server->idle_look_ns = now_ns + SERVER_IDLE_LOOK_NS;
+    keep_disk_room(server);
     const bool short_of = memory_is_short(server);
     struct sequence *longest = NULL;
     for (struct session *session = server->sessions; session; session = session->next) {

@@ -84,7 +84,8 @@ void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t
 static inline const uint8_t *lane_token(const struct lane *lane, struct index_place place, size_t token_bytes)
 {
     struct page *page = &lane->pages[place.page];
-    page->visited = 1;
+    if (!page->visited) // mostly it is: then its cache line stays shared
+        page->visited = 1;
     return page->memory ? page->memory + place.row * token_bytes : NULL;
 }
 // Memory of the lane's, counted as the index's. NULL: none. release accepts NULL.

@@ -208,6 +208,28 @@ static ice_status check_begin(struct op *op, char *text)
     }
 }
 
+// The spill file is full: a sealed prefix that nobody uses goes, and the op begins again when it is gone. False: none.
+static bool makes_room(struct op *op)
+{
+    struct server *server = op->server;
+    if (server->prefixes.removing == 0 && !(server->config->prefix_evict && prefix_evict(server)))
+        return false;
+    op->room_next = server->room_waiting;
+    server->room_waiting = op;
+    return true;
+}
+
+void op_retry_waiting(struct server *server)
+{
+    struct op *op = server->room_waiting;
+    server->room_waiting = NULL;
+    while (op) {
+        struct op *next = op->room_next; // op may wait again, or end
+        op_begin(op);
+        op = next;
+    }
+}
+
 static enum op_phase first_phase(const struct op *op)
 {
     switch (op->kind) {
@@ -235,6 +257,8 @@ static void op_begin(struct op *op)
     }
     char text[TEXT_BYTES] = "";
     ice_status status = check_begin(op, text);
+    if (status == ICE_SPILL_FULL && makes_room(op))
+        return;
     if (status != ICE_OK) {
         op_finish(op, status, text);
         return;
@@ -309,6 +333,7 @@ struct op_totals op_totals(const struct op *op)
         const struct op_lane *part = &op->lanes[i];
         begun_ns = part->begun_ns < begun_ns ? part->begun_ns : begun_ns;
         totals.search_ns = part->search_ns > totals.search_ns ? part->search_ns : totals.search_ns;
+        totals.fetch_ns = part->fetch_ns > totals.fetch_ns ? part->fetch_ns : totals.fetch_ns;
         totals.copy_ns = part->copy_ns > totals.copy_ns ? part->copy_ns : totals.copy_ns;
         totals.partial |= part->partial;
         totals.bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
@@ -350,6 +375,7 @@ static void note_stats(struct op *op, ice_status status)
     stats->bytes_moved += totals.bytes_moved;
     histogram_add(&stats->queue, totals.queue_ns);
     histogram_add(&stats->search, totals.search_ns);
+    histogram_add(&stats->fetch, totals.fetch_ns);
     histogram_add(&stats->copy, totals.copy_ns);
     histogram_add(&stats->total, now - op->received_ns);
     for (uint32_t i = 0; i < op->sequence_count; i++)

@@ -35,7 +35,7 @@ struct op_lane {
     uint32_t *positions; // of the slots, where the worker asked for them in the reply
     float mass;
     uint64_t indexed, version;
-    uint64_t begun_ns, search_ns, copy_ns, searched_ns;
+    uint64_t begun_ns, search_ns, fetch_ns, copy_ns, searched_ns;
     struct image *image;         // of PHASE_SAVE
     struct op_lane *parked_next; // waits for pages or for room (shard->parked)
     uint64_t parked_until_ns;    // 0: has not waited in this phase
@@ -79,7 +79,8 @@ struct op {
     struct op *session_previous, *session_next; // in flight
     uint32_t admissions_missing;
     bool rows_taken;
-    uint64_t prefix_id; // seal: what has come of it
+    struct op *room_next; // waits for room on the disk (server->room_waiting)
+    uint64_t prefix_id;   // seal: what has come of it
     bool prefix_known;
     struct completion completion;
 
@@ -113,11 +114,13 @@ void op_detach(struct op *op);
 ICE_MUST_CHECK ice_status op_check_seal(struct op *op, char *text, size_t capacity);
 bool op_seal_is_known(struct op *op);
 void op_sealed_lanes(struct op *op, ice_status status, const char *text);
+// What has waited for room on the disk begins again.
+void op_retry_waiting(struct server *server);
 // A sequence falls asleep, lane by lane, unless a request comes.
 void op_sleep_sequence(struct server *server, struct sequence *sequence);
 // What a retrieve took and moved, over its lanes: the phases in parallel, so the slowest lane's. Done ops only.
 struct op_totals {
-    uint64_t queue_ns, search_ns, copy_ns, bytes_moved;
+    uint64_t queue_ns, search_ns, fetch_ns, copy_ns, bytes_moved;
     bool partial;
 };
 struct op_totals op_totals(const struct op *op);

@@ -261,13 +261,13 @@ static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
     part->count = copy_range(part, &target, slot, plan->window_from, plan->window_from + plan->window);
 }
 
-// The selection is in its slots: the worker may see it.
-static void end_copy(struct op_lane *part)
+// The selection is in its slots: the worker may see it. *spent_ns: what it has taken since it was known.
+static void end_copy(struct op_lane *part, uint64_t *spent_ns)
 {
     const struct op *op = part->op;
     const uint32_t row = op->rows[part->sequence_index];
     op->landing->ops->submit(op->landing->memory, row, op->layer, part->lane->kv_head, part->count);
-    part->copy_ns = env_now_ns(op->server->env) - part->searched_ns;
+    *spent_ns = env_now_ns(op->server->env) - part->searched_ns;
 }
 
 static bool out_of_time(const struct op *op)
@@ -321,7 +321,7 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
         return status == ICE_OK ? LANE_WAITS : status;
     }
     copy_selection(part, &plan);
-    end_copy(part);
+    end_copy(part, &part->copy_ns);
     return ICE_OK;
 }
 
@@ -418,7 +418,7 @@ static void finish(struct op_lane *part, ice_status status)
 void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status)
 {
     if (status == ICE_OK && part->op->kind == OP_RETRIEVE) {
-        end_copy(part);
+        end_copy(part, &part->fetch_ns); // nearly all of it was waiting
     } else if (status == ICE_OK && part->op->kind == OP_SLEEP) {
         lane_fall_asleep(part->lane, shard, part->image);
         part->image = NULL;

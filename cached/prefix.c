@@ -225,11 +225,13 @@ static void removed(struct completion *completion, struct server *server)
     if (prefix->status != ICE_OK) {
         log_error("the manifest of sealed prefix %016llx cannot be removed; its room stays taken until the next start",
                   (unsigned long long)prefix->id);
+        op_retry_waiting(server);
         return;
     }
     prefix->unlinked = true;
     if (prefix->attached == 0)
         prefix_destroy(prefix);
+    op_retry_waiting(server);
 }
 
 void prefix_abandon(struct prefix *prefix)

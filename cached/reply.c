@@ -184,6 +184,7 @@ static void fill_retrieve(const struct op *op, struct retrieve_arrays *arrays, I
     body->bytes_moved = totals.bytes_moved;
     body->queue_us = (uint32_t)(totals.queue_ns / 1000);
     body->search_us = (uint32_t)(totals.search_ns / 1000);
+    body->fetch_us = (uint32_t)(totals.fetch_ns / 1000);
     body->copy_us = (uint32_t)(totals.copy_ns / 1000);
 }
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#define PHASES 6u
+#define PHASES 7u
 
 struct phase_rows {
     Icecache__Wire__PhaseStats rows[PHASES];
@@ -23,7 +23,7 @@ static void fill_phases(const struct server_stats *stats, struct phase_rows *pha
         const char *name;
         const struct histogram *histogram;
     } all[PHASES] = {
-        {"queue", &stats->queue}, {"search", &stats->search}, {"copy", &stats->copy},
+        {"queue", &stats->queue}, {"search", &stats->search}, {"fetch", &stats->fetch}, {"copy", &stats->copy},
         {"total", &stats->total}, {"append", &stats->append}, {"read", &stats->read},
     };
     for (uint32_t i = 0; i < PHASES; i++) {

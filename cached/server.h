@@ -34,7 +34,7 @@
 // Counters and latencies of requests. Reactor only.
 struct server_stats {
     uint64_t retrieves, retrieves_partial, appends, reads, errors, bytes_moved, sessions_reclaimed;
-    struct histogram queue, search, copy, total, append, read;
+    struct histogram queue, search, fetch, copy, total, append, read;
 };
 
 struct server {
@@ -74,7 +74,8 @@ struct server {
     struct session *sessions, *graveyard;
     struct sequence *sequences[SERVER_HASH_BUCKETS];
     struct prefixes prefixes;
-    uint64_t idle_look_ns; // when sequences are looked at for sleep next
+    struct op *room_waiting; // for sealed prefixes to go
+    uint64_t idle_look_ns;   // when sequences are looked at for sleep next
     struct server_stats stats;
 };
 

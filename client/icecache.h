@@ -332,7 +332,8 @@ struct ice_retrieve_result {
     const uint64_t *indexed;  // as ice_sequence_info says it, at the time
     const uint64_t *versions; // tree versions
     uint64_t bytes_moved;
-    uint32_t queue_us, search_us, copy_us; // spent in the daemon
+    // Spent in the daemon; fetch_us: waiting for pages from its disk.
+    uint32_t queue_us, search_us, fetch_us, copy_us;
 };
 
 // After an error the cells of this layer in the rows named are undefined (other layers' are not touched).

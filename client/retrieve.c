@@ -318,6 +318,7 @@ static ice_status result_fill(const ice_ticket *ticket, struct ice_retrieve_resu
             .bytes_moved = found->bytes_moved,
             .queue_us = found->queue_us,
             .search_us = found->search_us,
+            .fetch_us = found->fetch_us,
             .copy_us = found->copy_us,
         };
     }

@@ -129,7 +129,7 @@ static void check_keys(const json_t *object, const char *const *keys)
 
 static void check_phases(const json_t *stats, uint64_t retrieves, uint64_t appends, uint64_t reads)
 {
-    static const char *const names[] = {"queue", "search", "copy", "total", "append", "read"};
+    static const char *const names[] = {"queue", "search", "fetch", "copy", "total", "append", "read"};
     static const char *const keys[] = {"count", "p50_us", "p99_us", "p999_us", "max_us", NULL};
     const json_t *phases = json_object_get(stats, "phases");
     assert_int_equal(json_object_size(phases), 6);

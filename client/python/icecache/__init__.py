@@ -360,6 +360,7 @@ class Selection:
     bytes_moved: int
     queue_us: int
     search_us: int
+    fetch_us: int
     copy_us: int
 
 
@@ -374,6 +375,7 @@ def _selection(result):
         result.bytes_moved,
         result.queue_us,
         result.search_us,
+        result.fetch_us,
         result.copy_us,
     )
 

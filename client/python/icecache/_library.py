@@ -189,6 +189,7 @@ class RetrieveResult(ctypes.Structure):
         ("bytes_moved", c_uint64),
         ("queue_us", c_uint32),
         ("search_us", c_uint32),
+        ("fetch_us", c_uint32),
         ("copy_us", c_uint32),
     ]
 

@@ -52,6 +52,13 @@ static bool is_size(float x, float most)
     return x >= 0.0f && x <= most; // not when it is NaN
 }
 
+static bool is_nothing(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits == 0; // neither next to it nor -0
+}
+
 static float norm2_most(const struct index_load *load, float factor)
 {
     return factor * load->header.norm2_max + NORM2_LEAST;
@@ -133,15 +140,15 @@ static enum index_status accept_header(struct index_load *load)
 
 static enum index_status accept_base(struct index_load *load)
 {
-    struct index *index = load->index;
-    const bool is_nothing = index->root == TREE_NONE || index->policy == INDEX_PROMOTION;
-    float most = is_nothing ? 0.0f : norm2_most(load, BASE_MOST);
-    bool is_right = true;
-    for (uint32_t i = 0; i < index->head_dim; i++) { // each, as no sum may overflow
-        is_right = is_right && index->base[i] * index->base[i] <= most;
+    const struct index *index = load->index;
+    const bool has_none = index->root == TREE_NONE || index->policy == INDEX_PROMOTION;
+    const float most = norm2_most(load, BASE_MOST);
+    for (uint32_t i = 0; i < index->head_dim; i++) {
+        if (!is_size(index->base[i] * index->base[i], most) || (has_none && !is_nothing(index->base[i]))) {
+            return INDEX_INVALID;
+        }
     }
-    return is_right && is_size(index->kernel->dot(index->base, index->base, index->head_dim), most) ? INDEX_OK
-                                                                                                    : INDEX_INVALID;
+    return is_size(index->kernel->dot(index->base, index->base, index->head_dim), most) ? INDEX_OK : INDEX_INVALID;
 }
 
 // ---- places and pages ----
@@ -231,7 +238,7 @@ static bool accept_upper(struct index_load *load, const struct image_node *recor
     const uint32_t bound = is_low ? load->header.cell_blocks.bound : load->header.node_blocks.bound;
     if (record->count < 1 || record->count > load->index->node_max ||
         record->part_count != (record->count + DCI_LANES - 1) / DCI_LANES || record->run_parts != 0 ||
-        record->spread2 != 0.0f) {
+        !is_nothing(record->spread2)) {
         return false;
     }
     for (uint32_t part = 0; part < record->part_count; part++) {
@@ -369,7 +376,7 @@ static bool accept_entry(const struct index_load *load, const struct node *owner
     entry.unit = entry.reach = 0.0f;
     if (owner->level == 2) {
         dci_cell_summarise(index, dci_node(index, entry.child), &entry);
-    } else if (entry.far != 0.0f) {
+    } else if (!is_nothing(entry.far)) {
         return false;
     }
     dci_entry_write(index, owner, lane, &entry);
@@ -395,7 +402,7 @@ static bool accept_used_block(struct index_load *load, uint32_t id, struct dci_b
     for (uint32_t i = 0; i < DCI_LANES; i++) {
         const uint32_t lane = part * DCI_LANES + i;
         if (lane >= owner->count) {
-            if (block->child[i] != TREE_NONE || record->step[i] != 0.0f || record->far[i] != 0.0f) {
+            if (block->child[i] != TREE_NONE || !is_nothing(record->step[i]) || !is_nothing(record->far[i])) {
                 return false;
             }
         } else if (!adopt(load, record->owner, lane, block->child[i]) || !accept_entry(load, owner, lane)) {
@@ -423,7 +430,7 @@ static enum index_status accept_block(struct index_load *load)
         return accept_used_block(load, id, block) ? INDEX_OK : INDEX_INVALID;
     }
     for (uint32_t i = 0; i < DCI_LANES; i++) {
-        if (block->child[i] != TREE_NONE || block->step[i] != 0.0f || block->far[i] != 0.0f) {
+        if (block->child[i] != TREE_NONE || !is_nothing(block->step[i]) || !is_nothing(block->far[i])) {
             return INDEX_INVALID;
         }
     }
@@ -525,7 +532,7 @@ static enum index_status accept_tail(struct index_load *load)
         }
         const float most = is_live ? norm2_most(load, TAIL_MOST) : 0.0f;
         if (!is_size(step, FLT_MAX) || !is_size(step * step, most) || !is_size(step * step * (float)size2, most) ||
-            (!is_live && size2 != 0)) {
+            (!is_live && (size2 != 0 || !is_nothing(step)))) {
             return INDEX_INVALID;
         }
         block->step[lane] = step;

@@ -43,7 +43,7 @@ static void refresh(struct index *index, uint32_t id)
     struct node *cell = dci_node(index, id);
     struct entry entry;
     if (cell->count == 0) {
-        dci_slab_release(&index->runs[cell->run_parts - 1], cell->run);
+        dci_run_release(index, cell->run, cell->run_parts);
         dci_node_remove(index, id);
         return;
     }

@@ -38,6 +38,9 @@ static bool slab_begin(struct index *index, struct dci_slab *slab, const struct 
     }
     slab->bound = ids->bound;
     slab->used = ids->bound - ids->free;
+    for (uint32_t id = 0; slab == &index->nodes && id < ids->bound; id++) {
+        dci_node(index, id)->level = 0; // not met yet; whoever drops the load looks for cells' runs
+    }
     return true;
 }
 
@@ -139,7 +142,8 @@ static enum index_status await_run(struct index_load *load)
         await(load, dci_lows(index, cell, 0), dci_image_lows_bytes(index, cell->part_count));
         return INDEX_OK;
     }
-    if (!dci_slab_acquire(&index->runs[cell->run_parts - 1], &index->memory, &cell->run)) {
+    cell->run = dci_run_acquire(index, cell->run_parts);
+    if (cell->run == NULL) {
         return INDEX_NO_MEMORY;
     }
     await(load, dci_rows(index, cell, 0), dci_image_tops_bytes(index, cell->part_count));

@@ -159,6 +159,35 @@ static void begins_anew_after_nothing(void **state)
     free(keys);
 }
 
+// What a lane no longer needs goes back at once: codes with their cells, whichever these were.
+static void memory_comes_back(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(79);
+    struct index_params params = params_of(16, INDEX_MEANS);
+    params.head_dim = 128;
+    unsigned char *keys = keys_make(KEYS_CLUSTERED, params.dtype, params.head_dim, 8000, &rng);
+    struct heap heap = {0};
+    struct owner owner = owner_begin(&params, &heap, keys);
+    fill(&owner, 1000, 1000);
+    const uint64_t small = index_bytes(owner.index);
+    fill(&owner, 8000, 1000);
+    const uint64_t full = index_bytes(owner.index);
+    owner_truncate(&owner, 1000);
+    owner_build(&owner, 100000);
+    owner_verify(&owner);
+    const uint64_t cut = index_bytes(owner.index);
+    owner_truncate(&owner, 0);
+    const uint64_t empty = index_bytes(owner.index);
+    printf("1000 tokens %llu bytes, 8000 tokens %llu, cut to 1000 %llu, to none %llu\n", (unsigned long long)small,
+           (unsigned long long)full, (unsigned long long)cut, (unsigned long long)empty);
+    assert_true(cut < full / 4);
+    assert_true(empty < full / 10);
+    owner_end(&owner);
+    assert_int_equal(heap.blocks, 0);
+    free(keys);
+}
+
 // Cells that a truncation has left ragged are mended by the next builds.
 static void cells_are_mended(void **state)
 {
@@ -472,6 +501,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(truncates_to_any_length),
         cmocka_unit_test(begins_anew_after_nothing),
+        cmocka_unit_test(memory_comes_back),
         cmocka_unit_test(cells_are_mended),
         cmocka_unit_test(erases_single_tokens),
         cmocka_unit_test(erases_the_tail),

@@ -46,7 +46,8 @@ struct hit {
     uint32_t need;         // divides: number of its first page among those needed
     uint32_t draft, draft_count;
     bool divides, begun;
-    uint32_t run, run_parts; // joins: the longer run that it needs; run_parts 0: none
+    unsigned char *run; // joins: the longer run that it needs, or NULL, and for how many pages
+    uint32_t run_parts;
 };
 
 struct batch {

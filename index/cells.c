@@ -83,7 +83,8 @@ static bool join(struct index *index, struct hit *hit)
         return false;
     }
     if (parts > cell->run_parts) {
-        if (!dci_slab_acquire(&index->runs[parts - 1], &index->memory, &hit->run)) {
+        hit->run = dci_run_acquire(index, parts);
+        if (hit->run == NULL) {
             return false;
         }
         hit->run_parts = parts;
@@ -189,8 +190,9 @@ static bool cell_create(struct index *index, uint32_t begin, uint32_t n)
     }
     struct node *node = dci_node(index, draft->node);
     *node = (struct node){.parent = TREE_NONE, .lane = TREE_NONE, .level = 1};
-    node->run_parts = (n + index->page_tokens - 1) / index->page_tokens;
-    if (!dci_slab_acquire(&index->runs[node->run_parts - 1], &index->memory, &node->run)) {
+    node->run_parts = (uint8_t)((n + index->page_tokens - 1) / index->page_tokens);
+    node->run = dci_run_acquire(index, node->run_parts);
+    if (node->run == NULL) {
         dci_node_release(index, draft->node);
         return false;
     }
@@ -264,10 +266,10 @@ void dci_hit_discard(struct index *index, const struct hit *hit)
     for (uint32_t i = hit->draft_count; i > 0; i--) {
         const uint32_t id = dci_draft(index->batch, hit->draft + i - 1)->node;
         const struct node *node = dci_node(index, id);
-        dci_slab_release(&index->runs[node->run_parts - 1], node->run);
+        dci_run_release(index, node->run, node->run_parts);
         dci_node_release(index, id);
     }
-    if (hit->run_parts > 0) {
-        dci_slab_release(&index->runs[hit->run_parts - 1], hit->run);
+    if (hit->run != NULL) {
+        dci_run_release(index, hit->run, hit->run_parts);
     }
 }

@@ -14,16 +14,16 @@ static void note(struct index *index, uint32_t number)
 // The run of a cell that gets more pages than there is room for.
 static void lengthen(struct index *index, struct node *cell, const struct hit *hit)
 {
-    if (hit->run_parts == 0) {
+    if (hit->run == NULL) {
         return;
     }
     const struct node old = *cell;
     const size_t blocks = (size_t)cell->part_count * index->page_blocks;
     cell->run = hit->run;
-    cell->run_parts = hit->run_parts;
+    cell->run_parts = (uint8_t)hit->run_parts;
     memcpy(dci_rows(index, cell, 0), dci_rows(index, &old, 0), blocks * index->rows_stride);
     memcpy(dci_lows(index, cell, 0), dci_lows(index, &old, 0), blocks * DCI_LANES * index->code_row_bytes);
-    dci_slab_release(&index->runs[old.run_parts - 1], old.run);
+    dci_run_release(index, old.run, old.run_parts);
 }
 
 static void commit_join(struct index *index, const struct hit *hit)
@@ -82,7 +82,7 @@ static void forget_cell(struct index *index, uint32_t cell)
 {
     struct node *node = dci_node(index, cell);
     node->part_count = 0;
-    dci_slab_release(&index->runs[node->run_parts - 1], node->run);
+    dci_run_release(index, node->run, node->run_parts);
 }
 
 static void commit_divide(struct index *index, const struct hit *hit)
@@ -111,7 +111,7 @@ static void commit_divide(struct index *index, const struct hit *hit)
 // Asks for the rows that a hit's first token goes to.
 static void ask_for_rows(const struct index *index, const struct hit *hit)
 {
-    if (!hit->divides && hit->run_parts == 0) {
+    if (!hit->divides && hit->run == NULL) {
         const struct spot *spot = &index->batch->spots[index->batch->order[hit->first]];
         dci_ask_for(dci_rows_of(index, dci_node(index, hit->cell), spot->part, spot->row), index->rows_stride);
     }

@@ -8,8 +8,11 @@
 #include <math.h>
 #include <string.h>
 
+#define ROUNDING 1.001f // of sums of squares
+
 struct released {
     uint32_t *pages, *count;
+    float norm2; // of the open tokens that went, the largest at most
 };
 
 static void release_page(struct index *index, uint32_t page, struct released *released)
@@ -43,7 +46,7 @@ static void refresh(struct index *index, uint32_t id)
     struct node *cell = dci_node(index, id);
     struct entry entry;
     if (cell->count == 0) {
-        dci_slab_release(&index->runs[cell->run_parts - 1], cell->run);
+        dci_run_release(index, cell->run, cell->run_parts);
         dci_node_remove(index, id);
         return;
     }
@@ -93,10 +96,46 @@ static bool is_clustered(const struct index *index, uint32_t position)
     return position >= index->head && position < index->indexed;
 }
 
+// The most that the squared norm of an open token's key can be: each coordinate is half a step from its code at most.
+static float open_norm2(const struct index *index, uint32_t position)
+{
+    const struct dci_block *block = dci_tail_block(index, position);
+    const uint32_t lane = position % DCI_LANES;
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < index->head_dim; i++) {
+        const int32_t code = block->codes[((size_t)i / 4 * DCI_LANES + lane) * 4 + i % 4] - DCI_CODE_ZERO;
+        sum += (uint32_t)(code * code);
+    }
+    const float norm = block->step[lane] * (sqrtf((float)sum) + 0.5f * sqrtf((float)index->head_dim));
+    return ROUNDING * norm * norm;
+}
+
+// The largest norm of all keys falls with the token that had it, as far as can be told: tokens of the tree may have
+// had the largest norm there as long as there is a tree.
+static void lower_norm(struct index *index, float gone)
+{
+    const bool tree_went = index->root == TREE_NONE && index->tree_norm2_max > 0.0f;
+    index->tree_norm2_max = tree_went ? 0.0f : index->tree_norm2_max;
+    if (gone < index->norm2_max && !tree_went) {
+        return;
+    }
+    float norm2 = ROUNDING * index->tree_norm2_max;
+    for (uint32_t p = 0; norm2 < index->norm2_max && p < index->length; p++) {
+        p = p >= index->head && p < index->indexed ? index->indexed : p;
+        if (p < index->length && *dci_place(index, p) != TREE_NONE) {
+            const float own = open_norm2(index, p);
+            norm2 = own > norm2 ? own : norm2;
+        }
+    }
+    index->norm2_max = norm2 < index->norm2_max ? norm2 : index->norm2_max;
+}
+
 // A token of head or tail.
 static void forget_open(struct index *index, uint32_t position, struct released *released)
 {
     const uint32_t page = dci_place_of(index, position).page;
+    const float norm2 = open_norm2(index, position);
+    released->norm2 = norm2 > released->norm2 ? norm2 : released->norm2;
     *dci_place(index, position) = TREE_NONE;
     dci_tail_block(index, position)->rows[position % DCI_LANES] = 0.0f;
     if (index_page_rows(index, page) == 0) {
@@ -117,7 +156,7 @@ static void note(struct index *index, uint64_t event)
 
 void index_erase(struct index *index, uint64_t position, uint32_t *pages, uint32_t *count)
 {
-    struct released released = {pages, count};
+    struct released released = {.pages = pages, .count = count};
     *count = 0;
     assert(position < index->length);
     void_build(index);
@@ -129,6 +168,7 @@ void index_erase(struct index *index, uint64_t position, uint32_t *pages, uint32
     } else {
         forget_open(index, (uint32_t)position, &released);
     }
+    lower_norm(index, released.norm2);
     note(index, position);
 }
 
@@ -149,7 +189,7 @@ static void refresh_all(struct index *index)
 
 void index_truncate(struct index *index, uint64_t length, uint32_t *pages, uint32_t *count)
 {
-    struct released released = {pages, count};
+    struct released released = {.pages = pages, .count = count};
     *count = 0;
     if (length >= index->length) {
         return;
@@ -179,6 +219,7 @@ void index_truncate(struct index *index, uint64_t length, uint32_t *pages, uint3
         dci_tail_trim(index, end);
     }
     dci_store_trim(&index->places, &index->memory, end);
+    lower_norm(index, released.norm2);
     note(index, UINT64_MAX - end);
     if (index->root == TREE_NONE) {
         index->ragged = false;

@@ -1,4 +1,4 @@
-// The layout of an index as bytes. Private to save.c and load.c.
+// The layout of an index as bytes. Private to save.c, load.c and accept.c.
 //
 // An image is a sequence of sections without gaps; a section is a sequence of items, whose number the header says. All
 // numbers are little-endian, floats IEEE binary32; nothing is padded or aligned. Numbers that say "none" are

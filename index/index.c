@@ -19,7 +19,6 @@
 #define PAGES_SHIFT  6u
 #define NODES_SHIFT  4u
 #define BLOCKS_SHIFT 2u
-#define RUNS_SHIFT   2u
 
 static bool params_are_valid(const struct index_params *params)
 {
@@ -57,9 +56,6 @@ static void stores_init(struct index *index)
     dci_slab_init(&index->cell_blocks, block_bytes, BLOCKS_SHIFT);
     dci_slab_init(&index->node_blocks, block_bytes, BLOCKS_SHIFT);
     dci_store_init(&index->tail, block_bytes, TAIL_SHIFT);
-    for (uint32_t parts = 1; parts <= index->cell_parts; parts++) {
-        dci_slab_init(&index->runs[parts - 1], dci_run_bytes(index, parts), RUNS_SHIFT);
-    }
 }
 
 enum index_status index_create(const struct index_params *params, const struct index_allocator *allocator,
@@ -108,12 +104,15 @@ void index_destroy(struct index *index)
     dci_store_fini(&index->places, &index->memory);
     dci_store_fini(&index->tail, &index->memory);
     dci_store_fini(&index->pages, &index->memory);
+    for (uint32_t id = 0; id < index->nodes.bound; id++) {
+        const struct node *node = dci_node(index, id);
+        if (node->level == 1 && node->run != NULL) {
+            dci_run_release(index, node->run, node->run_parts);
+        }
+    }
     dci_slab_fini(&index->nodes, &index->memory);
     dci_slab_fini(&index->cell_blocks, &index->memory);
     dci_slab_fini(&index->node_blocks, &index->memory);
-    for (uint32_t parts = 1; parts <= index->cell_parts; parts++) {
-        dci_slab_fini(&index->runs[parts - 1], &index->memory);
-    }
     assert(index->memory.bytes == sizeof *index);
     const struct index_allocator allocator = index->memory.allocator;
     allocator.release(allocator.owner, index, sizeof *index);

@@ -8,6 +8,19 @@
 #include <math.h>
 #include <string.h>
 
+unsigned char *dci_run_acquire(struct index *index, uint32_t parts)
+{
+    unsigned char *run = dci_memory_acquire(&index->memory, dci_run_bytes(index, parts));
+    index->runs += run == NULL ? 0 : 1;
+    return run;
+}
+
+void dci_run_release(struct index *index, unsigned char *run, uint32_t parts)
+{
+    dci_memory_release(&index->memory, run, dci_run_bytes(index, parts));
+    index->runs--;
+}
+
 void dci_rows_clear(const struct index *index, const struct node *cell, uint32_t part)
 {
     const uint32_t first = part * index->page_blocks;
@@ -173,7 +186,7 @@ static uint32_t acquire(struct index *index, struct dci_slab *slab)
 static uint32_t node_create(struct index *index, uint32_t level)
 {
     const uint32_t id = acquire(index, &index->nodes);
-    *dci_node(index, id) = (struct node){.parent = TREE_NONE, .lane = TREE_NONE, .level = level};
+    *dci_node(index, id) = (struct node){.parent = TREE_NONE, .lane = TREE_NONE, .level = (uint8_t)level};
     return id;
 }
 

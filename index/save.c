@@ -127,17 +127,18 @@ static bool give_places(struct index_save *save)
 static bool give_ids(struct index_save *save, const struct dci_slab *slab, uint32_t taken)
 {
     const struct index *index = save->index;
+    const bool are_pages = save->section == IMAGE_FREE_PAGES;
     uint32_t count = 0;
     if (save->item == 0) {
-        save->link = slab == NULL ? index->free_page : slab->free;
+        save->link = are_pages ? index->free_page : slab->free;
     }
     for (; count < IDS_AT_ONCE && (save->item < taken || save->link != TREE_NONE); count++, save->item++) {
         uint32_t *out = &save->scratch[count];
         if (save->item < taken) {
-            *out = slab == NULL ? index->batch->new_pages.items[save->item] : dci_draft(index->batch, save->item)->node;
+            *out = are_pages ? index->batch->new_pages.items[save->item] : dci_draft(index->batch, save->item)->node;
         } else {
             *out = save->link;
-            save->link = slab == NULL ? dci_page(index, *out)->owner : dci_slab_next_free(slab, *out);
+            save->link = are_pages ? dci_page(index, *out)->owner : dci_slab_next_free(slab, *out);
         }
     }
     return count > 0 && give(save, save->scratch, count * sizeof(uint32_t));

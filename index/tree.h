@@ -5,7 +5,7 @@
 // fixed when the cell is made, because its tokens are coded against it; that of a higher node is free to change. All
 // keys and anchors inside the tree are rotated (dci_rotate), which keeps inner products and distances.
 //
-// Ids of nodes, blocks and runs are a function of the keys, as the tree is; ids of pages are not.
+// Ids of nodes and blocks are a function of the keys, as the tree is; ids of pages are not.
 #ifndef ICECACHE_INDEX_TREE_H
 #define ICECACHE_INDEX_TREE_H
 
@@ -35,14 +35,15 @@ struct page {
 };
 
 struct node {
-    uint32_t parent, lane; // which entry of which node this is; the root has no parent
-    uint32_t level;        // 1: a cell
-    uint32_t count;        // entries
-    uint32_t part_count;
+    uint32_t parent, lane;          // which entry of which node this is; the root has no parent
+    uint32_t count;                 // entries
     float spread2;                  // cells: sum of the squared norms of the tokens' codes
-    uint32_t run, run_parts;        // cells: where the codes of all its pages lie in one piece, and room for how many
+    unsigned char *run;             // cells: where the codes of all its pages lie in one piece
     uint32_t parts[TREE_PARTS_MAX]; // cells: pages; else blocks
+    uint8_t level;                  // 1: a cell
+    uint8_t part_count, run_parts;  // pages that there is room for in the run
 };
+static_assert(sizeof(struct node) <= 64, "a line of the cache");
 
 // A node's anchor and what its parent says of it.
 struct entry {
@@ -93,7 +94,7 @@ struct index {
     uint32_t mended;                // nodes below it are not, or no more
     float base[INDEX_HEAD_DIM_MAX]; // what anchors are coded relative to; rotated
     struct dci_slab nodes, cell_blocks, node_blocks;
-    struct dci_slab runs[TREE_PARTS_MAX]; // by pages, less one
+    uint32_t runs; // of cells in the tree, and of those on their way
 
     // The running build. A plan's arrays belong to it.
     enum build_stage stage;
@@ -174,17 +175,18 @@ static inline size_t dci_run_bytes(const struct index *index, uint32_t parts)
 {
     return dci_run_lows(index, parts) + (size_t)parts * index->page_blocks * DCI_LANES * index->code_row_bytes;
 }
+// NULL: no memory.
+unsigned char *dci_run_acquire(struct index *index, uint32_t parts);
+void dci_run_release(struct index *index, unsigned char *run, uint32_t parts);
 // Block `number` of 16 rows of a cell; each page has page_blocks of them.
 static inline struct dci_rows *dci_rows(const struct index *index, const struct node *cell, uint32_t number)
 {
-    return (struct dci_rows *)(void *)((unsigned char *)dci_slab_at(&index->runs[cell->run_parts - 1], cell->run) +
-                                       number * index->rows_stride);
+    return (struct dci_rows *)(void *)(cell->run + number * index->rows_stride);
 }
 // The low bits of its first row; those of the others follow.
 static inline uint8_t *dci_lows(const struct index *index, const struct node *cell, uint32_t number)
 {
-    return (uint8_t *)dci_slab_at(&index->runs[cell->run_parts - 1], cell->run) + dci_run_lows(index, cell->run_parts) +
-           (size_t)number * DCI_LANES * index->code_row_bytes;
+    return cell->run + dci_run_lows(index, cell->run_parts) + (size_t)number * DCI_LANES * index->code_row_bytes;
 }
 // The block that holds a row of one of a cell's pages.
 static inline struct dci_rows *dci_rows_of(const struct index *index, const struct node *cell, uint32_t part,

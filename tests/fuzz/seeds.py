@@ -56,6 +56,11 @@ SPILL = b(1, "threads") + b(2, "refused") + u(3, 1) + u(4, 1) + u(5, 1 << 20) + 
 PREFIX = f64(1, 7) + b(2, "tenant") + u(3, 4096) + u(4, 32) + u(5, 8) + u(6, 128) + u(7, 1 << 30) + u(8, 2)
 
 
+def edits(kind, *changes):
+    """Of fuzz_index_image: the number of an image and edits of six bytes (what, where, with what)."""
+    return bytes([kind]) + b"".join(struct.pack("<BHBH", what, at, value, other) for what, at, value, other in changes)
+
+
 def reply(field, body):
     return u(1, 42) + f64(2, 99) + b(field, body)
 
@@ -139,6 +144,15 @@ SEEDS = {
         "staging": u(1, 2) + b(5, u(1, 4096)),
         "landing": u(1, 3) + b(6, u(1, 1) + u(2, 12288)),
         "error": u(1, 4) + u(2, 16) + b(3, "the memory for landings is used up"),
+    },
+    # Each image as it is; in its header, in its places and in its last bytes a word that is another one.
+    "index_image": {
+        **{f"image_{kind}": edits(kind) for kind in range(12)},
+        **{f"header_{word}": edits(6 + word % 6, (0x82, word, word, 0)) for word in range(30)},
+        **{f"word_{at}": edits(6 + at % 6, (at % 6, at, 2, 60 + at)) for at in range(50, 6000, 350)},
+        "cut": edits(7, (6, 0, 0, 4)),
+        "cut_unsaid": edits(7, (6, 0, 1, 4)),
+        "longer": edits(8, (7, 0, 0, 96)),
     },
 }
 

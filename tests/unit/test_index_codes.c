@@ -244,7 +244,6 @@ static void index_check_finds_what_is_wrong(void **state)
                                      &cell->parent,
                                      &cell->lane,
                                      &cell->count,
-                                     &cell->level,
                                      &parent->count,
                                      &block->child[lane],
                                      &index->tokens,
@@ -258,6 +257,9 @@ static void index_check_finds_what_is_wrong(void **state)
             assert_wrong(&owner);
             *numbers[i] ^= 1u;
         }
+        cell->level ^= 1u;
+        assert_wrong(&owner);
+        cell->level ^= 1u;
         float *const floats[] = {&block->unit[lane], &block->far[lane], &block->rows[lane], &block->norm2[lane],
                                  &cell->spread2};
         for (uint32_t i = 0; i < sizeof floats / sizeof floats[0]; i++) {

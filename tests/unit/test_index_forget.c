@@ -159,6 +159,90 @@ static void begins_anew_after_nothing(void **state)
     free(keys);
 }
 
+static enum index_status status_of_large_query(const struct owner *owner)
+{
+    struct heap heap = {0};
+    const struct index_allocator allocator = heap_allocator(&heap);
+    struct index_search *search;
+    float query_vector[INDEX_HEAD_DIM_MAX] = {0x1p57f};
+    assert_int_equal(index_search_create(&allocator, &search), INDEX_OK);
+    const struct index_query query = {.queries = query_vector,
+                                      .query_count = 1,
+                                      .head_count = 1,
+                                      .first_position = owner->length,
+                                      .scale = 0x1p20f,
+                                      .budget = 10};
+    const struct answer answer = search_run(search, owner->index, &query, 5000, UINT32_MAX);
+    index_search_destroy(search);
+    return answer.status;
+}
+
+// A key so large that scores are refused for it is forgotten with its token: of the tail at once, of the tree with it.
+static void large_norms_are_forgotten(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(70);
+    const struct index_params params = params_of(16, INDEX_PROMOTION);
+    unsigned char *keys = keys_make(KEYS_GAUSSIAN, params.dtype, params.head_dim, 800, &rng);
+    static const uint32_t large[] = {2, 300, 500};
+    for (uint32_t i = 0; i < 3; i++) {
+        element_store(params.dtype, keys + ((size_t)large[i] * params.head_dim + 1) * sizeof(float), 0x1p30f);
+    }
+    struct heap heap = {0};
+    struct owner owner = owner_begin(&params, &heap, keys);
+    assert_int_equal(owner_append(&owner, 2), INDEX_OK);
+    assert_int_equal(status_of_large_query(&owner), INDEX_OK);
+    assert_int_equal(owner_append(&owner, 100), INDEX_OK);
+    assert_int_equal(status_of_large_query(&owner), INDEX_NOT_FINITE);
+    owner_erase(&owner, 50); // not that one
+    assert_int_equal(status_of_large_query(&owner), INDEX_NOT_FINITE);
+    owner_erase(&owner, 2);
+    assert_int_equal(status_of_large_query(&owner), INDEX_OK);
+    assert_int_equal(owner_append(&owner, 299), INDEX_OK);
+    assert_int_equal(status_of_large_query(&owner), INDEX_NOT_FINITE);
+    owner_truncate(&owner, 290);
+    assert_int_equal(status_of_large_query(&owner), INDEX_OK);
+    assert_int_equal(owner_append(&owner, 310), INDEX_OK);
+    owner_build(&owner, 10000); // into the tree
+    assert_true(index_indexed(owner.index) > 500);
+    assert_int_equal(status_of_large_query(&owner), INDEX_NOT_FINITE);
+    owner_truncate(&owner, 10);
+    assert_int_equal(status_of_large_query(&owner), INDEX_OK);
+    owner_verify(&owner);
+    owner_end(&owner);
+    assert_int_equal(heap.blocks, 0);
+    free(keys);
+}
+
+// What a lane no longer needs goes back at once: codes with their cells, whichever these were.
+static void memory_comes_back(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(79);
+    struct index_params params = params_of(16, INDEX_MEANS);
+    params.head_dim = 128;
+    unsigned char *keys = keys_make(KEYS_CLUSTERED, params.dtype, params.head_dim, 8000, &rng);
+    struct heap heap = {0};
+    struct owner owner = owner_begin(&params, &heap, keys);
+    fill(&owner, 1000, 1000);
+    const uint64_t small = index_bytes(owner.index);
+    fill(&owner, 8000, 1000);
+    const uint64_t full = index_bytes(owner.index);
+    owner_truncate(&owner, 1000);
+    owner_build(&owner, 100000);
+    owner_verify(&owner);
+    const uint64_t cut = index_bytes(owner.index);
+    owner_truncate(&owner, 0);
+    const uint64_t empty = index_bytes(owner.index);
+    printf("1000 tokens %llu bytes, 8000 tokens %llu, cut to 1000 %llu, to none %llu\n", (unsigned long long)small,
+           (unsigned long long)full, (unsigned long long)cut, (unsigned long long)empty);
+    assert_true(cut < full / 4);
+    assert_true(empty < full / 10);
+    owner_end(&owner);
+    assert_int_equal(heap.blocks, 0);
+    free(keys);
+}
+
 // Cells that a truncation has left ragged are mended by the next builds.
 static void cells_are_mended(void **state)
 {
@@ -472,6 +556,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(truncates_to_any_length),
         cmocka_unit_test(begins_anew_after_nothing),
+        cmocka_unit_test(large_norms_are_forgotten),
+        cmocka_unit_test(memory_comes_back),
         cmocka_unit_test(cells_are_mended),
         cmocka_unit_test(erases_single_tokens),
         cmocka_unit_test(erases_the_tail),

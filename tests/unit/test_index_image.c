@@ -446,7 +446,8 @@ static void what_is_no_image_is_refused(void **state)
     for (uint32_t i = 0; i < rounds_of(6000); i++) {
         const size_t at = rng_below(&rng, (uint32_t)(i % 2 == 0 ? image.count : 8000));
         const unsigned char was = image.bytes[at];
-        image.bytes[at] = i % 3 == 0 ? (unsigned char)(was ^ 1u << rng_below(&rng, 8)) : (unsigned char)rng_next(&rng);
+        const uint64_t other_byte = i % 3 == 0 ? was ^ 1u << rng_below(&rng, 8) : rng_next(&rng);
+        image.bytes[at] = (unsigned char)other_byte;
         if (load(&image, &params, &other, &rng, &index) == INDEX_OK) {
             char text[256] = "";
             if (!index_check(index, text, sizeof text)) {

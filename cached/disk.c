@@ -11,8 +11,10 @@
 // nobody finds it after a restart; looked at when a request failed and at each sync, which would promise otherwise. Off
 // is for good: a device that comes and goes must not take the daemon through that again and again.
 //
-// Closing waits, because the device writes into the requests' memory. One that hangs is left with all it holds; whoever
-// comes back from it last frees the disk, and answers nobody.
+// A device that hangs is not off, because it answers nothing: who waits for it has a deadline of his own.
+//
+// Closing lets all that waits go, caps or not, and waits for it, because the device writes into the requests' memory.
+// One that hangs is left with all it holds; whoever comes back from it last frees the disk, and answers nobody.
 #include "cached/disk.h"
 #include "cached/disk_engine.h"
 
@@ -66,12 +68,12 @@ struct disk_request *disk_take(struct disk *disk, uint64_t now_ns, uint64_t *wai
     *wait_ns = DISK_NEVER_NS;
     if (disk->waiting == 0)
         return NULL;
-    const bool off = disk_is_off(disk);
+    const bool is_free = disk_is_off(disk) || disk->stopping; // of caps
     struct disk_queue *oldest = NULL;
     for (enum disk_op op = DISK_READ; op <= DISK_SYNC; op++) {
         struct disk_queue *queue = &disk->queues[op];
         if (queue->first && (!oldest || queue->first->submitted_ns < oldest->first->submitted_ns) &&
-            (off || op == DISK_SYNC || bucket_allows(&disk->buckets[op], now_ns, wait_ns)))
+            (is_free || op == DISK_SYNC || bucket_allows(&disk->buckets[op], now_ns, wait_ns)))
             oldest = queue;
     }
     if (!oldest)
@@ -251,18 +253,32 @@ void disk_threads_join(struct disk *disk)
     disk->thread_count = 0;
 }
 
+// With the lock: until all threads have ended, or nothing was answered for the time that a device gets.
+static void await_end(struct disk *disk)
+{
+    uint64_t deadline_ns = 0, seen = UINT64_MAX;
+    while (disk->running > 0) {
+        const uint64_t now_ns = env_now_ns(disk->env);
+        const uint64_t answered = disk->reads + disk->writes + disk->syncs + disk->errors;
+        if (answered != seen)
+            deadline_ns = now_ns + disk->close_wait_ns;
+        else if (now_ns >= deadline_ns)
+            break;
+        seen = answered;
+        const struct timespec deadline = {.tv_sec = (time_t)(deadline_ns / SECOND_NS),
+                                          .tv_nsec = (long)(deadline_ns % SECOND_NS)};
+        (void)pthread_cond_timedwait(&disk->changed, &disk->lock, &deadline);
+    }
+}
+
 int disk_close(struct disk *disk)
 {
     if (!disk)
         return 0;
-    const uint64_t deadline_ns = env_now_ns(disk->env) + disk->close_wait_ns;
-    const struct timespec deadline = {.tv_sec = (time_t)(deadline_ns / SECOND_NS),
-                                      .tv_nsec = (long)(deadline_ns % SECOND_NS)};
     pthread_mutex_lock(&disk->lock);
     disk->stopping = true;
     disk->ops->wake(disk, 0);
-    while (disk->running > 0 && env_now_ns(disk->env) < deadline_ns)
-        (void)pthread_cond_timedwait(&disk->changed, &disk->lock, &deadline);
+    await_end(disk);
     const bool hangs = disk->running > 0;
     if (hangs) {
         disk->abandoned = true;

@@ -14,10 +14,11 @@
 #define DISK_ALIGN         4096u // of places in the file and of the bytes of a request
 #define DISK_DEPTH_MAX     64u   // requests that the device has at one time; the rest waits in order
 #define DISK_DEPTH_DEFAULT 32u
-#define DISK_FILE          "data"      // in the directory
-#define DISK_FAILURES_MAX  8u          // one after the other, at different places, until the disk is off
-#define DISK_OPEN_WAIT_NS  2000000000  // for the lock of a process that has just been killed
-#define DISK_CLOSE_WAIT_NS 10000000000 // what disk_close gives a device that hangs, unless it is told otherwise
+#define DISK_FILE          "data"     // in the directory
+#define DISK_FAILURES_MAX  8u         // one after the other, at different places, until the disk is off
+#define DISK_OPEN_WAIT_NS  2000000000 // for the lock of a process that has just been killed
+// What disk_close gives a device from one answer to the next, unless it is told otherwise.
+#define DISK_CLOSE_WAIT_NS 10000000000
 
 enum disk_engine { DISK_ENGINE_AUTO, DISK_ENGINE_URING, DISK_ENGINE_THREADS };
 enum disk_op { DISK_READ, DISK_WRITE, DISK_SYNC };

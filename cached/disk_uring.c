@@ -18,6 +18,9 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+// Answers between two looks at the queue. More save system calls, but leave the device with little to do meanwhile: all
+// of them cost a tenth of the throughput beside one by one, 4 cost nothing that we could measure and half the calls.
+#define REAP_MAX      4u
 #define SPARE_ENTRIES 3u // beside the requests: the eventfd's, and what liburing takes for a time-out
 #define WAKE          UINT64_MAX
 #define PROBE         (UINT64_MAX - 1)
@@ -216,6 +219,8 @@ static struct disk_request *reap(struct uring *uring)
             uring->is_armed = false;
         else if (answer->user_data < DISK_DEPTH_MAX)
             complete(uring, (uint32_t)answer->user_data, answer->res, &last);
+        if (count == REAP_MAX)
+            break;
     }
     io_uring_cq_advance(&uring->ring, count);
     return answered;

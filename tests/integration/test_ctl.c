@@ -132,11 +132,11 @@ static void check_phases(const json_t *stats, uint64_t retrieves, uint64_t appen
     static const char *const names[] = {"queue", "search", "fetch", "copy", "total", "append", "read"};
     static const char *const keys[] = {"count", "p50_us", "p99_us", "p999_us", "max_us", NULL};
     const json_t *phases = json_object_get(stats, "phases");
-    assert_int_equal(json_object_size(phases), 6);
-    for (size_t i = 0; i < 6; i++) {
+    assert_int_equal(json_object_size(phases), 7);
+    for (size_t i = 0; i < 7; i++) {
         const json_t *phase = json_object_get(phases, names[i]);
         check_keys(phase, keys);
-        uint64_t expected = i < 4 ? retrieves : i == 4 ? appends : reads;
+        uint64_t expected = i < 5 ? retrieves : i == 5 ? appends : reads;
         assert_int_equal(stats_number(phase, "count"), expected);
         double p50 = json_number_value(json_object_get(phase, "p50_us"));
         double p99 = json_number_value(json_object_get(phase, "p99_us"));

@@ -489,8 +489,8 @@ static void test_caps(void **state)
             start(disk, &group, jobs, COUNT);
             assert_int_equal(run_one(disk, DISK_READ, 0, page, PAGE), 0);
             pthread_mutex_lock(&group.lock);
-        assert_true(group.left > 0);
-        pthread_mutex_unlock(&group.lock);
+            assert_true(group.left > 0);
+            pthread_mutex_unlock(&group.lock);
             wait_for(&group);
             assert_true(seconds(CLOCK_MONOTONIC) - begun > 0.2);
             assert_true(seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu < 0.15);

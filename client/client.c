@@ -61,6 +61,22 @@ uint64_t client_until(const ice_client *client, uint64_t deadline_us)
     return wanted_us < most_us - now_us ? now_us + wanted_us : most_us;
 }
 
+uint64_t client_generation(ice_client *client)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    uint64_t generation = client->generation;
+    (void)pthread_mutex_unlock(&client->lock);
+    return generation;
+}
+
+uint64_t client_vectors_bytes_max(ice_client *client)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    uint64_t most = client->session.vectors_bytes_max;
+    (void)pthread_mutex_unlock(&client->lock);
+    return most != 0 ? most : WIRE_VECTORS_BYTES_MAX; // 0: no session; the submit says so
+}
+
 // ---- connect ----
 
 // A program may be called anything; the daemon takes printable ASCII.

@@ -74,9 +74,11 @@ static void discard_late(ice_client *client, const struct pending *pending)
         return;
     }
     const Icecache__Wire__Reply *reply = pending->reply;
-    if (reply != NULL && reply->body_case == ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN) {
+    const bool opened = reply != NULL && reply->body_case == ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN;
+    const bool attached = reply != NULL && reply->body_case == ICECACHE__WIRE__REPLY__BODY_ATTACH;
+    if (opened || attached) {
         Icecache__Wire__SequenceClose close = ICECACHE__WIRE__SEQUENCE_CLOSE__INIT;
-        close.sequence_id = reply->sequence_open->sequence_id;
+        close.sequence_id = opened ? reply->sequence_open->sequence_id : reply->attach->sequence_id;
         Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
         request.body_case = ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE;
         request.sequence_close = &close;
@@ -534,15 +536,24 @@ void exchange_abandon(ice_client *client, struct pending *pending)
 ice_status exchange_call(ice_client *client, uint64_t generation, Icecache__Wire__Request *request, uint64_t until_us,
                          struct pending **out)
 {
+    return exchange_call_vectors(client, generation, request, NULL, until_us, out);
+}
+
+ice_status exchange_call_vectors(ice_client *client, uint64_t generation, Icecache__Wire__Request *request,
+                                 zmq_msg_t *vectors, uint64_t until_us, struct pending **out)
+{
     *out = NULL;
     struct pending *pending = pending_create();
-    if (pending == NULL) {
-        return ICE_NO_MEMORY;
-    }
+    ice_status status = ICE_NO_MEMORY;
     (void)pthread_mutex_lock(&client->lock);
-    ice_status status = exchange_submit(client, generation, request, NULL, pending, until_us);
+    if (pending != NULL) {
+        status = exchange_submit(client, generation, request, vectors, pending, until_us);
+    }
     if (status != ICE_OK) {
         (void)pthread_mutex_unlock(&client->lock);
+        if (vectors != NULL) {
+            (void)zmq_msg_close(vectors);
+        }
         pending_destroy(pending);
         return status;
     }

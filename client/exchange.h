@@ -98,6 +98,9 @@ ICE_MUST_CHECK ice_status client_check(const ice_client *client);
 bool client_is_forked(const ice_client *client);
 // The absolute end of a call that starts now.
 uint64_t client_until(const ice_client *client, uint64_t deadline_us);
+// Of the session as it is now: its generation, and the largest frame of vectors that its daemon takes.
+uint64_t client_generation(ice_client *client);
+uint64_t client_vectors_bytes_max(ice_client *client);
 
 // With the lock held: may a handle of this generation be used?
 ICE_MUST_CHECK ice_status exchange_check(const ice_client *client, uint64_t generation);
@@ -140,5 +143,9 @@ void exchange_die(ice_client *client, const char *text);
 // answer then). On success and refusal *out is the caller's; NULL where no reply came.
 ICE_MUST_CHECK ice_status exchange_call(ice_client *client, uint64_t generation, Icecache__Wire__Request *request,
                                         uint64_t until_us, struct pending **out);
+// The same with a frame of vectors (may be NULL), which is consumed in every case.
+ICE_MUST_CHECK ice_status exchange_call_vectors(ice_client *client, uint64_t generation,
+                                                Icecache__Wire__Request *request, zmq_msg_t *vectors, uint64_t until_us,
+                                                struct pending **out);
 
 #endif

@@ -34,7 +34,8 @@ struct ice_sequence {
     uint64_t generation; // constant, like all but lengths
     uint64_t id;
     struct wire_shape shape;
-    uint64_t *lengths; // [layers] as last heard. Guarded by the client's lock
+    uint32_t block_tokens; // of prefix hashes
+    uint64_t *lengths;     // [layers] as last heard. Guarded by the client's lock
 };
 
 struct ice_ticket {
@@ -78,6 +79,14 @@ ICE_MUST_CHECK ice_status pull_finish(ice_ticket *ticket, uint64_t until_us);
 void pull_abandon(ice_ticket *ticket, uint64_t until_us);
 // The same for all tickets of a landing, which forget it.
 void pull_forget(ice_landing *landing, uint64_t until_us);
+
+// Opening a sequence, plain or attached (sequence.c). The options' ranges, with a text; the request's fields, borrowed
+// from the options; a handle that no daemon knows yet, of the client's session (NULL: no memory, the error is set).
+ICE_MUST_CHECK ice_status sequence_options_check(const struct ice_sequence_options *options);
+void sequence_options_fill(Icecache__Wire__SequenceOpen *open, const struct ice_sequence_options *options);
+ICE_MUST_CHECK ice_sequence *sequence_create(ice_client *client, const struct ice_sequence_options *options);
+// The daemon has opened it: it is among the client's handles from now on.
+void sequence_link(ice_sequence *sequence);
 
 // Layers of a call: one, or all with ICE_ALL_LAYERS.
 struct layer_range {

@@ -241,6 +241,63 @@ struct ice_kv_target {
 ICE_CHECKED ice_status ice_read(ice_sequence *sequence, uint32_t layer, uint64_t first, uint64_t n,
                                 const struct ice_kv_target *target, uint64_t deadline_us);
 
+// ---- sealed prefixes ----
+
+// The first tokens of a sequence can be sealed: the daemon puts their K, V and tree on stable storage, where another
+// sequence of the same namespace, model digest, tensor-parallel rank and size, shape and block_tokens finds them, also
+// after a restart of the daemon, and begins with them. Only whole blocks of block_tokens tokens are sealed. They are
+// named by hashes of ICE_HASH_BYTES bytes, one for each block, each of which stands for its block and all before it:
+// those of ice_block_hashes, or the engine's own.
+#define ICE_HASH_BYTES 16
+
+// Hashes of the n / block_tokens whole blocks of token_ids[n]; tokens behind the last whole block count for nothing.
+// A block's hash is XXH3_128 (seed 0, canonical) over the 16 bytes of the hash before it and the block's token ids, 4
+// bytes each, little-endian; before the first block it is XXH3_128 of the salt. The salt holds whatever else makes K
+// and V differ that the sequence's options do not name: an adapter, an image's digest. block_tokens 0: 16. salt may be
+// NULL with salt_bytes 0. hashes[n / block_tokens] is the caller's. Needs no client.
+ICE_CHECKED ice_status ice_block_hashes(const uint32_t *token_ids, size_t n, uint32_t block_tokens, const void *salt,
+                                        size_t salt_bytes, uint8_t (*hashes)[ICE_HASH_BYTES]);
+
+struct ice_seal_result {
+    uint64_t prefix_id; // for ice_prefix_remove, also after a restart of the daemon
+    uint64_t tokens;    // sealed: count x block_tokens
+    bool known;         // it had been sealed before, by whatever sequence: nothing was written
+};
+
+// Seals the first count blocks of the sequence, named by hashes[count][ICE_HASH_BYTES] (copied), and returns when a
+// power failure cannot take them away any more. The prefix outlives the sequence and the session; the sequence goes on
+// as before and may be appended to. Sealing takes seconds where the prefix is long: deadline_us 0 is the client's
+// default, but at least 10 minutes (a daemon that dies ends the call at once); after ICE_TIMEOUT the prefix may still
+// become sealed, and sealing it again is safe. ICE_POSITION_GAP: a layer has fewer tokens than the hashes name.
+// ICE_DISK_FAILED: the daemon has no disk, or it failed. ICE_SPILL_FULL: no room for the prefix on it. ICE_PAGE_LOST:
+// the disk has lost a part of the sequence. ICE_TOO_LARGE: more hashes, or tokens, than a sequence can have. result
+// may be NULL.
+ICE_CHECKED ice_status ice_sequence_seal(ice_sequence *sequence, const void *hashes, size_t count, uint64_t deadline_us,
+                                         struct ice_seal_result *result);
+
+// How many tokens a sequence of these options that begins with the blocks hashes[count][ICE_HASH_BYTES] (copied) could
+// be attached to now: *tokens_out is a multiple of block_tokens, 0 where no sealed prefix begins like this. Holds
+// nothing: the prefix may be removed before the attach. Of the options, softmax_scale, anchor_layers and max_tokens do
+// not count, but must be valid. Where the daemon has no disk, ICE_DISK_FAILED.
+ICE_CHECKED ice_status ice_prefix_lookup(ice_client *client, const struct ice_sequence_options *options,
+                                         const void *hashes, size_t count, uint64_t deadline_us, uint64_t *tokens_out);
+
+// Opens a sequence that begins with the longest sealed prefix that matches the blocks hashes[count][ICE_HASH_BYTES]
+// (copied), or with the part of it that tokens_max tokens allow, rounded down to whole blocks (0: no limit). From then
+// on it is a sequence as ice_sequence_open makes them: all its layers have *tokens_out tokens (may be NULL), which can
+// be retrieved and read, and it goes on with ice_append at position *tokens_out. What is appended stays its own; the
+// prefix is not copied and lives, removed or not, until no sequence is attached to it. deadline_us 0 is the client's
+// default, but at least a minute. ICE_UNKNOWN_PREFIX: no sealed prefix begins like this; open a sequence and append the
+// tokens instead. ICE_DISK_FAILED: the daemon has no disk, or cannot read it. ICE_POOL_FULL, ICE_INDEX_FULL: no
+// memory for its tree. *out is the caller's until ice_sequence_close, written on success only.
+ICE_CHECKED ice_status ice_sequence_attach(ice_client *client, const struct ice_sequence_options *options,
+                                           const void *hashes, size_t count, uint64_t tokens_max, uint64_t deadline_us,
+                                           ice_sequence **out, uint64_t *tokens_out);
+
+// Forgets a sealed prefix; its room on the disk is free again when no sequence is attached to it any more.
+// ICE_UNKNOWN_PREFIX: there is none of this id.
+ICE_CHECKED ice_status ice_prefix_remove(ice_client *client, uint64_t prefix_id, uint64_t deadline_us);
+
 // ---- retrieve ----
 
 enum ice_granularity { ICE_TOKEN_WISE = 0, ICE_PAGE_WISE = 1 };

@@ -135,21 +135,13 @@ static ice_status options_check(const ice_client *client, const struct ice_retri
 
 // ---- submit ----
 
-static uint64_t vectors_bytes_max(ice_client *client)
-{
-    (void)pthread_mutex_lock(&client->lock);
-    uint64_t most = client->session.vectors_bytes_max;
-    (void)pthread_mutex_unlock(&client->lock);
-    return most != 0 ? most : WIRE_VECTORS_BYTES_MAX; // 0: no session; the submit says so
-}
-
 static ice_status vectors_create(ice_client *client, const struct ice_retrieve_options *options,
                                  const Icecache__Wire__Retrieve *retrieve, zmq_msg_t *vectors)
 {
     const struct wire_shape *shape = &options->sequences[0]->shape;
     uint64_t bytes = wire_retrieve_vectors_bytes(retrieve, shape);
     uint64_t query_bytes = wire_retrieve_query_bytes(retrieve, shape);
-    uint64_t most = vectors_bytes_max(client);
+    uint64_t most = client_vectors_bytes_max(client);
     if (bytes == 0 || query_bytes > bytes || bytes > most) {
         return error_set(ICE_TOO_LARGE,
                          "queries, keys and values take %llu bytes, the limit (vectors_bytes_max) is %llu; use fewer "

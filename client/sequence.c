@@ -122,7 +122,13 @@ static ice_status identity_check(const struct ice_sequence_options *options)
     return ICE_OK;
 }
 
-static void request_fill(Icecache__Wire__SequenceOpen *open, const struct ice_sequence_options *options)
+ice_status sequence_options_check(const struct ice_sequence_options *options)
+{
+    ice_status status = shape_check(options);
+    return status == ICE_OK ? identity_check(options) : status;
+}
+
+void sequence_options_fill(Icecache__Wire__SequenceOpen *open, const struct ice_sequence_options *options)
 {
     static char default_name_space[] = "default";
     // The generated fields are not const, but packing only reads them.
@@ -137,7 +143,7 @@ static void request_fill(Icecache__Wire__SequenceOpen *open, const struct ice_se
     open->head_dim = options->head_dim;
     open->dtype = (uint32_t)options->dtype;
     open->softmax_scale = options->softmax_scale;
-    open->block_tokens = options->block_tokens;
+    open->block_tokens = options->block_tokens != 0 ? options->block_tokens : WIRE_BLOCK_TOKENS_DEFAULT;
     open->max_tokens = options->max_tokens;
     if (options->anchor_layers != NULL) {
         open->anchor_layers = (uint32_t *)(uintptr_t)options->anchor_layers;
@@ -145,7 +151,7 @@ static void request_fill(Icecache__Wire__SequenceOpen *open, const struct ice_se
     }
 }
 
-static ice_sequence *sequence_create(ice_client *client, const struct ice_sequence_options *options)
+ice_sequence *sequence_create(ice_client *client, const struct ice_sequence_options *options)
 {
     ice_sequence *sequence = calloc(1, sizeof *sequence);
     uint64_t *lengths = calloc(options->layers, sizeof *lengths);
@@ -156,25 +162,27 @@ static ice_sequence *sequence_create(ice_client *client, const struct ice_sequen
         return NULL;
     }
     sequence->client = client;
+    sequence->generation = client_generation(client);
     sequence->lengths = lengths;
+    sequence->block_tokens = options->block_tokens != 0 ? options->block_tokens : WIRE_BLOCK_TOKENS_DEFAULT;
     sequence->shape = (struct wire_shape){options->layers, options->kv_heads, options->query_heads, options->head_dim,
                                           (uint32_t)options->dtype};
     return sequence;
 }
 
-static uint64_t current_generation(ice_client *client)
+void sequence_link(ice_sequence *sequence)
 {
+    ice_client *client = sequence->client;
     (void)pthread_mutex_lock(&client->lock);
-    uint64_t generation = client->generation;
+    handle_link(&client->sequences, &sequence->handle);
     (void)pthread_mutex_unlock(&client->lock);
-    return generation;
 }
 
 static ice_status sequence_request(ice_sequence *sequence, const struct ice_sequence_options *options,
                                    uint64_t until_us)
 {
     Icecache__Wire__SequenceOpen open = ICECACHE__WIRE__SEQUENCE_OPEN__INIT;
-    request_fill(&open, options);
+    sequence_options_fill(&open, options);
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_OPEN;
     request.sequence_open = &open;
@@ -203,10 +211,7 @@ ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_optio
         return error_set(ICE_INVALID_ARGUMENT, "%s is NULL", options == NULL ? "options" : "out");
     }
     uint64_t until_us = client_until(client, deadline_us);
-    status = shape_check(options);
-    if (status == ICE_OK) {
-        status = identity_check(options);
-    }
+    status = sequence_options_check(options);
     if (status != ICE_OK) {
         return status;
     }
@@ -214,15 +219,12 @@ ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_optio
     if (sequence == NULL) {
         return ICE_NO_MEMORY;
     }
-    sequence->generation = current_generation(client);
     status = sequence_request(sequence, options, until_us);
     if (status != ICE_OK) {
         sequence_free(sequence);
         return status;
     }
-    (void)pthread_mutex_lock(&client->lock);
-    handle_link(&client->sequences, &sequence->handle);
-    (void)pthread_mutex_unlock(&client->lock);
+    sequence_link(sequence);
     *out = sequence;
     return ICE_OK;
 }

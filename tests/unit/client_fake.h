@@ -86,9 +86,14 @@ struct fake {
     uint32_t kv_heads, head_dim, row_bytes;
     uint32_t sequences_closed, landings_opened, landings_closed, sequences_opened, hellos;
     bool refuse_staging, unsealed_staging, refuse_hello, short_hello, garbled;
-    ice_status retrieve_status;
-    uint64_t deadline_us; // of the last retrieve
-    size_t vectors_bytes; // of the last retrieve
+    ice_status retrieve_status, prefix_status; // prefix_status: of seals, lookups, attaches and removals
+    uint64_t prefix_tokens;                    // what their replies say
+    uint64_t tokens_max, prefix_removed;       // of the last attach and removal
+    uint64_t sealed_sequence;                  // of the last seal
+    uint32_t block_tokens;                     // of the last lookup or attach
+    bool no_body;                              // their replies have none
+    uint64_t deadline_us;                      // of the last retrieve
+    size_t vectors_bytes;                      // of the last message that had any
     uint8_t vectors[4096];
     uint8_t *staging, *landing;
     size_t staging_bytes, landing_bytes;
@@ -271,6 +276,34 @@ static inline void fake_answer_retrieve(struct fake *fake, const struct fake_hel
     fake_send(fake, to, &reply);
 }
 
+static inline void fake_answer_prefix(struct fake *fake, const struct fake_held *to)
+{
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT;
+    Icecache__Wire__SealReply seal = ICECACHE__WIRE__SEAL_REPLY__INIT;
+    Icecache__Wire__LookupReply lookup = ICECACHE__WIRE__LOOKUP_REPLY__INIT;
+    Icecache__Wire__AttachReply attach = ICECACHE__WIRE__ATTACH_REPLY__INIT;
+    seal.prefix_id = 900;
+    seal.known = 1;
+    seal.tokens = lookup.tokens = attach.tokens = fake->prefix_tokens;
+    if (fake->prefix_status != ICE_OK) {
+        reply.status = (uint32_t)fake->prefix_status;
+        reply.text = (char *)(uintptr_t) "the disk is not well";
+    } else if (fake->no_body || to->kind == ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE) {
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY__NOT_SET;
+    } else if (to->kind == ICECACHE__WIRE__REQUEST__BODY_SEAL) {
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEAL;
+        reply.seal = &seal;
+    } else if (to->kind == ICECACHE__WIRE__REQUEST__BODY_LOOKUP) {
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_LOOKUP;
+        reply.lookup = &lookup;
+    } else {
+        attach.sequence_id = 100 + fake->sequences_opened++;
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_ATTACH;
+        reply.attach = &attach;
+    }
+    fake_send(fake, to, &reply);
+}
+
 static inline void fake_answer(struct fake *fake, const struct fake_held *to)
 {
     Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT;
@@ -312,6 +345,12 @@ static inline void fake_answer(struct fake *fake, const struct fake_held *to)
         reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEQUENCE_INFO;
         reply.sequence_info = &info;
         break;
+    case ICECACHE__WIRE__REQUEST__BODY_SEAL:
+    case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
+    case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+        fake_answer_prefix(fake, to);
+        return;
     default:
         fake_answer_retrieve(fake, to);
         return;
@@ -365,6 +404,19 @@ static inline void fake_request(struct fake *fake, struct fake_held *from, const
     case ICECACHE__WIRE__REQUEST__BODY_RETRIEVE:
         fake->deadline_us = request->retrieve->deadline_us;
         from->heads = (uint32_t)request->retrieve->n_sequence_ids * fake->kv_heads;
+        break;
+    case ICECACHE__WIRE__REQUEST__BODY_SEAL:
+        fake->sealed_sequence = request->seal->sequence_id;
+        break;
+    case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
+        fake->block_tokens = request->lookup->identity->block_tokens;
+        break;
+    case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
+        fake->block_tokens = request->attach->open->block_tokens;
+        fake->tokens_max = request->attach->tokens_max;
+        break;
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+        fake->prefix_removed = request->prefix_remove->prefix_id;
         break;
     default:
         break;

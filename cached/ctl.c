@@ -4,24 +4,34 @@
 #include "proto/control.h"
 
 #include <getopt.h>
+#include <inttypes.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { EXIT_USAGE = 2, EXIT_NO_DAEMON = 3, STATS_PAGES_MAX = 4096 };
+enum { EXIT_USAGE = 2, EXIT_NO_DAEMON = 3, LIST_PARTS_MAX = 4096 };
 
 struct arguments {
     char directory[108];
     int timeout_ms;
     bool json;
-    const char *command;
+    const struct command *command;
+    uint64_t prefix_id;
+};
+
+struct command {
+    const char *name;
+    int operands; // after the name
+    int (*run)(struct ctl_connection *, const struct arguments *);
 };
 
 static const char usage[] = "usage: icecachectl [options] COMMAND\n"
                             "  ping                  says whether the daemon answers\n"
                             "  version               the daemon's version\n"
                             "  stats                 sequences, tokens, pages, bytes, requests, latencies by phase\n"
+                            "  prefixes              the sealed prefixes on the daemon's disk\n"
+                            "  remove-prefix ID      forgets one of them\n"
                             "options\n"
                             "  --socket-dir DIR      the daemon's socket folder (ICECACHE_SOCKET_DIR)\n"
                             "  --json                one JSON object with stable keys\n"
@@ -35,7 +45,7 @@ static int ping(struct ctl_connection *connection, const struct arguments *argum
     if (ctl_stats(connection, UINT32_MAX, &reply) != ICE_OK)
         return EXIT_FAILURE;
     icecache__wire__reply__free_unpacked(reply, NULL);
-    bool version = strcmp(arguments->command, "version") == 0;
+    bool version = strcmp(arguments->command->name, "version") == 0;
     if (arguments->json)
         printf("{\"version\":\"%s\"}\n", connection->daemon_version);
     else
@@ -43,27 +53,84 @@ static int ping(struct ctl_connection *connection, const struct arguments *argum
     return EXIT_SUCCESS;
 }
 
-// Asks page by page; a daemon with very many sequences is cut at STATS_PAGES_MAX pages of 256.
-static int stats(struct ctl_connection *connection, const struct arguments *arguments)
+// Where the rest of a list begins; 0: this was the end.
+static uint32_t next_of(const Icecache__Wire__Reply *reply)
 {
-    Icecache__Wire__Reply **pages = calloc(STATS_PAGES_MAX, sizeof *pages);
-    if (!pages)
+    return reply->body_case == ICECACHE__WIRE__REPLY__BODY_STATS ? reply->stats->sequences_next
+                                                                 : reply->prefix_list->next;
+}
+
+// Asks part by part and prints them all; a very long list is cut at LIST_PARTS_MAX parts of 256.
+static int list(struct ctl_connection *connection,
+                ice_status (*ask)(struct ctl_connection *, uint32_t, Icecache__Wire__Reply **),
+                void (*print)(Icecache__Wire__Reply *const *, size_t))
+{
+    Icecache__Wire__Reply **parts = calloc(LIST_PARTS_MAX, sizeof *parts);
+    if (!parts)
         return EXIT_FAILURE;
     size_t count = 0;
     uint32_t from = 0;
     bool ok = true;
     do {
-        ok = ctl_stats(connection, from, &pages[count]) == ICE_OK;
-        from = ok ? pages[count++]->stats->sequences_next : 0;
-    } while (ok && from > 0 && count < STATS_PAGES_MAX);
-    if (ok && arguments->json)
-        ctl_print_json(pages, count);
-    else if (ok)
-        ctl_print_table(pages, count);
+        ok = ask(connection, from, &parts[count]) == ICE_OK;
+        from = ok ? next_of(parts[count++]) : 0;
+    } while (ok && from > 0 && count < LIST_PARTS_MAX);
+    if (ok)
+        print(parts, count);
     for (size_t i = 0; i < count; i++)
-        icecache__wire__reply__free_unpacked(pages[i], NULL);
-    free(pages);
+        icecache__wire__reply__free_unpacked(parts[i], NULL);
+    free(parts);
     return ok ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+static int stats(struct ctl_connection *connection, const struct arguments *arguments)
+{
+    return list(connection, ctl_stats, arguments->json ? ctl_print_json : ctl_print_table);
+}
+
+static int prefixes(struct ctl_connection *connection, const struct arguments *arguments)
+{
+    return list(connection, ctl_prefixes, arguments->json ? ctl_print_prefixes_json : ctl_print_prefixes_table);
+}
+
+static int remove_prefix(struct ctl_connection *connection, const struct arguments *arguments)
+{
+    if (ctl_remove_prefix(connection, arguments->prefix_id) != ICE_OK)
+        return EXIT_FAILURE;
+    printf(arguments->json ? "{\"removed\":\"%016" PRIx64 "\"}\n" : "prefix %016" PRIx64 " is removed\n",
+           arguments->prefix_id);
+    return EXIT_SUCCESS;
+}
+
+static const struct command commands[] = {
+    {"ping", 0, ping},
+    {"version", 0, ping},
+    {"stats", 0, stats},
+    {"prefixes", 0, prefixes},
+    {"remove-prefix", 1, remove_prefix},
+};
+
+// Words that are no options: the command and, where it takes one, a prefix's id as `prefixes` prints it.
+static bool read_command(struct arguments *arguments, int count, char **words)
+{
+    for (size_t i = 0; count > 0 && i < sizeof commands / sizeof commands[0]; i++) {
+        if (strcmp(words[0], commands[i].name) == 0)
+            arguments->command = &commands[i];
+    }
+    if (count > 0 && !arguments->command)
+        fprintf(stderr, "icecachectl: unknown command '%s'\n", words[0]);
+    if (!arguments->command || count != 1 + arguments->command->operands) {
+        fputs(usage, stderr);
+        return false;
+    }
+    if (count == 2) {
+        if (strlen(words[1]) != 16 || strspn(words[1], "0123456789abcdefABCDEF") != 16) {
+            fprintf(stderr, "icecachectl: '%s' is not the id of a prefix, 16 hexadecimal digits\n", words[1]);
+            return false;
+        }
+        arguments->prefix_id = strtoull(words[1], NULL, 16);
+    }
+    return true;
 }
 
 // -1: go on; else the exit status.
@@ -97,11 +164,8 @@ static int read_arguments(struct arguments *arguments, int argc, char **argv)
             return flag == 'h' ? EXIT_SUCCESS : EXIT_USAGE;
         }
     }
-    if (optind + 1 != argc) {
-        fputs(usage, stderr);
+    if (!read_command(arguments, argc - optind, argv + optind))
         return EXIT_USAGE;
-    }
-    arguments->command = argv[optind];
     bool fits = directory ? snprintf(arguments->directory, sizeof arguments->directory, "%s", directory) <
                                 (int)sizeof arguments->directory
                           : control_default_directory(arguments->directory, sizeof arguments->directory) == ICE_OK;
@@ -116,15 +180,10 @@ int main(int argc, char **argv)
     int outcome = read_arguments(&arguments, argc, argv);
     if (outcome >= 0)
         return outcome;
-    bool is_stats = strcmp(arguments.command, "stats") == 0;
-    if (!is_stats && strcmp(arguments.command, "ping") != 0 && strcmp(arguments.command, "version") != 0) {
-        fprintf(stderr, "icecachectl: unknown command '%s'\n%s", arguments.command, usage);
-        return EXIT_USAGE;
-    }
     struct ctl_connection connection;
     ice_status status = ctl_connect(&connection, arguments.directory, arguments.timeout_ms);
     if (status == ICE_OK)
-        outcome = is_stats ? stats(&connection, &arguments) : ping(&connection, &arguments);
+        outcome = arguments.command->run(&connection, &arguments);
     else
         outcome = status == ICE_NO_DAEMON ? EXIT_NO_DAEMON : EXIT_FAILURE;
     if (outcome != EXIT_SUCCESS)

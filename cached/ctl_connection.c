@@ -86,7 +86,8 @@ ice_status ctl_connect(struct ctl_connection *connection, const char *directory,
     return ICE_OK;
 }
 
-static ice_status receive_reply(struct ctl_connection *connection, Icecache__Wire__Reply **out)
+static ice_status receive_reply(struct ctl_connection *connection, Icecache__Wire__Reply__BodyCase body,
+                                Icecache__Wire__Reply **out)
 {
     zmq_msg_t message;
     zmq_msg_init(&message);
@@ -96,7 +97,7 @@ static ice_status receive_reply(struct ctl_connection *connection, Icecache__Wir
     zmq_msg_close(&message);
     if (status != ICE_OK)
         return fail(connection, status, NULL);
-    if ((*out)->status != ICE_OK || (*out)->body_case != ICECACHE__WIRE__REPLY__BODY_STATS) {
+    if ((*out)->status != ICE_OK || (*out)->body_case != body) {
         status = (*out)->status != ICE_OK ? (ice_status)(*out)->status : ICE_BAD_MESSAGE;
         status = fail(connection, status, (*out)->text);
         icecache__wire__reply__free_unpacked(*out, NULL);
@@ -104,23 +105,54 @@ static ice_status receive_reply(struct ctl_connection *connection, Icecache__Wir
     return status;
 }
 
+// Sends a request with its body set, and waits for a reply with this body.
+static ice_status ask(struct ctl_connection *connection, Icecache__Wire__Request *request,
+                      Icecache__Wire__Reply__BodyCase body, Icecache__Wire__Reply **out)
+{
+    uint8_t bytes[256];
+    request->protocol_version = WIRE_PROTOCOL_VERSION;
+    request->request_id = 1;
+    request->session_id = connection->session_id;
+    request->session_token.data = connection->session_token;
+    request->session_token.len = sizeof connection->session_token;
+    size_t size = icecache__wire__request__pack(request, bytes);
+    if (zmq_send(connection->socket, bytes, size, 0) < 0)
+        return fail(connection, ICE_TIMEOUT, NULL);
+    return receive_reply(connection, body, out);
+}
+
 ice_status ctl_stats(struct ctl_connection *connection, uint32_t sequences_from, Icecache__Wire__Reply **out)
 {
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
     Icecache__Wire__Stats stats = ICECACHE__WIRE__STATS__INIT;
-    uint8_t bytes[256];
     stats.sequences_from = sequences_from;
-    request.protocol_version = WIRE_PROTOCOL_VERSION;
-    request.request_id = 1;
-    request.session_id = connection->session_id;
-    request.session_token.data = connection->session_token;
-    request.session_token.len = sizeof connection->session_token;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_STATS;
     request.stats = &stats;
-    size_t size = icecache__wire__request__pack(&request, bytes);
-    if (zmq_send(connection->socket, bytes, size, 0) < 0)
-        return fail(connection, ICE_TIMEOUT, NULL);
-    return receive_reply(connection, out);
+    return ask(connection, &request, ICECACHE__WIRE__REPLY__BODY_STATS, out);
+}
+
+ice_status ctl_prefixes(struct ctl_connection *connection, uint32_t from, Icecache__Wire__Reply **out)
+{
+    Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
+    Icecache__Wire__PrefixList list = ICECACHE__WIRE__PREFIX_LIST__INIT;
+    list.from = from;
+    request.body_case = ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST;
+    request.prefix_list = &list;
+    return ask(connection, &request, ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST, out);
+}
+
+ice_status ctl_remove_prefix(struct ctl_connection *connection, uint64_t prefix_id)
+{
+    Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
+    Icecache__Wire__PrefixRemove removal = ICECACHE__WIRE__PREFIX_REMOVE__INIT;
+    Icecache__Wire__Reply *reply;
+    removal.prefix_id = prefix_id;
+    request.body_case = ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE;
+    request.prefix_remove = &removal;
+    ice_status status = ask(connection, &request, ICECACHE__WIRE__REPLY__BODY__NOT_SET, &reply);
+    if (status == ICE_OK)
+        icecache__wire__reply__free_unpacked(reply, NULL);
+    return status;
 }
 
 void ctl_close(struct ctl_connection *connection)

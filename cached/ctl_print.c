@@ -25,6 +25,20 @@ static void print_usage_row(const char *name, uint64_t used, uint64_t capacity)
            capacity ? 100.0 * (double)used / (double)capacity : 0.0);
 }
 
+static void print_spill(const Icecache__Wire__SpillStats *spill)
+{
+    printf("spill    %s%s", spill->engine, spill->direct ? ", past the page cache" : "");
+    if (spill->reason[0])
+        printf(" (%s)", spill->reason);
+    printf("%s\n", spill->off ? ", OFF: the disk has failed" : "");
+    print_usage_row("disk", spill->bytes, spill->capacity_bytes);
+    printf("  pages    read %" PRIu64 "  written %" PRIu64 "  evicted %" PRIu64 "  lost %" PRIu64
+           "  write errors %" PRIu64 "\n",
+           spill->pages_read, spill->pages_written, spill->pages_evicted, spill->pages_lost, spill->write_errors);
+    printf("  in flight %u  waiting %u  prefixes %u  lanes hibernated %" PRIu64 "\n", spill->in_flight, spill->waiting,
+           spill->prefixes, spill->hibernated);
+}
+
 static void print_totals(const Icecache__Wire__StatsReply *stats)
 {
     char text[32];
@@ -40,6 +54,8 @@ static void print_totals(const Icecache__Wire__StatsReply *stats)
     print_usage_row("pool", stats->pool_bytes, stats->pool_capacity_bytes);
     print_usage_row("index", stats->index_bytes, stats->index_capacity_bytes);
     print_usage_row("shared", stats->shared_bytes, stats->shared_capacity_bytes);
+    if (stats->spill)
+        print_spill(stats->spill);
     printf("phase        count      p50 us      p99 us    p99.9 us      max us\n");
     for (size_t i = 0; i < stats->n_phases; i++) {
         const Icecache__Wire__PhaseStats *phase = stats->phases[i];
@@ -105,6 +121,21 @@ static void json_totals(const Icecache__Wire__StatsReply *stats)
     printf("}");
 }
 
+static void json_spill(const Icecache__Wire__SpillStats *spill)
+{
+    printf(",\"spill\":{");
+    json_string("engine", spill->engine);
+    printf(",");
+    json_string("reason", spill->reason);
+    printf(",\"direct\":%s,\"off\":%s,\"bytes\":%" PRIu64 ",\"capacity_bytes\":%" PRIu64,
+           spill->direct ? "true" : "false", spill->off ? "true" : "false", spill->bytes, spill->capacity_bytes);
+    printf(",\"pages_read\":%" PRIu64 ",\"pages_written\":%" PRIu64 ",\"pages_evicted\":%" PRIu64
+           ",\"pages_lost\":%" PRIu64 ",\"write_errors\":%" PRIu64,
+           spill->pages_read, spill->pages_written, spill->pages_evicted, spill->pages_lost, spill->write_errors);
+    printf(",\"in_flight\":%u,\"waiting\":%u,\"prefixes\":%u,\"hibernated\":%" PRIu64 "}", spill->in_flight,
+           spill->waiting, spill->prefixes, spill->hibernated);
+}
+
 static void json_sequence(const Icecache__Wire__SequenceStats *row)
 {
     printf("{\"id\":%" PRIu64 ",\"session\":\"%016" PRIx64 "\",\"pid\":%u,", row->sequence_id, row->session_id,
@@ -124,6 +155,8 @@ void ctl_print_json(Icecache__Wire__Reply *const *pages, size_t count)
 {
     printf("{");
     json_totals(pages[0]->stats);
+    if (pages[0]->stats->spill)
+        json_spill(pages[0]->stats->spill);
     printf(",\"sequence\":[");
     bool first = true;
     for (size_t page = 0; page < count; page++) {
@@ -131,6 +164,40 @@ void ctl_print_json(Icecache__Wire__Reply *const *pages, size_t count)
             printf("%s", first ? "" : ",");
             first = false;
             json_sequence(pages[page]->stats->sequence[i]);
+        }
+    }
+    printf("]}\n");
+}
+
+// ---- prefixes ----
+
+void ctl_print_prefixes_table(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    char bytes[32];
+    printf("prefix            namespace          tokens  layers  heads  head_dim        disk  attached\n");
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->prefix_list->n_prefix; i++) {
+            const Icecache__Wire__PrefixStats *row = pages[page]->prefix_list->prefix[i];
+            printf("%016" PRIx64 "  %-15.15s %9" PRIu64 "  %6u  %5u  %8u  %10s  %8u\n", row->prefix_id, row->name_space,
+                   row->tokens, row->layers, row->kv_heads, row->head_dim, size_text(row->bytes, bytes, sizeof bytes),
+                   row->attached);
+        }
+    }
+}
+
+void ctl_print_prefixes_json(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    bool first = true;
+    printf("{\"prefix\":[");
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->prefix_list->n_prefix; i++) {
+            const Icecache__Wire__PrefixStats *row = pages[page]->prefix_list->prefix[i];
+            printf("%s{\"id\":\"%016" PRIx64 "\",", first ? "" : ",", row->prefix_id);
+            first = false;
+            json_string("namespace", row->name_space);
+            printf(",\"tokens\":%" PRIu64 ",\"layers\":%u,\"kv_heads\":%u,\"head_dim\":%u,\"bytes\":%" PRIu64
+                   ",\"attached\":%u}",
+                   row->tokens, row->layers, row->kv_heads, row->head_dim, row->bytes, row->attached);
         }
     }
     printf("]}\n");

@@ -43,6 +43,9 @@ static void usage_errors(void **state)
     expect(daemon, CTL("--json"), 2, "usage");
     expect(daemon, CTL("dance"), 2, "unknown command 'dance'");
     expect(daemon, CTL("ping", "twice"), 2, "usage");
+    expect(daemon, CTL("remove-prefix"), 2, "usage");
+    expect(daemon, CTL("remove-prefix", "12"), 2, "'12' is not the id of a prefix, 16 hexadecimal digits");
+    expect(daemon, CTL("remove-prefix", "0123456789abcdeg"), 2, "is not the id of a prefix");
     expect(daemon, CTL("--nonsense", "ping"), 2, "usage");
     expect(daemon, CTL("--timeout", "soon", "ping"), 2, "'soon' is not a number of seconds");
     expect(daemon, CTL("--timeout", "0", "ping"), 2, "'0' is not a number of seconds");

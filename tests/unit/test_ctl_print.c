@@ -1,0 +1,138 @@
+// What icecachectl prints for replies that no test daemon gives: a disk in every state, lists in several parts.
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "cached/ctl_print.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TEXT(words) ((char *)(uintptr_t)(words)) // the generated fields are not const
+
+// What a printer writes to stdout; the caller frees it.
+static char *printed(void (*print)(Icecache__Wire__Reply *const *, size_t), Icecache__Wire__Reply *const *parts,
+                     size_t count)
+{
+    char *text = NULL;
+    size_t bytes;
+    FILE *screen = stdout;
+    stdout = open_memstream(&text, &bytes);
+    assert_non_null(stdout);
+    print(parts, count);
+    assert_int_equal(fclose(stdout), 0);
+    stdout = screen;
+    return text;
+}
+
+static void expect(char *text, const char *words)
+{
+    if (!strstr(text, words))
+        fail_msg("no \"%s\" in: %s", words, text);
+}
+
+static void statistics_show_the_disk(void **state)
+{
+    (void)state;
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT, *const parts[] = {&reply};
+    Icecache__Wire__StatsReply stats = ICECACHE__WIRE__STATS_REPLY__INIT;
+    Icecache__Wire__SpillStats spill = ICECACHE__WIRE__SPILL_STATS__INIT;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_STATS;
+    reply.stats = &stats;
+    char *text = printed(ctl_print_table, parts, 1);
+    assert_null(strstr(text, "spill"));
+    free(text);
+    text = printed(ctl_print_json, parts, 1);
+    assert_null(strstr(text, "spill"));
+    free(text);
+
+    stats.spill = &spill;
+    spill.engine = TEXT("io_uring");
+    spill.direct = 1;
+    spill.bytes = 3u << 20;
+    spill.capacity_bytes = 12u << 20;
+    spill.pages_read = 11;
+    spill.pages_written = 12;
+    spill.pages_evicted = 13;
+    spill.pages_lost = 14;
+    spill.write_errors = 15;
+    spill.in_flight = 16;
+    spill.waiting = 17;
+    spill.prefixes = 18;
+    spill.hibernated = 19;
+    text = printed(ctl_print_table, parts, 1);
+    expect(text, "spill    io_uring, past the page cache\n");
+    expect(text, "  disk          3.0 MiB of 12.0 MiB      25.0 %\n");
+    expect(text, "  pages    read 11  written 12  evicted 13  lost 14  write errors 15\n");
+    expect(text, "  in flight 16  waiting 17  prefixes 18  lanes hibernated 19\n");
+    free(text);
+    spill.engine = TEXT("threads");
+    spill.reason = TEXT("io_uring_setup: \"not permitted\"");
+    spill.direct = 0;
+    spill.off = 1;
+    text = printed(ctl_print_table, parts, 1);
+    expect(text, "spill    threads (io_uring_setup: \"not permitted\"), OFF: the disk has failed\n");
+    free(text);
+    text = printed(ctl_print_json, parts, 1);
+    expect(text,
+           ",\"spill\":{\"engine\":\"threads\",\"reason\":\"io_uring_setup: \\\"not permitted\\\"\",\"direct\":false,"
+           "\"off\":true,\"bytes\":3145728,\"capacity_bytes\":12582912,\"pages_read\":11,\"pages_written\":12,"
+           "\"pages_evicted\":13,\"pages_lost\":14,\"write_errors\":15,\"in_flight\":16,\"waiting\":17,"
+           "\"prefixes\":18,\"hibernated\":19},\"sequence\":[]}\n");
+    free(text);
+}
+
+static void prefixes_are_listed(void **state)
+{
+    (void)state;
+    Icecache__Wire__PrefixStats first = ICECACHE__WIRE__PREFIX_STATS__INIT, second = first;
+    first.prefix_id = UINT64_C(0xfedcba9876543210);
+    first.name_space = TEXT("ten\"ant");
+    first.tokens = 131072;
+    first.layers = 32;
+    first.kv_heads = 8;
+    first.head_dim = 128;
+    first.attached = 3;
+    second.prefix_id = 7;
+    second.name_space = TEXT("default");
+    Icecache__Wire__PrefixStats *rows[] = {&first, &second};
+    Icecache__Wire__PrefixListReply lists[2] = {ICECACHE__WIRE__PREFIX_LIST_REPLY__INIT,
+                                                ICECACHE__WIRE__PREFIX_LIST_REPLY__INIT};
+    Icecache__Wire__Reply replies[2] = {ICECACHE__WIRE__REPLY__INIT, ICECACHE__WIRE__REPLY__INIT};
+    Icecache__Wire__Reply *const parts[] = {&replies[0], &replies[1]};
+    for (int i = 0; i < 2; i++) {
+        lists[i].prefix = &rows[i];
+        lists[i].n_prefix = 1;
+        replies[i].body_case = ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST;
+        replies[i].prefix_list = &lists[i];
+    }
+    first.bytes = UINT64_C(17) << 29;
+    char *text = printed(ctl_print_prefixes_table, parts, 2);
+    expect(text, "\nfedcba9876543210  ten\"ant            131072      32      8       128     8.5 GiB         3\n");
+    expect(text, "\n0000000000000007  default ");
+    free(text);
+    text = printed(ctl_print_prefixes_json, parts, 2);
+    assert_string_equal(text,
+                        "{\"prefix\":[{\"id\":\"fedcba9876543210\",\"namespace\":\"ten\\\"ant\",\"tokens\":131072,"
+                        "\"layers\":32,\"kv_heads\":8,\"head_dim\":128,\"bytes\":9126805504,\"attached\":3},"
+                        "{\"id\":\"0000000000000007\",\"namespace\":\"default\",\"tokens\":0,\"layers\":0,"
+                        "\"kv_heads\":0,\"head_dim\":0,\"bytes\":0,\"attached\":0}]}\n");
+    free(text);
+    lists[0].n_prefix = 0;
+    text = printed(ctl_print_prefixes_json, parts, 1);
+    assert_string_equal(text, "{\"prefix\":[]}\n");
+    free(text);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(statistics_show_the_disk),
+        cmocka_unit_test(prefixes_are_listed),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -49,7 +49,8 @@ static ice_status call_with_hashes(ice_client *client, uint64_t generation, Icec
     zmq_msg_t frame;
     if (zmq_msg_init_size(&frame, count * WIRE_HASH_BYTES) != 0) {
         *out = NULL;
-        return error_set(ICE_NO_MEMORY, "no memory for %zu hashes", count);
+        (void)error_set(ICE_NO_MEMORY, "no memory for %zu hashes", count);
+        return ICE_NO_MEMORY;
     }
     memcpy(zmq_msg_data(&frame), hashes, count * WIRE_HASH_BYTES);
     return exchange_call_vectors(client, generation, request, &frame, until_us, out);

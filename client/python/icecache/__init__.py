@@ -1,5 +1,6 @@
 """Client of icecached, the node's service for long KV caches. See icecache.h, whose names and meanings these are."""
 
+import array
 import contextlib
 import ctypes
 import weakref
@@ -18,7 +19,9 @@ __all__ = [
     "DEFAULT_WINDOW",
     "Error",
     "GpuLanding",
+    "HASH_BYTES",
     "Landing",
+    "Seal",
     "Selection",
     "Sequence",
     "SequenceInfo",
@@ -27,6 +30,7 @@ __all__ = [
     "Ticket",
     "Timeout",
     "View",
+    "block_hashes",
     "landing_bytes",
     "version",
 ]
@@ -34,6 +38,7 @@ __all__ = [
 ALL_LAYERS = 0xFFFFFFFF
 DEFAULT_SINKS = 16
 DEFAULT_WINDOW = 64
+HASH_BYTES = 16
 
 _DTYPES = {"bf16": (1, 2), "fp16": (2, 2), "fp32": (3, 4)}
 
@@ -85,6 +90,79 @@ def landing_bytes(*, rows, layers, kv_heads, slots, head_dim, dtype):
     found = c_uint64()
     _check(library().ice_landing_bytes(byref(shape), byref(found)))
     return found.value
+
+
+def block_hashes(token_ids, block_tokens=0, salt=b""):
+    """HASH_BYTES bytes for each whole block of token_ids (integers, or an array of them), one behind the other.
+
+    A block's hash stands for it and all before it; salt is whatever else makes K and V differ that the sequence's
+    options do not name (an adapter, an image's digest). block_tokens 0: 16.
+    """
+    ids = _token_ids(token_ids)
+    found = (ctypes.c_ubyte * (len(ids) // (block_tokens or 16) * HASH_BYTES))()
+    _check(library().ice_block_hashes(ids, len(ids), block_tokens, salt, len(salt), found))
+    return bytes(found)
+
+
+def _token_ids(token_ids):
+    """As an array of c_uint32."""
+    view = None
+    with contextlib.suppress(TypeError):
+        view = memoryview(token_ids)
+    if view is not None and view.format in ("I", "i") and view.ndim == 1 and view.contiguous:
+        return (c_uint32 * len(view)).from_buffer_copy(view)
+    packed = array.array("I", iter(token_ids))  # refuses what is no token id
+    return (c_uint32 * len(packed)).from_buffer_copy(packed)
+
+
+@contextlib.contextmanager
+def _hashes(hashes):
+    """(address, count) of packed hashes, or of a list of them."""
+    if isinstance(hashes, (list, tuple)):
+        if any(len(one) != HASH_BYTES for one in hashes):
+            raise ValueError(f"a hash has {HASH_BYTES} bytes")
+        hashes = b"".join(hashes)
+    with Buffer(hashes) as packed:
+        if not packed.is_packed() or packed.nbytes % HASH_BYTES != 0:
+            raise ValueError(f"hashes must be packed and have {HASH_BYTES} bytes each")
+        yield packed.address, packed.nbytes // HASH_BYTES
+
+
+def _sequence_options(
+    *,
+    model_digest,
+    layers,
+    kv_heads,
+    query_heads,
+    head_dim,
+    dtype,
+    name_space=None,
+    tp_rank=0,
+    tp_size=1,
+    softmax_scale=0.0,
+    block_tokens=0,
+    anchor_layers=None,
+    max_tokens=0,
+):
+    if anchor_layers is not None and len(anchor_layers) != layers:
+        raise ValueError(f"anchor_layers has {len(anchor_layers)} entries for {layers} layers")
+    anchors = None if anchor_layers is None else (c_uint32 * layers)(*anchor_layers)
+    return _library.SequenceOptions(
+        None if name_space is None else name_space.encode(),
+        model_digest,
+        len(model_digest),
+        tp_rank,
+        tp_size,
+        layers,
+        kv_heads,
+        query_heads,
+        head_dim,
+        _dtype(dtype)[0],
+        softmax_scale,
+        block_tokens,
+        anchors,
+        max_tokens,
+    )
 
 
 class _Handle:
@@ -273,12 +351,22 @@ class SequenceInfo:
     idle: bool
 
 
+@dataclass(frozen=True)
+class Seal:
+    """What has been sealed. known: it had been before, by whatever sequence."""
+
+    prefix_id: int
+    tokens: int
+    known: bool
+
+
 class Sequence(_Handle):
-    """The KV history of one request."""
+    """The KV history of one request. prefix_tokens: with how many tokens it began, where it was attached, else 0."""
 
     _closer = "ice_sequence_close"
 
-    def __init__(self, client, handle, layers, kv_heads, query_heads, head_dim, dtype):
+    def __init__(self, client, handle, layers, kv_heads, query_heads, head_dim, dtype, prefix_tokens=0):
+        self.prefix_tokens = prefix_tokens
         self.layers = layers
         self.kv_heads = kv_heads
         self.query_heads = query_heads
@@ -334,6 +422,19 @@ class Sequence(_Handle):
             tokens, memory = self._memory(k, v, layer)
             status = library().ice_read(handle, layer, first, tokens, byref(memory), deadline_us)
         _check(status)
+
+    def seal(self, hashes, deadline_us=0):
+        """Puts the first blocks, one for each hash, on the daemon's disk; returns when they are safe there.
+
+        hashes are those of block_hashes, or others of HASH_BYTES bytes: packed, or a list of bytes. Error with
+        POSITION_GAP: a layer has fewer tokens. deadline_us 0 is at least 10 minutes.
+        """
+        handle = self._open()
+        found = _library.SealResult()
+        with _hashes(hashes) as (address, count):
+            status = library().ice_sequence_seal(handle, address, count, deadline_us, byref(found))
+        _check(status)
+        return Seal(found.prefix_id, found.tokens, found.known)
 
     def _memory(self, keys, values, layer):
         layers = self.layers if layer == ALL_LAYERS else 1
@@ -470,46 +571,50 @@ class Client:
         _check(library().ice_landing_open(self._open(), byref(shape), deadline_us, byref(handle)))
         return Landing(self, handle, head_dim, dtype)
 
-    def open_sequence(
-        self,
-        *,
-        model_digest,
-        layers,
-        kv_heads,
-        query_heads,
-        head_dim,
-        dtype,
-        name_space=None,
-        tp_rank=0,
-        tp_size=1,
-        softmax_scale=0.0,
-        block_tokens=0,
-        anchor_layers=None,
-        max_tokens=0,
-        deadline_us=0,
-    ):
-        if anchor_layers is not None and len(anchor_layers) != layers:
-            raise ValueError(f"anchor_layers has {len(anchor_layers)} entries for {layers} layers")
-        anchors = None if anchor_layers is None else (c_uint32 * layers)(*anchor_layers)
-        options = _library.SequenceOptions(
-            None if name_space is None else name_space.encode(),
-            model_digest,
-            len(model_digest),
-            tp_rank,
-            tp_size,
-            layers,
-            kv_heads,
-            query_heads,
-            head_dim,
-            _dtype(dtype)[0],
-            softmax_scale,
-            block_tokens,
-            anchors,
-            max_tokens,
-        )
+    def open_sequence(self, *, deadline_us=0, **options):
+        """An empty Sequence.
+
+        Keyword arguments: model_digest (bytes), layers, kv_heads, query_heads, head_dim, dtype, and optionally
+        name_space, tp_rank, tp_size, softmax_scale, block_tokens, anchor_layers, max_tokens.
+        """
+        filled = _sequence_options(**options)
         handle = c_void_p()
-        _check(library().ice_sequence_open(self._open(), byref(options), deadline_us, byref(handle)))
-        return Sequence(self, handle, layers, kv_heads, query_heads, head_dim, dtype)
+        _check(library().ice_sequence_open(self._open(), byref(filled), deadline_us, byref(handle)))
+        return self._sequence(handle, options, 0)
+
+    def lookup(self, hashes, *, deadline_us=0, **options):
+        """How many tokens a sequence of these options (those of open_sequence) could be attached to; 0: none."""
+        filled = _sequence_options(**options)
+        tokens = c_uint64()
+        with _hashes(hashes) as (address, count):
+            status = library().ice_prefix_lookup(
+                self._open(), byref(filled), address, count, deadline_us, byref(tokens)
+            )
+        _check(status)
+        return tokens.value
+
+    def attach(self, hashes, *, tokens_max=0, deadline_us=0, **options):
+        """A Sequence that begins with the longest sealed prefix that matches: append the rest at its prefix_tokens.
+
+        options are those of open_sequence; no more than tokens_max tokens are taken (0: no limit). Error with
+        UNKNOWN_PREFIX: none matches.
+        """
+        filled = _sequence_options(**options)
+        handle, tokens = c_void_p(), c_uint64()
+        with _hashes(hashes) as (address, count):
+            status = library().ice_sequence_attach(
+                self._open(), byref(filled), address, count, tokens_max, deadline_us, byref(handle), byref(tokens)
+            )
+        _check(status)
+        return self._sequence(handle, options, tokens.value)
+
+    def remove_prefix(self, prefix_id, deadline_us=0):
+        """Forgets a sealed prefix; sequences attached to it live on."""
+        _check(library().ice_prefix_remove(self._open(), prefix_id, deadline_us))
+
+    def _sequence(self, handle, options, prefix_tokens):
+        shape = (options[name] for name in ("layers", "kv_heads", "query_heads", "head_dim", "dtype"))
+        return Sequence(self, handle, *shape, prefix_tokens)
 
     def retrieve(self, landing, **options):
         """Submit and wait: the arguments of submit; returns the Selection."""

@@ -141,6 +141,14 @@ class SequenceInfo(ctypes.Structure):
     ]
 
 
+class SealResult(ctypes.Structure):
+    _fields_ = [
+        ("prefix_id", c_uint64),
+        ("tokens", c_uint64),
+        ("known", c_bool),
+    ]
+
+
 class KvMemory(ctypes.Structure):
     """ice_kv_source and ice_kv_target, which have the same members."""
 
@@ -215,6 +223,26 @@ _SIGNATURES = {
     "ice_sequence_open": (c_int, [c_void_p, POINTER(SequenceOptions), c_uint64, POINTER(c_void_p)]),
     "ice_sequence_close": (None, [c_void_p]),
     "ice_sequence_info": (c_int, [c_void_p, c_uint64, POINTER(SequenceInfo)]),
+    "ice_block_hashes": (c_int, [c_void_p, c_size_t, c_uint32, c_void_p, c_size_t, c_void_p]),
+    "ice_sequence_seal": (c_int, [c_void_p, c_void_p, c_size_t, c_uint64, POINTER(SealResult)]),
+    "ice_prefix_lookup": (
+        c_int,
+        [c_void_p, POINTER(SequenceOptions), c_void_p, c_size_t, c_uint64, POINTER(c_uint64)],
+    ),
+    "ice_sequence_attach": (
+        c_int,
+        [
+            c_void_p,
+            POINTER(SequenceOptions),
+            c_void_p,
+            c_size_t,
+            c_uint64,
+            c_uint64,
+            POINTER(c_void_p),
+            POINTER(c_uint64),
+        ],
+    ),
+    "ice_prefix_remove": (c_int, [c_void_p, c_uint64, c_uint64]),
     "ice_append": (c_int, [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_uint64, POINTER(c_uint64)]),
     "ice_append_gpu": (
         c_int,

@@ -27,6 +27,9 @@ from icecache import _buffers, _library  # noqa: E402
 
 LAYERS, KV_HEADS, QUERY_HEADS, HEAD_DIM = 2, 2, 4, 16
 ROW = KV_HEADS * HEAD_DIM
+MODEL = dict(
+    model_digest=b"m", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="fp32"
+)
 daemon_path = None
 fake_driver = None
 
@@ -34,13 +37,15 @@ fake_driver = None
 class Daemon:
     """icecached in a folder of its own."""
 
-    def __init__(self):
+    def __init__(self, *options):
         self.folder = tempfile.TemporaryDirectory(prefix="icecache-")
+        self.options = options
         self.process = None
 
     def start(self):
         self.process = subprocess.Popen(
-            [daemon_path, "--socket-dir", self.folder.name, "--pool-bytes", "64m", "--index-bytes", "64m", "--shards", "2"],
+            [daemon_path, "--socket-dir", self.folder.name, "--pool-bytes", "64m", "--index-bytes", "64m", "--shards", "2"]
+            + list(self.options),
             stderr=subprocess.DEVNULL,
         )
         end = time.monotonic() + 30
@@ -94,6 +99,7 @@ class HeaderTest(unittest.TestCase):
             "ice_gpu_landing": _library.GpuLanding,
             "ice_sequence_options": _library.SequenceOptions,
             "ice_sequence_info": _library.SequenceInfo,
+            "ice_seal_result": _library.SealResult,
             "ice_kv_source": _library.KvMemory,
             "ice_kv_target": _library.KvMemory,
             "ice_retrieve_options": _library.RetrieveOptions,
@@ -136,9 +142,36 @@ class BufferTest(unittest.TestCase):
                 pass
 
 
+class HashTest(unittest.TestCase):
+    """The hashes of blocks, which need no daemon."""
+
+    def test_hashes(self):
+        ids = array.array("I", (i * 2654435761 % 2**32 for i in range(40)))
+        found = icecache.block_hashes(ids)
+        self.assertEqual(len(found), 2 * icecache.HASH_BYTES)  # 8 tokens are left over
+        self.assertEqual(found[:16].hex(), "7a3b20d2e8bbcef66ff5bbb808c3798c")  # as in tests/unit/test_client_hashes.c
+        self.assertEqual(icecache.block_hashes(list(ids)), found)
+        self.assertEqual(icecache.block_hashes(iter(ids[:16])), found[:16])
+        self.assertEqual(icecache.block_hashes(array.array("q", ids)), found)
+        self.assertEqual(icecache.block_hashes(memoryview(array.array("I", ids[::-1]))[::-1]), found)
+        self.assertEqual(icecache.block_hashes([1] * 15), b"")
+        self.assertEqual(len(icecache.block_hashes(ids, block_tokens=4)), 160)
+        self.assertNotEqual(icecache.block_hashes(ids, salt=b"adapter"), found)
+        for wrong in ([-1] * 16, [2**32] * 16):
+            with self.assertRaises(OverflowError):
+                icecache.block_hashes(wrong)
+        with self.assertRaises(TypeError):
+            icecache.block_hashes([0.5] * 16)
+        with self.assertRaises(icecache.Error) as caught:
+            icecache.block_hashes(ids, block_tokens=5000)
+        self.assertIn("block_tokens", caught.exception.text)
+
+
 class ClientBase(unittest.TestCase):
+    daemon_options = ()
+
     def setUp(self):
-        self.daemon = Daemon()
+        self.daemon = Daemon(*self.daemon_options)
         self.daemon.start()
         self.addCleanup(self.daemon.stop)
 
@@ -151,10 +184,7 @@ class ClientBase(unittest.TestCase):
         landing = client.open_landing(
             rows=rows, layers=LAYERS, kv_heads=KV_HEADS, slots=slots, head_dim=HEAD_DIM, dtype="fp32"
         )
-        sequence = client.open_sequence(
-            model_digest=b"m", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="fp32"
-        )
-        return landing, sequence
+        return landing, client.open_sequence(**MODEL)
 
     @staticmethod
     def arguments(sequence, row=0, at=0, **changes):
@@ -251,6 +281,19 @@ class ClientTest(ClientBase):
         with self.assertRaises(icecache.Error) as caught:
             icecache.Client("/nowhere")
         self.assertEqual(caught.exception.status, icecache.Status.NO_DAEMON)
+
+    def test_arguments_of_prefixes(self):
+        client = self.connect()
+        _, sequence = self.open(client)
+        self.assertEqual(sequence.prefix_tokens, 0)
+        for wrong in (b"short", [b"short"], array.array("d", [1.0])):
+            with self.assertRaises(ValueError):
+                sequence.seal(wrong)
+        with self.assertRaises(icecache.Error) as caught:
+            client.lookup(b"", **MODEL)
+        self.assertIn("count is 0", caught.exception.text)
+        with self.assertRaises(TypeError):
+            client.attach(bytes(16), layers=LAYERS)
 
     def test_threads(self):
         client = self.connect()
@@ -359,6 +402,65 @@ class ClientTest(ClientBase):
         )
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stdout.count("44 tokens"), 2, done.stdout)
+
+
+class PrefixTest(ClientBase):
+    """Sealed prefixes, with a disk below the daemon."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="icecache-spill-")
+        self.addCleanup(folder.cleanup)
+        self.daemon_options = ("--spill-dir", folder.name, "--spill-bytes", "256m")
+        super().setUp()
+
+    def seal(self, sequence, hashes):
+        try:
+            return sequence.seal(hashes)
+        except icecache.Error as error:
+            if error.status == icecache.Status.NOT_SUPPORTED:
+                self.skipTest(error.text)
+            raise
+
+    def test_seal_and_attach(self):
+        client = self.connect()
+        sequence = client.open_sequence(**MODEL)
+        tokens, sealed = 100, 96
+        ids = list(range(tokens))
+        hashes = icecache.block_hashes(ids)
+        keys, values = numbers(1, LAYERS * tokens * ROW), numbers(2, LAYERS * tokens * ROW)
+        sequence.append(keys, values, first=0)
+        first = self.seal(sequence, hashes)
+        self.assertEqual((first.tokens, first.known), (sealed, False))
+        blocks = [hashes[at : at + 16] for at in range(0, len(hashes), 16)]
+        self.assertEqual(sequence.seal(blocks), icecache.Seal(first.prefix_id, sealed, True))
+        with self.assertRaises(icecache.Error) as caught:
+            sequence.seal(icecache.block_hashes(ids + [7] * 16))
+        self.assertEqual(caught.exception.status, icecache.Status.POSITION_GAP)
+        sequence.close()
+
+        self.assertEqual(client.lookup(hashes, **MODEL), sealed)
+        self.assertEqual(client.lookup(icecache.block_hashes(ids, salt=b"s"), **MODEL), 0)
+        self.assertEqual(client.lookup(hashes, name_space="other", **MODEL), 0)
+        attached = client.attach(hashes, tokens_max=sealed - 1, **MODEL)
+        self.assertEqual(attached.prefix_tokens, sealed - 16)
+        attached.close()
+        attached = client.attach(hashes, **MODEL)
+        self.assertEqual(attached.prefix_tokens, sealed)
+        self.assertEqual(attached.info().length_min, sealed)
+        got_keys, got_values = (array.array("f", bytes(4 * LAYERS * sealed * ROW)) for _ in range(2))
+        attached.read_into(got_keys, got_values, first=0)
+        for got, whole in ((got_keys, keys), (got_values, values)):
+            for layer in range(LAYERS):
+                at = layer * tokens * ROW
+                self.assertEqual(got[layer * sealed * ROW : (layer + 1) * sealed * ROW], whole[at : at + sealed * ROW])
+
+        client.remove_prefix(first.prefix_id)
+        self.assertEqual(client.lookup(hashes, **MODEL), 0)
+        self.assertEqual(attached.append(numbers(3, LAYERS * ROW), numbers(4, LAYERS * ROW), first=sealed), sealed + 1)
+        for call in (lambda: client.attach(hashes, **MODEL), lambda: client.remove_prefix(first.prefix_id)):
+            with self.assertRaises(icecache.Error) as caught:
+                call()
+            self.assertEqual(caught.exception.status, icecache.Status.UNKNOWN_PREFIX)
 
 
 class FakeMemory:

@@ -9,18 +9,37 @@
 #include "proto/control.h"
 #include "proto/status.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
 
-// How the pool's memory was obtained, best first.
-enum env_huge { ENV_HUGE_HUGETLB_2M, ENV_HUGE_TRANSPARENT, ENV_HUGE_NONE };
+// The rungs of the ladder on which a region's memory is sought, best first: pages reserved by the operator (hugetlb),
+// transparent huge pages when it is touched, or by collapsing afterwards, pages of 4 KiB.
+enum env_huge { ENV_HUGE_HUGETLB_1G, ENV_HUGE_HUGETLB_2M, ENV_HUGE_TRANSPARENT, ENV_HUGE_COLLAPSED, ENV_HUGE_NONE };
+#define ENV_RUNG(kind)     (1u << (kind))
+#define ENV_RUNGS_RESERVED (ENV_RUNG(ENV_HUGE_HUGETLB_1G) | ENV_RUNG(ENV_HUGE_HUGETLB_2M))
+#define ENV_RUNGS_ALL      (ENV_RUNG(ENV_HUGE_NONE + 1) - 1)
+#define ENV_REASONS_BYTES  384u
+
+// Asked at the beginning and about ten times a second while memory is populated, by the thread that asked for it.
+struct env_watch {
+    bool (*go_on)(void *owner, uint64_t done_bytes); // false: give up
+    void *owner;
+};
+
+struct env_region_request {
+    uint64_t bytes;                // a multiple of 2 MiB
+    uint32_t rungs;                // that may be taken, as bits ENV_RUNG(kind)
+    const struct env_watch *watch; // may be NULL
+};
 
 struct env_region {
-    void *base;
+    void *base; // a multiple of 2 MiB
     uint64_t bytes;
-    enum env_huge kind;
-    uint64_t huge_bytes; // as smaps reports it after populating
+    enum env_huge kind;              // the rung that gave what huge pages there are
+    uint64_t huge_bytes;             // as the kernel counts them after populating
+    char reasons[ENV_REASONS_BYTES]; // why better rungs gave nothing or less; empty where there is nothing to say
 };
 
 struct env_bus;
@@ -55,8 +74,9 @@ struct env {
     void *(*acquire_chunk)(struct env *env, size_t bytes);
     void (*release_chunk)(struct env *env, void *memory, size_t bytes);
 
-    // Private memory in the largest pages there are, populated, not inherited by children, not in core dumps.
-    int (*map_region)(struct env *env, uint64_t bytes, struct env_region *out);
+    // Private memory on the best rung that there is, populated, not inherited by children, not in core dumps.
+    // -ECANCELED: the watch said so. The reasons are written whatever the outcome, the rest on success.
+    int (*map_region)(struct env *env, const struct env_region_request *request, struct env_region *out);
     void (*unmap_region)(struct env *env, struct env_region *region);
 
     // Shared memory that cannot be resized by anyone.

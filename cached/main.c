@@ -29,6 +29,8 @@ static int serve(struct server *server)
                  server->shard_count);
         reactor_run(server);
         outcome = EXIT_SUCCESS;
+    } else if (server->stopped_early) {
+        outcome = EXIT_SUCCESS;
     }
     server_stop_threads(server);
     reactor_fini(server);

@@ -96,26 +96,6 @@ bool server_take_directory(struct server *server)
     return error == 0;
 }
 
-bool server_take_pool(struct server *server)
-{
-    log_info("populating the pool: %llu MiB", (unsigned long long)(server->config->pool_bytes >> 20));
-    int error = pool_create(server->env, server->config->pool_bytes, &server->pool);
-    if (error) {
-        log_error("cannot take --pool-bytes %llu: %s; free memory or ask for less",
-                  (unsigned long long)server->config->pool_bytes, strerror(-error));
-        return false;
-    }
-    struct pool_usage usage;
-    pool_usage(server->pool, &usage);
-    log_info("pool: %llu MiB, huge pages %s (%llu MiB)", (unsigned long long)(usage.capacity_bytes >> 20),
-             pool_huge_name(usage.kind), (unsigned long long)(usage.huge_bytes >> 20));
-    if (usage.kind == ENV_HUGE_NONE)
-        log_warn("no huge pages: reserve some with sysctl vm.nr_hugepages=%llu, or "
-                 "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-                 (unsigned long long)(usage.capacity_bytes >> 21));
-    return true;
-}
-
 // ---- threads ----
 
 // The keeper: work that takes long.

@@ -49,7 +49,8 @@ struct server {
     struct completion_list completions;
     struct task_queue keeper_queue; // work that takes long: populate, unmap
     pthread_t keeper;
-    bool keeper_runs; // main thread
+    bool keeper_runs;   // main thread, as the next
+    bool stopped_early; // by a signal, before it served
     struct gpus gpus;
 
     // Reactor only.
@@ -67,8 +68,9 @@ struct server {
     struct server_stats stats;
 };
 
-// From start to end (server.c), in this order. What fails logs its cause and leaves nothing that the calls below,
-// stop_threads, reactor_fini and fini, do not give back; those three may be called whatever was reached in between.
+// From start to end (server.c, pool_start.c), in this order. What fails logs its cause and leaves nothing that the
+// calls below, stop_threads, reactor_fini and fini, do not give back; those three may be called whatever was reached in
+// between.
 ICE_MUST_CHECK bool server_init(struct server *server, struct env *env, const struct config *config); // false: no fini
 ICE_MUST_CHECK bool server_take_directory(struct server *server);
 ICE_MUST_CHECK bool server_take_pool(struct server *server);

@@ -94,6 +94,8 @@ static void *daemon_main(void *argument)
             atomic_store(&daemon->state, DAEMON_SERVING);
             reactor_run(server);
             outcome = DAEMON_STOPPED;
+        } else if (server->stopped_early) {
+            outcome = DAEMON_STOPPED;
         }
         server_stop_threads(server);
         reactor_fini(server);

@@ -85,10 +85,11 @@ static void release(struct env *env, void *memory, size_t bytes)
     faulty->real.release(&faulty->real, block, bytes + HEAD_BYTES);
 }
 
-static int map_region(struct env *env, uint64_t bytes, struct env_region *out)
+static int map_region(struct env *env, const struct env_region_request *request, struct env_region *out)
 {
     struct faulty *faulty = faulty_of(env);
-    int error = fails(env, FAULT_MAP_REGION) ? error_of(env) : faulty->real.map_region(&faulty->real, bytes, out);
+    *out = (struct env_region){0};
+    int error = fails(env, FAULT_MAP_REGION) ? error_of(env) : faulty->real.map_region(&faulty->real, request, out);
     if (!error)
         atomic_fetch_add(&faulty->regions, 1);
     return error;

@@ -1,5 +1,5 @@
-// The daemon's options: one list of (field, flag, type, default, min, max, help). A flag --pool-bytes is also the
-// environment variable ICECACHE_POOL_BYTES; the flag wins.
+// The daemon's options: a list of (field, flag, type, default, min, max, help) and one of choices. A flag --pool-bytes
+// is also the environment variable ICECACHE_POOL_BYTES; the flag wins.
 #ifndef ICECACHE_CACHED_CONFIG_H
 #define ICECACHE_CACHED_CONFIG_H
 
@@ -25,11 +25,19 @@
     X(drain_ms,              "drain-ms",              NUMBER,   5000,        0,          600000,     "how long SIGTERM waits for requests in flight") \
     X(gpu_push,              "gpu-push",              NUMBER,   1,           0,          1,          "1: copy to workers' GPUs, which takes a CUDA context there; 0: workers fetch") \
     X(socket_mode,           "socket-mode",           OCTAL,    0600,        0,          0777,       "mode of the sockets; 0660 admits the folder's group")
+// field, flag, the words allowed (the field holds the number of the one chosen), initial, help
+#define CONFIG_CHOICES(X) \
+    X(huge_pages,            "huge-pages",            "require|prefer|off", CONFIG_HUGE_PREFER, "reserved huge pages or no start; the best there are; pages of 4 KiB")
 // clang-format on
+
+enum config_huge_pages { CONFIG_HUGE_REQUIRE, CONFIG_HUGE_PREFER, CONFIG_HUGE_OFF };
 
 struct config {
 #define CONFIG_FIELD(field, flag, type, initial, min, max, help) uint64_t field;
     CONFIG_NUMBERS(CONFIG_FIELD)
+#undef CONFIG_FIELD
+#define CONFIG_FIELD(field, flag, words, initial, help) unsigned field;
+    CONFIG_CHOICES(CONFIG_FIELD)
 #undef CONFIG_FIELD
     char socket_directory[108];
     char log_level[16];

@@ -60,6 +60,7 @@ struct env_message {
 
 struct env {
     void *owner;
+    const char *system_root; // before the paths of read_system: "", or a folder in which a test has its own
 
     uint64_t (*now_ns)(struct env *env); // monotonic
     int (*random)(struct env *env, void *bytes, size_t size);
@@ -78,6 +79,9 @@ struct env {
     // -ECANCELED: the watch said so. The reasons are written whatever the outcome, the rest on success.
     int (*map_region)(struct env *env, const struct env_region_request *request, struct env_region *out);
     void (*unmap_region)(struct env *env, struct env_region *region);
+
+    // A small file below /proc or /sys, with a 0 at its end, cut at the capacity.
+    int (*read_system)(struct env *env, const char *path, char *text, size_t capacity);
 
     // Shared memory that cannot be resized by anyone.
     int (*memfd_create)(struct env *env, const char *name, uint64_t bytes, int *fd_out);
@@ -117,5 +121,7 @@ static inline uint64_t env_now_ns(struct env *env)
     return env->now_ns(env);
 }
 void *env_acquire_zeroed(struct env *env, size_t bytes);
+// The number that such a file begins with, or `otherwise`.
+uint64_t env_system_number(struct env *env, const char *path, uint64_t otherwise);
 
 #endif

@@ -47,6 +47,24 @@ static void release(struct env *env, void *memory, size_t bytes)
     free(memory);
 }
 
+static int read_system(struct env *env, const char *path, char *text, size_t capacity)
+{
+    char whole[512];
+    if ((size_t)snprintf(whole, sizeof whole, "%s%s", env->system_root, path) >= sizeof whole)
+        return -ENAMETOOLONG;
+    int fd = open(whole, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    size_t used = 0;
+    ssize_t got = 0;
+    while (used + 1 < capacity && (got = read(fd, text + used, capacity - 1 - used)) > 0)
+        used += (size_t)got;
+    int error = got < 0 ? -errno : 0;
+    close(fd);
+    text[used] = '\0';
+    return error;
+}
+
 static int make_memfd(struct env *env, const char *name, uint64_t bytes, int *fd_out)
 {
     (void)env;
@@ -192,13 +210,24 @@ void *env_acquire_zeroed(struct env *env, size_t bytes)
     return memory;
 }
 
+uint64_t env_system_number(struct env *env, const char *path, uint64_t otherwise)
+{
+    char text[32], *end;
+    if (env->read_system(env, path, text, sizeof text) != 0)
+        return otherwise;
+    const unsigned long long number = strtoull(text, &end, 10);
+    return end == text ? otherwise : number;
+}
+
 void env_linux_init(struct env *env)
 {
     *env = (struct env){
+        .system_root = "",
         .now_ns = now_ns,
         .random = random_fill,
         .acquire = acquire,
         .release = release,
+        .read_system = read_system,
         .memfd_create = make_memfd,
         .map_shared = map_shared,
         .unmap_shared = unmap_shared,

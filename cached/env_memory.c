@@ -70,19 +70,13 @@ static uint64_t count_huge(const void *base, uint64_t bytes, uint64_t page_bytes
     return huge;
 }
 
-static uint64_t pages_free(const struct rung *rung)
+static uint64_t pages_free(struct env *env, const struct rung *rung)
 {
     char path[128];
-    unsigned long long free_pages = 0, promised = 0;
-    static const char *const names[] = {"free_hugepages", "resv_hugepages"};
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "/sys/kernel/mm/hugepages/%s/%s", rung->folder, names[i]);
-        FILE *file = fopen(path, "re");
-        if (file && fscanf(file, "%llu", i == 0 ? &free_pages : &promised) != 1)
-            free_pages = 0;
-        if (file)
-            fclose(file);
-    }
+    snprintf(path, sizeof path, "/sys/kernel/mm/hugepages/%s/free_hugepages", rung->folder);
+    const uint64_t free_pages = env_system_number(env, path, 0);
+    snprintf(path, sizeof path, "/sys/kernel/mm/hugepages/%s/resv_hugepages", rung->folder);
+    const uint64_t promised = env_system_number(env, path, 0);
     return free_pages > promised ? free_pages - promised : 0;
 }
 
@@ -108,7 +102,7 @@ static int map_reserved(struct env *env, const struct env_region_request *reques
         add_reason(out, "%s: %llu MiB are no whole number of them", rung->name, (unsigned long long)(bytes >> 20));
         return -EINVAL;
     }
-    const uint64_t free_before = pages_free(rung);
+    const uint64_t free_before = pages_free(env, rung);
     // The kernel sets the pages aside here (no MAP_NORESERVE), so that two who ask cannot be promised the same ones.
     void *base =
         mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | rung->flags, -1, 0);

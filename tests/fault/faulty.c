@@ -102,6 +102,12 @@ static void unmap_region(struct env *env, struct env_region *region)
     atomic_fetch_sub(&faulty->regions, 1);
 }
 
+static int read_system(struct env *env, const char *path, char *text, size_t capacity)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_READ_SYSTEM) ? error_of(env) : real->read_system(real, path, text, capacity);
+}
+
 static int make_memfd(struct env *env, const char *name, uint64_t bytes, int *fd_out)
 {
     struct env *real = &faulty_of(env)->real;
@@ -231,6 +237,7 @@ void faulty_init(struct faulty *faulty)
         .release = release,
         .map_region = map_region,
         .unmap_region = unmap_region,
+        .read_system = read_system,
         .memfd_create = make_memfd,
         .map_shared = map_shared,
         .unmap_shared = unmap_shared,

@@ -13,7 +13,7 @@
     X(ACQUIRE, "acquire") X(RANDOM, "random") X(MAP_REGION, "map_region") X(MEMFD, "memfd_create") \
     X(MAP_SHARED, "map_shared") X(DIRECTORY, "make_directory") X(LOCK, "lock_file") X(UNLINK, "unlink") \
     X(LISTEN, "listen") X(ACCEPT, "accept") X(CONTROL_SEND, "control_send") X(CONTROL_RECEIVE, "control_receive") \
-    X(BUS_OPEN, "bus_open") X(BUS_RECEIVE, "bus_receive") X(BUS_SEND, "bus_send")
+    X(BUS_OPEN, "bus_open") X(BUS_RECEIVE, "bus_receive") X(BUS_SEND, "bus_send") X(READ_SYSTEM, "read_system")
 // clang-format on
 
 enum fault_kind {

@@ -56,6 +56,7 @@ static void test_start(void **state)
     every_call(FAULT_UNLINK, -EACCES, true);
     every_call(FAULT_LISTEN, -EADDRINUSE, true);
     every_call(FAULT_BUS_OPEN, -EMFILE, true);
+    every_call(FAULT_READ_SYSTEM, -EACCES, false); // then nothing is known of the machine, and nothing is refused
 }
 
 // A stop while the pool is populated is heeded then, not when the pool is there.

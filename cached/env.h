@@ -21,8 +21,10 @@ enum env_huge { ENV_HUGE_HUGETLB_1G, ENV_HUGE_HUGETLB_2M, ENV_HUGE_TRANSPARENT, 
 #define ENV_RUNGS_RESERVED (ENV_RUNG(ENV_HUGE_HUGETLB_1G) | ENV_RUNG(ENV_HUGE_HUGETLB_2M))
 #define ENV_RUNGS_ALL      (ENV_RUNG(ENV_HUGE_NONE + 1) - 1)
 #define ENV_REASONS_BYTES  384u
+#define ENV_NODES_MAX      16u // on larger machines memory is not placed
+#define ENV_NODE_ANY       (-1)
 
-// Asked at the beginning and about ten times a second while memory is populated, by the thread that asked for it.
+// Asked at the beginning and some ten times a second while memory is populated, by the thread that asked for it.
 struct env_watch {
     bool (*go_on)(void *owner, uint64_t done_bytes); // false: give up
     void *owner;
@@ -31,6 +33,7 @@ struct env_watch {
 struct env_region_request {
     uint64_t bytes;                // a multiple of 2 MiB
     uint32_t rungs;                // that may be taken, as bits ENV_RUNG(kind)
+    int node;                      // NUMA node that it should lie on, or ENV_NODE_ANY
     const struct env_watch *watch; // may be NULL
 };
 
@@ -39,6 +42,8 @@ struct env_region {
     uint64_t bytes;
     enum env_huge kind;              // the rung that gave what huge pages there are
     uint64_t huge_bytes;             // as the kernel counts them after populating
+    int node;                        // as it was asked for
+    uint64_t node_bytes;             // that lie there, counted likewise
     char reasons[ENV_REASONS_BYTES]; // why better rungs gave nothing or less; empty where there is nothing to say
 };
 
@@ -74,6 +79,9 @@ struct env {
     // The functions are NULL where every block is to come from acquire: tests fail or check each of them.
     void *(*acquire_chunk)(struct env *env, size_t bytes);
     void (*release_chunk)(struct env *env, void *memory, size_t bytes);
+
+    // NUMA nodes with cores and memory that we may use. 0 or 1: there is nothing to choose from.
+    uint32_t (*nodes)(struct env *env, int *ids, uint32_t capacity);
 
     // Private memory on the best rung that there is, populated, not inherited by children, not in core dumps.
     // -ECANCELED: the watch said so. The reasons are written whatever the outcome, the rest on success.

@@ -1,5 +1,6 @@
 // The real outside: Linux system calls behind the table in env.h. Errors come back as -errno; nothing is logged here.
-// No state of its own, so any thread may call. Private memory is in env_memory.c, the data bus in env_zmq.c.
+// No state of its own, so any thread may call. Private memory is in env_memory.c, nodes are in env_numa.c, the data bus
+// in env_zmq.c.
 #include "cached/env_linux.h"
 
 #include "proto/control.h"
@@ -241,5 +242,6 @@ void env_linux_init(struct env *env)
         .control_receive = receive_control,
     };
     env_memory_init(env);
+    env_numa_init(env);
     env_zmq_init(env);
 }

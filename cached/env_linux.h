@@ -6,6 +6,13 @@
 
 void env_zmq_init(struct env *env);    // fills the bus_ entries
 void env_memory_init(struct env *env); // regions and chunks
+void env_numa_init(struct env *env);   // nodes
+
+// NUMA nodes (env_numa.c).
+int numa_place(void *base, uint64_t bytes, int node);            // before its pages are made; 0 or -errno
+void numa_bind_thread(int node);                                 // the calling thread, for good; ENV_NODE_ANY leaves it
+uint32_t numa_cores(int node);                                   // 0: not known
+uint64_t numa_count(const void *base, uint64_t bytes, int node); // bytes that lie there, as the kernel counts them
 
 // Populates a range with several threads (populate.c).
 enum populate_mode {
@@ -18,6 +25,7 @@ struct populate {
     uint8_t *base;
     uint64_t bytes;
     uint64_t page_bytes; // no call gets less than one
+    int node;            // whose cores do it, or ENV_NODE_ANY
     enum populate_mode mode;
     const struct env_watch *watch; // may be NULL
 };

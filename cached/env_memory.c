@@ -87,10 +87,24 @@ static int keep_private(void *base, uint64_t bytes)
     return madvise(base, bytes, MADV_DONTFORK) || madvise(base, bytes, MADV_DONTDUMP) ? -errno : 0;
 }
 
+// Where it cannot be placed it is used all the same: memory from afar is better than none.
+static void place(void *base, const struct env_region_request *request, struct env_region *out)
+{
+    int error = request->node == ENV_NODE_ANY ? 0 : numa_place(base, request->bytes, request->node);
+    if (error)
+        add_reason(out, "not placed on node%d: %s", request->node, strerror(-error));
+}
+
+static void count_placed(struct env_region *region)
+{
+    if (region->node != ENV_NODE_ANY)
+        region->node_bytes = numa_count(region->base, region->bytes, region->node);
+}
+
 static int populate(struct env *env, const struct env_region_request *request, void *base, uint64_t page_bytes,
                     enum populate_mode mode, bool *slow_out)
 {
-    const struct populate what = {env, base, request->bytes, page_bytes, mode, request->watch};
+    const struct populate what = {env, base, request->bytes, page_bytes, request->node, mode, request->watch};
     return populate_run(&what, slow_out);
 }
 
@@ -112,6 +126,7 @@ static int map_reserved(struct env *env, const struct env_region_request *reques
         return -errno;
     }
     bool slow;
+    place(base, request, out);
     int error = keep_private(base, bytes);
     if (!error)
         error = populate(env, request, base, rung->page_bytes, POPULATE_PLAIN, &slow);
@@ -178,6 +193,7 @@ static int fill_guarded(struct env *env, const struct env_region_request *reques
     const bool collapsed = request->rungs & ENV_RUNG(ENV_HUGE_COLLAPSED);
     const uint64_t mib = request->bytes >> 20;
     bool slow = false;
+    place(base, request, out);
     int error = keep_private(base, request->bytes);
     if (error)
         return error;
@@ -226,15 +242,17 @@ static int map_ordinary(struct env *env, const struct env_region_request *reques
 
 static int map_region(struct env *env, const struct env_region_request *request, struct env_region *out)
 {
-    *out = (struct env_region){0};
+    *out = (struct env_region){.node = request->node};
     int error = -ENOMEM;
-    for (unsigned i = 0; i < sizeof reserved / sizeof *reserved; i++) {
+    for (unsigned i = 0; i < sizeof reserved / sizeof *reserved && error && error != -ECANCELED; i++) {
         if (request->rungs & ENV_RUNG(reserved[i].kind))
             error = map_reserved(env, request, &reserved[i], out);
-        if (error == 0 || error == -ECANCELED)
-            return error;
     }
-    return request->rungs & ~ENV_RUNGS_RESERVED ? map_ordinary(env, request, out) : error;
+    if (error && error != -ECANCELED && request->rungs & ~ENV_RUNGS_RESERVED)
+        error = map_ordinary(env, request, out);
+    if (!error)
+        count_placed(out);
+    return error;
 }
 
 static void unmap_region(struct env *env, struct env_region *region)

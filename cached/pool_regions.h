@@ -6,11 +6,12 @@
 #include "cached/env.h"
 
 #define POOL_SLAB_BYTES  ((uint64_t)2 << 20)
-#define POOL_REGIONS_MAX 1u
+#define POOL_REGIONS_MAX ENV_NODES_MAX // one on each NUMA node
 
 struct pool_regions {
     uint32_t count, slab_count;
     uint32_t slabs_before[POOL_REGIONS_MAX + 1]; // region i has slabs slabs_before[i] .. slabs_before[i + 1] - 1
+    uint32_t worst; // the region that could not be had, else the one with the smallest pages
     struct env_region region[POOL_REGIONS_MAX];
 };
 
@@ -29,7 +30,7 @@ void *pool_regions_slab(const struct pool_regions *regions, uint32_t slab); // i
 // The slab that holds the address, slab_count where none does.
 uint32_t pool_regions_find(const struct pool_regions *regions, const void *address);
 
-// Of all regions: the best kind that one of them has, and their huge bytes.
+// Of all regions: the kind of the one with the smallest pages, and their huge bytes.
 enum env_huge pool_regions_kind(const struct pool_regions *regions);
 uint64_t pool_regions_huge_bytes(const struct pool_regions *regions);
 

@@ -78,16 +78,28 @@ static void tell_how_to_reserve(struct env *env, uint64_t bytes, char *text, siz
              wanted, wanted);
 }
 
+static void say_where(const struct env_region *region)
+{
+    const unsigned long long mib = region->bytes >> 20, there = region->node_bytes >> 20;
+    log_info("pool: node%d: %llu MiB, %llu of them on it, huge pages: %s (%llu/%llu MiB)", region->node, mib, there,
+             pool_huge_name(region->kind), (unsigned long long)(region->huge_bytes >> 20), mib);
+    if (region->node_bytes < region->bytes)
+        log_warn("%llu MiB of node%d's part of the pool lie on other nodes, which is slower: %s", mib - there,
+                 region->node, region->reasons[0] ? region->reasons : "the node has no more memory");
+}
+
 static void say_what_was_got(struct server *server, const struct pool_regions *regions, uint64_t taken_ns)
 {
     const uint64_t bytes = regions->slab_count * POOL_SLAB_BYTES, huge = pool_regions_huge_bytes(regions);
     const enum env_huge kind = pool_regions_kind(regions);
-    const char *reasons = regions->region[0].reasons;
+    const char *reasons = regions->region[regions->worst].reasons;
     char how[TEXT_BYTES];
     tell_how_to_reserve(server->env, bytes, how, sizeof how);
     log_info("pool: %llu MiB, huge pages: %s (%llu/%llu MiB), populated in %.1f s (%.2f GB/s)",
              (unsigned long long)(bytes >> 20), pool_huge_name(kind), (unsigned long long)(huge >> 20),
              (unsigned long long)(bytes >> 20), (double)taken_ns / 1e9, (double)bytes / (double)taken_ns);
+    for (uint32_t i = 0; regions->count > 1 && i < regions->count; i++)
+        say_where(&regions->region[i]);
     if (server->config->huge_pages == CONFIG_HUGE_OFF)
         return;
     if (huge < bytes)
@@ -109,8 +121,8 @@ static void say_why_not(struct server *server, const struct pool_regions *region
         log_error(
             "--huge-pages require: no reserved huge pages for --pool-bytes %llu: %s; needed: %llu pages of 2 MiB; "
             "free: %s; reserve them: %s; or start with --huge-pages prefer",
-            (unsigned long long)bytes, regions->region[0].reasons, (unsigned long long)(bytes / POOL_SLAB_BYTES),
-            free_pages[0] ? free_pages : "no node says", how);
+            (unsigned long long)bytes, regions->region[regions->worst].reasons,
+            (unsigned long long)(bytes / POOL_SLAB_BYTES), free_pages[0] ? free_pages : "no node says", how);
     else
         log_error("cannot take --pool-bytes %llu: %s; free memory or ask for less", (unsigned long long)bytes,
                   strerror(-error));

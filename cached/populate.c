@@ -82,6 +82,7 @@ static bool one_step(struct work *work)
 static void *thread_main(void *argument)
 {
     struct work *work = argument;
+    numa_bind_thread(work->what->node);
     while (one_step(work))
         ;
     pthread_mutex_lock(&work->lock);
@@ -130,9 +131,12 @@ static void watch_threads(struct work *work)
     pthread_mutex_unlock(&work->lock);
 }
 
-static uint32_t cores_allowed(void)
+static uint32_t cores_allowed(int node)
 {
+    const uint32_t of_node = numa_cores(node);
     cpu_set_t set;
+    if (of_node > 0)
+        return of_node;
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     if (sched_getaffinity(0, sizeof set, &set) == 0)
         return (uint32_t)CPU_COUNT(&set);
@@ -143,7 +147,7 @@ static void run_threads(struct work *work)
 {
     pthread_t threads[THREADS_MAX];
     uint64_t steps = (work->what->bytes - atomic_load(&work->next) + work->step_bytes - 1) / work->step_bytes;
-    uint32_t wanted = cores_allowed(), count = 0;
+    uint32_t wanted = cores_allowed(work->what->node), count = 0;
     wanted = wanted < THREADS_MAX ? wanted : THREADS_MAX;
     wanted = wanted < steps ? wanted : (uint32_t)steps;
     work->running = wanted;

@@ -85,6 +85,16 @@ static void release(struct env *env, void *memory, size_t bytes)
     faulty->real.release(&faulty->real, block, bytes + HEAD_BYTES);
 }
 
+static uint32_t list_nodes(struct env *env, int *ids, uint32_t capacity)
+{
+    struct faulty *faulty = faulty_of(env);
+    if (faulty->nodes == 0)
+        return faulty->real.nodes(&faulty->real, ids, capacity);
+    for (uint32_t i = 0; i < faulty->nodes; i++)
+        ids[i] = (int)i;
+    return faulty->nodes;
+}
+
 static int map_region(struct env *env, const struct env_region_request *request, struct env_region *out)
 {
     struct faulty *faulty = faulty_of(env);
@@ -235,6 +245,7 @@ void faulty_init(struct faulty *faulty)
         .random = random_bytes,
         .acquire = acquire,
         .release = release,
+        .nodes = list_nodes,
         .map_region = map_region,
         .unmap_region = unmap_region,
         .read_system = read_system,

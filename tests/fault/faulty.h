@@ -27,6 +27,7 @@ const char *fault_name(enum fault_kind kind);
 struct faulty {
     struct env env; // what the daemon gets; first, so that the daemon's pointer leads back here
     struct env real;
+    uint32_t nodes;           // NUMA nodes that there seem to be; 0: as the machine has them
     _Atomic int kind;         // FAULT_KIND_COUNT: none
     _Atomic uint32_t left;    // calls of the kind until the one that fails
     _Atomic uint32_t fired;   // calls that have failed since arming

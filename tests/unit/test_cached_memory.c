@@ -25,7 +25,7 @@ static struct env_region region;
 
 static int map(uint64_t bytes, uint32_t rungs, const struct env_watch *watch)
 {
-    const struct env_region_request request = {.bytes = bytes, .rungs = rungs, .watch = watch};
+    const struct env_region_request request = {.bytes = bytes, .rungs = rungs, .node = ENV_NODE_ANY, .watch = watch};
     return env.map_region(&env, &request, &region);
 }
 
@@ -190,6 +190,31 @@ static void test_private(void **state)
     env.unmap_region(&env, &region);
 }
 
+// Node 0 is there on every machine, another one with this number on none.
+static void test_nodes(void **state)
+{
+    (void)state;
+    int ids[ENV_NODES_MAX];
+    const uint32_t count = env.nodes(&env, ids, ENV_NODES_MAX);
+    assert_true(count <= ENV_NODES_MAX);
+    struct env_region_request request = {.bytes = 200 * MIB, .rungs = ENV_RUNGS_ALL};
+    for (uint32_t i = 0; i < count; i++) {
+        request.node = ids[i];
+        assert_int_equal(env.map_region(&env, &request, &region), 0);
+        assert_int_equal(region.node, ids[i]);
+        assert_int_equal(region.node_bytes, request.bytes); // as numa_maps has it
+        assert_null(strstr(region.reasons, "not placed"));
+        expect_zero_and_there();
+        env.unmap_region(&env, &region);
+    }
+    request.node = 1000;
+    assert_int_equal(env.map_region(&env, &request, &region), 0);
+    expect_reason("not placed on node1000");
+    assert_int_equal(region.node_bytes, 0);
+    expect_zero_and_there();
+    env.unmap_region(&env, &region);
+}
+
 // ---- a kernel that takes far too long ----
 
 static _Atomic uint64_t fake_ns;
@@ -264,11 +289,11 @@ static void test_hole(void **state)
     const uint64_t holes[] = {0, 300 * MIB};
     for (int i = 0; i < 2; i++) {
         assert_int_equal(mprotect(base + holes[i], 4096, PROT_NONE), 0);
-        const struct populate what = {&env, base, bytes, 4096, POPULATE_PLAIN, NULL};
+        const struct populate what = {&env, base, bytes, 4096, ENV_NODE_ANY, POPULATE_PLAIN, NULL};
         assert_true(populate_run(&what, &slow) < 0);
         assert_int_equal(mprotect(base + holes[i], 4096, PROT_READ | PROT_WRITE), 0);
     }
-    const struct populate what = {&env, base, bytes, 4096, POPULATE_PLAIN, NULL};
+    const struct populate what = {&env, base, bytes, 4096, ENV_NODE_ANY, POPULATE_PLAIN, NULL};
     assert_int_equal(populate_run(&what, &slow), 0);
     munmap(base, bytes);
 }
@@ -280,7 +305,7 @@ int main(void)
         cmocka_unit_test_setup(test_small_pages, setup), cmocka_unit_test_setup(test_reserved, setup),
         cmocka_unit_test_setup(test_collapsed, setup),   cmocka_unit_test_setup(test_private, setup),
         cmocka_unit_test_setup(test_slow, setup),        cmocka_unit_test_setup(test_watch, setup),
-        cmocka_unit_test_setup(test_hole, setup),
+        cmocka_unit_test_setup(test_hole, setup),        cmocka_unit_test_setup(test_nodes, setup),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

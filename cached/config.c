@@ -19,12 +19,12 @@ struct number {
     enum type type;
     uint64_t initial, min, max;
     const char *help;
-    size_t offset;
+    size_t offset, given_offset;
 };
 
 static const struct number numbers[] = {
 #define CONFIG_ROW(field, flag, type, initial, min, max, help)                                                         \
-    {flag, type, initial, min, max, help, offsetof(struct config, field)},
+    {flag, type, initial, min, max, help, offsetof(struct config, field), offsetof(struct config, given.field)},
     CONFIG_NUMBERS(CONFIG_ROW)
 #undef CONFIG_ROW
 };
@@ -93,6 +93,7 @@ static bool set_number(struct config *config, const struct number *number, const
         return false;
     }
     memcpy((char *)config + number->offset, &value, sizeof value);
+    memcpy((char *)config + number->given_offset, &(bool){true}, sizeof(bool));
     return true;
 }
 

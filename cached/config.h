@@ -27,10 +27,12 @@
     X(socket_mode,           "socket-mode",           OCTAL,    0600,        0,          0777,       "mode of the sockets; 0660 admits the folder's group")
 // field, flag, the words allowed (the field holds the number of the one chosen), initial, help
 #define CONFIG_CHOICES(X) \
-    X(huge_pages,            "huge-pages",            "require|prefer|off", CONFIG_HUGE_PREFER, "reserved huge pages or no start; the best there are; pages of 4 KiB")
+    X(huge_pages,            "huge-pages",            "require|prefer|off", CONFIG_HUGE_PREFER, "reserved huge pages or no start; the best there are; pages of 4 KiB") \
+    X(memory_check,          "memory-check",          "refuse|warn", CONFIG_MEMORY_REFUSE, "what happens where the shares do not fit into the machine or the cgroup")
 // clang-format on
 
 enum config_huge_pages { CONFIG_HUGE_REQUIRE, CONFIG_HUGE_PREFER, CONFIG_HUGE_OFF };
+enum config_memory_check { CONFIG_MEMORY_REFUSE, CONFIG_MEMORY_WARN };
 
 struct config {
 #define CONFIG_FIELD(field, flag, type, initial, min, max, help) uint64_t field;
@@ -39,6 +41,11 @@ struct config {
 #define CONFIG_FIELD(field, flag, words, initial, help) unsigned field;
     CONFIG_CHOICES(CONFIG_FIELD)
 #undef CONFIG_FIELD
+    struct config_given { // by a flag or a variable, so that it is no default
+#define CONFIG_FIELD(field, flag, type, initial, min, max, help) bool field;
+        CONFIG_NUMBERS(CONFIG_FIELD)
+#undef CONFIG_FIELD
+    } given;
     char socket_directory[108];
     char log_level[16];
     char cuda_library[108];

@@ -160,6 +160,19 @@ static void test_choices(void **state)
     assert_non_null(strstr(text, "needs a value"));
 }
 
+// Who asks must know a value that was named from a default that happens to be equal.
+static void test_given(void **state)
+{
+    (void)state;
+    assert_int_equal(read_options(NULL), CONFIG_RUN);
+    assert_false(config.given.pool_bytes || config.given.index_bytes);
+    setenv("ICECACHE_INDEX_BYTES", "1g", 1);
+    assert_int_equal(READ("--pool-bytes", "1g"), CONFIG_RUN);
+    assert_true(config.given.pool_bytes && config.given.index_bytes);
+    assert_false(config.given.shared_bytes);
+    unsetenv("ICECACHE_INDEX_BYTES");
+}
+
 static void test_refusals(void **state)
 {
     (void)state;
@@ -202,9 +215,9 @@ static void test_help(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sizes),  cmocka_unit_test(test_defaults), cmocka_unit_test(test_order),
-        cmocka_unit_test(test_ranges), cmocka_unit_test(test_choices),  cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_help),
+        cmocka_unit_test(test_sizes),    cmocka_unit_test(test_defaults), cmocka_unit_test(test_order),
+        cmocka_unit_test(test_ranges),   cmocka_unit_test(test_choices),  cmocka_unit_test(test_given),
+        cmocka_unit_test(test_refusals), cmocka_unit_test(test_help),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -16,8 +16,9 @@
 #define SERVER_HASH_BUCKETS       4096u
 #define SERVER_SEARCH_UNITS       20000u // work units between two looks at the deadline: 0.05 to 0.3 ms
 #define SERVER_BUILD_UNITS        8000u // work units of a clustering slice, while which a decode task may wait: 0.05 to 0.2 ms
-#define SERVER_PLAN_PAGES         128u   // pages that a slice of a plan gives frames to
-#define SERVER_MOVE_BYTES         65536u // K and V that a slice of a plan copies
+#define SERVER_PLAN_PAGES         128u         // pages that a slice of a plan gives frames to
+#define SERVER_MOVE_BYTES         65536u       // K and V that a slice of a plan copies
+#define SERVER_SPARE_CHUNK_BYTES  (6ull << 20) // of index memory for each shard, beyond --index-bytes, that lies idle
 #define SERVER_SPARE_CONNECTIONS  8u // beyond --sessions-max: for icecachectl, and for those that are yet to say hello
 #define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
 #define SERVER_ACCEPT_PAUSE_NS    (100ull * 1000000u)

@@ -69,6 +69,7 @@ static struct arena_span *span_take(struct arena *arena, uint32_t class_index)
         if (!chunk)
             return NULL;
         memset(chunk, 0, sizeof *chunk);
+        atomic_fetch_add_explicit(&arena->chunk_bytes, CHUNK_BYTES, memory_order_relaxed);
         LIST_PUSH(arena->chunks, chunk);
     }
     uint32_t i = 0;
@@ -93,6 +94,7 @@ static void span_give(struct arena *arena, struct arena_chunk *chunk, struct are
     if (chunk->used == 0 && (chunk->next || chunk->previous)) {
         LIST_REMOVE(arena->chunks, chunk);
         arena->env->release_chunk(arena->env, chunk, CHUNK_BYTES);
+        atomic_fetch_sub_explicit(&arena->chunk_bytes, CHUNK_BYTES, memory_order_relaxed);
     }
 }
 
@@ -115,6 +117,23 @@ void arena_fini(struct arena *arena)
     arena->chunks = NULL;
 }
 
+size_t arena_block_bytes(const struct arena *arena, size_t bytes)
+{
+    size_t block_bytes;
+    if (bytes > BLOCK_MAX || !arena->env->acquire_chunk)
+        return bytes;
+    class_of(bytes, &block_bytes);
+    return SPAN_BYTES / (SPAN_BYTES / block_bytes);
+}
+
+bool arena_grows(const struct arena *arena, size_t bytes)
+{
+    size_t block_bytes;
+    if (bytes > BLOCK_MAX || !arena->env->acquire_chunk)
+        return false;
+    return !arena->chunks && !arena->partial[class_of(bytes, &block_bytes)];
+}
+
 void *arena_acquire(struct arena *arena, size_t bytes)
 {
     size_t block_bytes;
@@ -132,6 +151,7 @@ void *arena_acquire(struct arena *arena, size_t bytes)
         span->fresh += block_bytes;
     }
     span->used++;
+    atomic_fetch_add_explicit(&arena->used_bytes, arena_block_bytes(arena, bytes), memory_order_relaxed);
     if (is_full(span, block_bytes))
         LIST_REMOVE(arena->partial[class_index], span);
     return block;
@@ -154,6 +174,7 @@ void arena_release(struct arena *arena, void *memory, size_t bytes)
         LIST_PUSH(arena->partial[class_index], span);
     memcpy(memory, &span->free_blocks, sizeof memory);
     span->free_blocks = memory;
+    atomic_fetch_sub_explicit(&arena->used_bytes, arena_block_bytes(arena, bytes), memory_order_relaxed);
     if (--span->used == 0)
         span_give(arena, chunk, span);
 }

@@ -66,3 +66,19 @@ uint64_t budget_used(struct budget *budget)
     pthread_mutex_unlock(&budget->lock);
     return used;
 }
+
+uint64_t budget_rest(struct budget *budget, const struct reservation *reservation)
+{
+    pthread_mutex_lock(&budget->lock);
+    uint64_t rest = reservation ? reservation->rest_bytes : 0;
+    pthread_mutex_unlock(&budget->lock);
+    return rest;
+}
+
+uint64_t budget_committed(struct budget *budget)
+{
+    pthread_mutex_lock(&budget->lock);
+    uint64_t committed = budget->used_bytes + budget->promised_bytes;
+    pthread_mutex_unlock(&budget->lock);
+    return committed;
+}

@@ -30,5 +30,7 @@ void budget_unreserve(struct budget *budget, struct reservation *reservation);
 bool budget_take(struct budget *budget, struct reservation *reservation, uint64_t bytes);
 void budget_give(struct budget *budget, uint64_t bytes);
 uint64_t budget_used(struct budget *budget);
+uint64_t budget_rest(struct budget *budget, const struct reservation *reservation); // reservation may be NULL: 0
+uint64_t budget_committed(struct budget *budget);                                   // in use and promised
 
 #endif

@@ -19,25 +19,39 @@ struct number {
     enum type type;
     uint64_t initial, min, max;
     const char *help;
-    size_t offset;
+    size_t offset, given_offset;
 };
 
 static const struct number numbers[] = {
 #define CONFIG_ROW(field, flag, type, initial, min, max, help)                                                         \
-    {flag, type, initial, min, max, help, offsetof(struct config, field)},
+    {flag, type, initial, min, max, help, offsetof(struct config, field), offsetof(struct config, given.field)},
     CONFIG_NUMBERS(CONFIG_ROW)
 #undef CONFIG_ROW
 };
 #define NUMBER_COUNT (sizeof numbers / sizeof *numbers)
+
+struct choice {
+    const char *flag, *words; // separated by |
+    unsigned initial;
+    const char *help;
+    size_t offset;
+};
+
+static const struct choice choices[] = {
+#define CONFIG_ROW(field, flag, words, initial, help) {flag, words, initial, help, offsetof(struct config, field)},
+    CONFIG_CHOICES(CONFIG_ROW)
+#undef CONFIG_ROW
+};
+#define CHOICE_COUNT (sizeof choices / sizeof *choices)
 
 enum {
     FLAG_SOCKET_DIR = 1000,
     FLAG_LOG_LEVEL,
     FLAG_CUDA_LIBRARY,
     FLAG_SPILL_DIR,
-    FLAG_SPILL_ENGINE,
     FLAG_HELP,
-    FLAG_VERSION
+    FLAG_VERSION,
+    FLAG_CHOICE
 };
 
 bool config_parse_size(const char *text, uint64_t *out)
@@ -87,7 +101,34 @@ static bool set_number(struct config *config, const struct number *number, const
         return false;
     }
     memcpy((char *)config + number->offset, &value, sizeof value);
+    memcpy((char *)config + number->given_offset, &(bool){true}, sizeof(bool));
     return true;
+}
+
+// The number-th of words that are separated by |; its length, 0 where there is none.
+static size_t word_at(const char *words, unsigned number, const char **out)
+{
+    for (; number > 0 && words; number--) {
+        words = strchr(words, '|');
+        words = words ? words + 1 : NULL;
+    }
+    *out = words;
+    return words ? strcspn(words, "|") : 0;
+}
+
+static bool set_choice(struct config *config, const struct choice *choice, const char *text, char *error,
+                       size_t capacity)
+{
+    const char *word;
+    size_t length;
+    for (unsigned i = 0; (length = word_at(choice->words, i, &word)) > 0; i++) {
+        if (strlen(text) == length && memcmp(text, word, length) == 0) {
+            memcpy((char *)config + choice->offset, &i, sizeof i);
+            return true;
+        }
+    }
+    snprintf(error, capacity, "--%s: '%s' is none of %s", choice->flag, text, choice->words);
+    return false;
 }
 
 static bool set_text(char *field, size_t field_bytes, const char *flag, const char *text, char *error, size_t capacity)
@@ -101,16 +142,6 @@ static bool set_text(char *field, size_t field_bytes, const char *flag, const ch
         return false;
     }
     strcpy(field, text);
-    return true;
-}
-
-static bool set_engine(struct config *config, const char *text, char *error, size_t capacity)
-{
-    if (strcmp(text, "auto") != 0 && strcmp(text, "io_uring") != 0 && strcmp(text, "threads") != 0) {
-        snprintf(error, capacity, "--spill-engine: '%s' is none of auto, io_uring, threads", text);
-        return false;
-    }
-    strcpy(config->spill_engine, text);
     return true;
 }
 
@@ -143,6 +174,11 @@ static bool read_environment(struct config *config, char *error, size_t capacity
         if (text && !set_number(config, &numbers[i], text, error, capacity))
             return blame_variable(name, error, capacity);
     }
+    for (size_t i = 0; i < CHOICE_COUNT; i++) {
+        const char *text = environment_of(choices[i].flag, name);
+        if (text && !set_choice(config, &choices[i], text, error, capacity))
+            return blame_variable(name, error, capacity);
+    }
     const char *level = environment_of("log-level", name);
     if (level && !set_text(config->log_level, sizeof config->log_level, "log-level", level, error, capacity))
         return blame_variable(name, error, capacity);
@@ -154,16 +190,13 @@ static bool read_environment(struct config *config, char *error, size_t capacity
     if (spill &&
         !set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", spill, error, capacity))
         return blame_variable(name, error, capacity);
-    const char *engine = environment_of("spill-engine", name);
-    if (engine && !set_engine(config, engine, error, capacity))
-        return blame_variable(name, error, capacity);
     return true;
 }
 
 static enum config_outcome read_arguments(struct config *config, int argc, char *const *argv, char *error,
                                           size_t capacity)
 {
-    struct option options[NUMBER_COUNT + 8] = {{0}};
+    struct option options[NUMBER_COUNT + CHOICE_COUNT + 7] = {{0}};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         options[i] = (struct option){numbers[i].flag, required_argument, NULL, (int)i};
     options[NUMBER_COUNT] = (struct option){"socket-dir", required_argument, NULL, FLAG_SOCKET_DIR};
@@ -172,7 +205,8 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
     options[NUMBER_COUNT + 3] = (struct option){"version", no_argument, NULL, FLAG_VERSION};
     options[NUMBER_COUNT + 4] = (struct option){"cuda-library", required_argument, NULL, FLAG_CUDA_LIBRARY};
     options[NUMBER_COUNT + 5] = (struct option){"spill-dir", required_argument, NULL, FLAG_SPILL_DIR};
-    options[NUMBER_COUNT + 6] = (struct option){"spill-engine", required_argument, NULL, FLAG_SPILL_ENGINE};
+    for (size_t i = 0; i < CHOICE_COUNT; i++)
+        options[NUMBER_COUNT + 6 + i] = (struct option){choices[i].flag, required_argument, NULL, FLAG_CHOICE + (int)i};
     optind = 1;
     opterr = 0;
     for (int flag; (flag = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
@@ -196,8 +230,8 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
         else if (flag == FLAG_SPILL_DIR)
             ok =
                 set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", optarg, error, capacity);
-        else if (flag == FLAG_SPILL_ENGINE)
-            ok = set_engine(config, optarg, error, capacity);
+        else if (flag >= FLAG_CHOICE)
+            ok = set_choice(config, &choices[flag - FLAG_CHOICE], optarg, error, capacity);
         else
             ok = set_number(config, &numbers[flag], optarg, error, capacity);
         if (!ok)
@@ -212,9 +246,11 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
 
 enum config_outcome config_read(struct config *config, int argc, char *const *argv, char *error, size_t capacity)
 {
-    *config = (struct config){.log_level = "info", .cuda_library = CUDA_LIBRARY_DEFAULT, .spill_engine = "auto"};
+    *config = (struct config){.log_level = "info", .cuda_library = CUDA_LIBRARY_DEFAULT};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         memcpy((char *)config + numbers[i].offset, &numbers[i].initial, sizeof numbers[i].initial);
+    for (size_t i = 0; i < CHOICE_COUNT; i++)
+        memcpy((char *)config + choices[i].offset, &choices[i].initial, sizeof choices[i].initial);
     if (control_default_directory(config->socket_directory, sizeof config->socket_directory) != ICE_OK)
         config->socket_directory[0] = '\0'; // too long: --socket-dir may still name a shorter one
     if (!read_environment(config, error, capacity))
@@ -238,8 +274,7 @@ void config_print_help(FILE *file)
         "  --log-level LEVEL         error, warn, info or debug (default info)\n"
         "  --cuda-library FILE       the CUDA driver, loaded for the first landing on a GPU (default libcuda.so.1)\n"
         "  --spill-dir DIR           where the spill file is: pages that are not used leave memory for it (default "
-        "none)\n"
-        "  --spill-engine ENGINE     auto, io_uring or threads (default auto: io_uring where it works)\n");
+        "none)\n");
     for (size_t i = 0; i < NUMBER_COUNT; i++) {
         const struct number *number = &numbers[i];
         char value[32];
@@ -250,6 +285,12 @@ void config_print_help(FILE *file)
         else
             snprintf(value, sizeof value, "%llu", (unsigned long long)number->initial);
         fprintf(file, "  --%-23s %s (default %s)\n", number->flag, number->help, value);
+    }
+    for (size_t i = 0; i < CHOICE_COUNT; i++) {
+        const char *word;
+        const int length = (int)word_at(choices[i].words, choices[i].initial, &word);
+        fprintf(file, "  --%-23s %s: %s (default %.*s)\n", choices[i].flag, choices[i].words, choices[i].help, length,
+                word);
     }
     fprintf(
         file,

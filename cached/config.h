@@ -1,5 +1,5 @@
-// The daemon's options: one list of (field, flag, type, default, min, max, help). A flag --pool-bytes is also the
-// environment variable ICECACHE_POOL_BYTES; the flag wins.
+// The daemon's options: a list of (field, flag, type, default, min, max, help) and one of choices. A flag --pool-bytes
+// is also the environment variable ICECACHE_POOL_BYTES; the flag wins.
 #ifndef ICECACHE_CACHED_CONFIG_H
 #define ICECACHE_CACHED_CONFIG_H
 
@@ -31,17 +31,33 @@
     X(drain_ms,              "drain-ms",              NUMBER,   5000,        0,          600000,     "how long SIGTERM waits for requests in flight") \
     X(gpu_push,              "gpu-push",              NUMBER,   1,           0,          1,          "1: copy to workers' GPUs, which takes a CUDA context there; 0: workers fetch") \
     X(socket_mode,           "socket-mode",           OCTAL,    0600,        0,          0777,       "mode of the sockets; 0660 admits the folder's group")
+// field, flag, the words allowed (the field holds the number of the one chosen), initial, help
+#define CONFIG_CHOICES(X) \
+    X(spill_engine,          "spill-engine",          "auto|io_uring|threads", CONFIG_SPILL_AUTO, "io_uring where it works, else threads; io_uring and no other; threads that call pread and pwrite") \
+    X(huge_pages,            "huge-pages",            "require|prefer|off", CONFIG_HUGE_PREFER, "reserved huge pages or no start; the best there are; pages of 4 KiB") \
+    X(memory_check,          "memory-check",          "refuse|warn", CONFIG_MEMORY_REFUSE, "what happens where the shares do not fit into the machine or the cgroup")
 // clang-format on
+
+enum config_huge_pages { CONFIG_HUGE_REQUIRE, CONFIG_HUGE_PREFER, CONFIG_HUGE_OFF };
+enum config_spill_engine { CONFIG_SPILL_AUTO, CONFIG_SPILL_URING, CONFIG_SPILL_THREADS };
+enum config_memory_check { CONFIG_MEMORY_REFUSE, CONFIG_MEMORY_WARN };
 
 struct config {
 #define CONFIG_FIELD(field, flag, type, initial, min, max, help) uint64_t field;
     CONFIG_NUMBERS(CONFIG_FIELD)
 #undef CONFIG_FIELD
+#define CONFIG_FIELD(field, flag, words, initial, help) unsigned field;
+    CONFIG_CHOICES(CONFIG_FIELD)
+#undef CONFIG_FIELD
+    struct config_given { // by a flag or a variable, so that it is no default
+#define CONFIG_FIELD(field, flag, type, initial, min, max, help) bool field;
+        CONFIG_NUMBERS(CONFIG_FIELD)
+#undef CONFIG_FIELD
+    } given;
     char socket_directory[108];
     char log_level[16];
     char cuda_library[108];
     char spill_directory[256]; // empty: no spill tier
-    char spill_engine[16];
 };
 
 enum config_outcome { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION, CONFIG_ERROR };

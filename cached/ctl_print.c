@@ -41,9 +41,11 @@ static void print_spill(const Icecache__Wire__SpillStats *spill)
 
 static void print_totals(const Icecache__Wire__StatsReply *stats)
 {
-    char text[32];
-    printf("icecached %s, up %.1f s, %u shards, huge pages %s\n", stats->version, (double)stats->uptime_us / 1e6,
-           stats->shards, stats->huge_pages);
+    char text[32], whole[32];
+    printf("icecached %s, up %.1f s, %u shards, huge pages %s (%s of %s)\n", stats->version,
+           (double)stats->uptime_us / 1e6, stats->shards, stats->huge_pages,
+           size_text(stats->huge_page_bytes, text, sizeof text),
+           size_text(stats->pool_capacity_bytes, whole, sizeof whole));
     printf("sessions %u  sequences %u  tokens %" PRIu64 "  pages %" PRIu64 "\n", stats->sessions, stats->sequences,
            stats->tokens, stats->pages);
     printf("retrieves %" PRIu64 " (%" PRIu64 " partial)  appends %" PRIu64 "  reads %" PRIu64 "  errors %" PRIu64

@@ -15,14 +15,37 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-// How the pool's memory was obtained, best first.
-enum env_huge { ENV_HUGE_HUGETLB_2M, ENV_HUGE_TRANSPARENT, ENV_HUGE_NONE };
+// The rungs of the ladder on which a region's memory is sought, best first: pages reserved by the operator (hugetlb),
+// transparent huge pages when it is touched, or by collapsing afterwards, pages of 4 KiB.
+enum env_huge { ENV_HUGE_HUGETLB_1G, ENV_HUGE_HUGETLB_2M, ENV_HUGE_TRANSPARENT, ENV_HUGE_COLLAPSED, ENV_HUGE_NONE };
+#define ENV_RUNG(kind)     (1u << (kind))
+#define ENV_RUNGS_RESERVED (ENV_RUNG(ENV_HUGE_HUGETLB_1G) | ENV_RUNG(ENV_HUGE_HUGETLB_2M))
+#define ENV_RUNGS_ALL      (ENV_RUNG(ENV_HUGE_NONE + 1) - 1)
+#define ENV_REASONS_BYTES  384u
+#define ENV_NODES_MAX      16u // on larger machines memory is not placed
+#define ENV_NODE_ANY       (-1)
+
+// Asked at the beginning and some ten times a second while memory is populated, by the thread that asked for it.
+struct env_watch {
+    bool (*go_on)(void *owner, uint64_t done_bytes); // false: give up
+    void *owner;
+};
+
+struct env_region_request {
+    uint64_t bytes;                // a multiple of 2 MiB
+    uint32_t rungs;                // that may be taken, as bits ENV_RUNG(kind)
+    int node;                      // NUMA node that it should lie on, or ENV_NODE_ANY
+    const struct env_watch *watch; // may be NULL
+};
 
 struct env_region {
-    void *base;
+    void *base; // a multiple of 2 MiB
     uint64_t bytes;
-    enum env_huge kind;
-    uint64_t huge_bytes; // as smaps reports it after populating
+    enum env_huge kind;              // the rung that gave what huge pages there are
+    uint64_t huge_bytes;             // as the kernel counts them after populating
+    int node;                        // as it was asked for
+    uint64_t node_bytes;             // that lie there, counted likewise
+    char reasons[ENV_REASONS_BYTES]; // why better rungs gave nothing or less; empty where there is nothing to say
 };
 
 // A data file, as it was opened.
@@ -54,6 +77,7 @@ struct env_message {
 
 struct env {
     void *owner;
+    const char *system_root; // before the paths of read_system: "", or a folder in which a test has its own
 
     uint64_t (*now_ns)(struct env *env); // monotonic
     int (*random)(struct env *env, void *bytes, size_t size);
@@ -68,9 +92,16 @@ struct env {
     void *(*acquire_chunk)(struct env *env, size_t bytes);
     void (*release_chunk)(struct env *env, void *memory, size_t bytes);
 
-    // Private memory in the largest pages there are, populated, not inherited by children, not in core dumps.
-    int (*map_region)(struct env *env, uint64_t bytes, struct env_region *out);
+    // NUMA nodes with cores and memory that we may use. 0 or 1: there is nothing to choose from.
+    uint32_t (*nodes)(struct env *env, int *ids, uint32_t capacity);
+
+    // Private memory on the best rung that there is, populated, not inherited by children, not in core dumps.
+    // -ECANCELED: the watch said so. The reasons are written whatever the outcome, the rest on success.
+    int (*map_region)(struct env *env, const struct env_region_request *request, struct env_region *out);
     void (*unmap_region)(struct env *env, struct env_region *region);
+
+    // A small file below /proc or /sys, with a 0 at its end, cut at the capacity.
+    int (*read_system)(struct env *env, const char *path, char *text, size_t capacity);
 
     // Shared memory that cannot be resized by anyone.
     int (*memfd_create)(struct env *env, const char *name, uint64_t bytes, int *fd_out);
@@ -143,5 +174,7 @@ static inline uint64_t env_now_ns(struct env *env)
     return env->now_ns(env);
 }
 void *env_acquire_zeroed(struct env *env, size_t bytes);
+// The number that such a file begins with, or `otherwise`.
+uint64_t env_system_number(struct env *env, const char *path, uint64_t otherwise);
 
 #endif

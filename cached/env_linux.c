@@ -1,5 +1,6 @@
 // The real outside: Linux system calls behind the table in env.h. Errors come back as -errno; nothing is logged here.
-// No state of its own, so any thread may call. The data bus is in env_zmq.c.
+// No state of its own, so any thread may call. Private memory is in env_memory.c, nodes are in env_numa.c, the data bus
+// in env_zmq.c.
 #include "cached/env_linux.h"
 
 #include "proto/control.h"
@@ -19,8 +20,6 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-
-#define HUGE_2M ((uint64_t)2 << 20)
 
 static uint64_t now_ns(struct env *env)
 {
@@ -49,103 +48,22 @@ static void release(struct env *env, void *memory, size_t bytes)
     free(memory);
 }
 
-// Huge bytes of the mapping that starts at base, as the kernel counts them (madvise's own answer is no proof).
-static uint64_t huge_bytes_of(const void *base)
+static int read_system(struct env *env, const char *path, char *text, size_t capacity)
 {
-    FILE *file = fopen("/proc/self/smaps", "re");
-    if (!file)
-        return 0;
-    char line[256];
-    bool inside = false;
-    uint64_t bytes = 0;
-    while (fgets(line, sizeof line, file)) {
-        unsigned long long from = 0, to = 0, kilobytes = 0;
-        if (sscanf(line, "%llx-%llx ", &from, &to) == 2)
-            inside = (uintptr_t)from <= (uintptr_t)base && (uintptr_t)base < (uintptr_t)to;
-        else if (inside && sscanf(line, "AnonHugePages: %llu kB", &kilobytes) == 1)
-            bytes += kilobytes << 10;
-        else if (inside && sscanf(line, "Private_Hugetlb: %llu kB", &kilobytes) == 1)
-            bytes += kilobytes << 10;
-    }
-    fclose(file);
-    return bytes;
-}
-
-// Maps at a 2 MiB boundary, so that transparent huge pages cover all of it.
-static void *map_aligned(uint64_t bytes)
-{
-    uint64_t room = bytes + HUGE_2M;
-    uint8_t *raw = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (raw == MAP_FAILED)
-        return NULL;
-    uint64_t before = (HUGE_2M - (uintptr_t)raw % HUGE_2M) % HUGE_2M;
-    if (before)
-        munmap(raw, before);
-    munmap(raw + before + bytes, room - before - bytes);
-    return raw + before;
-}
-
-// Forked children must not copy it, core dumps must not hold users' data, and it is all there from the start.
-static int populate(void *base, uint64_t bytes)
-{
-    if (madvise(base, bytes, MADV_DONTFORK) == 0 && madvise(base, bytes, MADV_DONTDUMP) == 0 &&
-        madvise(base, bytes, MADV_POPULATE_WRITE) == 0)
-        return 0;
-    int error = errno;
-    munmap(base, bytes);
-    return -error;
-}
-
-static int map_region(struct env *env, uint64_t bytes, struct env_region *out)
-{
-    (void)env;
-    enum env_huge kind = ENV_HUGE_HUGETLB_2M;
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (21 << MAP_HUGE_SHIFT), -1, 0);
-    // A cgroup may refuse huge pages only when they are touched.
-    if (base == MAP_FAILED || populate(base, bytes) != 0) {
-        kind = ENV_HUGE_TRANSPARENT;
-        base = map_aligned(bytes);
-        if (!base)
-            return -errno;
-        madvise(base, bytes, MADV_HUGEPAGE); // refused where huge pages are off: then smaps says so below
-        int error = populate(base, bytes);
-        if (error)
-            return error;
-    }
-    *out = (struct env_region){.base = base, .bytes = bytes, .kind = kind, .huge_bytes = huge_bytes_of(base)};
-    if (kind == ENV_HUGE_TRANSPARENT && out->huge_bytes == 0)
-        out->kind = ENV_HUGE_NONE;
-    return 0;
-}
-
-#ifndef __SANITIZE_ADDRESS__
-static void *acquire_chunk(struct env *env, size_t bytes)
-{
-    (void)env;
-    void *memory = map_aligned(bytes);
-    if (memory && (madvise(memory, bytes, MADV_DONTFORK) || madvise(memory, bytes, MADV_DONTDUMP))) {
-        munmap(memory, bytes);
-        return NULL;
-    }
-    if (memory)
-        madvise(memory, bytes, MADV_HUGEPAGE); // refused where huge pages are off: then small ones serve
-    return memory;
-}
-
-static void release_chunk(struct env *env, void *memory, size_t bytes)
-{
-    (void)env;
-    munmap(memory, bytes);
-}
-#endif
-
-static void unmap_region(struct env *env, struct env_region *region)
-{
-    (void)env;
-    if (region->base)
-        munmap(region->base, region->bytes);
-    *region = (struct env_region){0};
+    char whole[512];
+    if ((size_t)snprintf(whole, sizeof whole, "%s%s", env->system_root, path) >= sizeof whole)
+        return -ENAMETOOLONG;
+    int fd = open(whole, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    size_t used = 0;
+    ssize_t got = 0;
+    while (used + 1 < capacity && (got = read(fd, text + used, capacity - 1 - used)) > 0)
+        used += (size_t)got;
+    int error = got < 0 ? -errno : 0;
+    close(fd);
+    text[used] = '\0';
+    return error;
 }
 
 static int make_memfd(struct env *env, const char *name, uint64_t bytes, int *fd_out)
@@ -293,19 +211,24 @@ void *env_acquire_zeroed(struct env *env, size_t bytes)
     return memory;
 }
 
+uint64_t env_system_number(struct env *env, const char *path, uint64_t otherwise)
+{
+    char text[32], *end;
+    if (env->read_system(env, path, text, sizeof text) != 0)
+        return otherwise;
+    const unsigned long long number = strtoull(text, &end, 10);
+    return end == text ? otherwise : number;
+}
+
 void env_linux_init(struct env *env)
 {
     *env = (struct env){
+        .system_root = "",
         .now_ns = now_ns,
         .random = random_fill,
         .acquire = acquire,
         .release = release,
-#ifndef __SANITIZE_ADDRESS__ // which can watch over single blocks only
-        .acquire_chunk = acquire_chunk,
-        .release_chunk = release_chunk,
-#endif
-        .map_region = map_region,
-        .unmap_region = unmap_region,
+        .read_system = read_system,
         .memfd_create = make_memfd,
         .map_shared = map_shared,
         .unmap_shared = unmap_shared,
@@ -318,6 +241,8 @@ void env_linux_init(struct env *env)
         .control_send = send_control,
         .control_receive = receive_control,
     };
+    env_memory_init(env);
+    env_numa_init(env);
     env_zmq_init(env);
     env_file_init(env);
 }

@@ -31,19 +31,40 @@ static uint32_t min_u32(uint32_t a, uint32_t b)
 
 // ---- memory of the index, counted against its budget ----
 
+// What lies idle in the arenas' chunks, because blocks of other sizes were there, is memory as well: where a block
+// needs another chunk, the cap holds for all chunks together, with room for some that are partly filled in each shard.
+// What was promised is given all the same.
+static bool may_grow(struct server *server)
+{
+    uint64_t idle = 0, spare = 0;
+    for (uint32_t i = 0; i < server->shard_count; i++) {
+        const struct arena *arena = &server->shards[i].arena;
+        const uint64_t used = atomic_load_explicit(&arena->used_bytes, memory_order_relaxed);
+        const uint64_t held = atomic_load_explicit(&arena->chunk_bytes, memory_order_relaxed);
+        idle += held > used ? held - used : 0; // both change meanwhile
+        spare += SERVER_SPARE_CHUNK_BYTES;
+    }
+    return budget_committed(&server->index_budget) + idle <= server->index_budget.cap_bytes + spare;
+}
+
+// Counted is what the arena takes for it, so that the cap holds for the memory and not only for what was asked for.
 static void *index_acquire(void *owner, size_t bytes)
 {
     struct lane *lane = owner;
     struct server *server = server_of(lane);
+    struct arena *arena = &server->shards[lane->shard].arena;
     struct reservation *promised = lane->building ? NULL : &lane->sequence->index_promised;
-    if (!budget_take(&server->index_budget, promised, bytes))
+    const size_t taken = arena_block_bytes(arena, bytes);
+    if (arena_grows(arena, bytes) && budget_rest(&server->index_budget, promised) < taken && !may_grow(server))
         return NULL;
-    void *memory = arena_acquire(&server->shards[lane->shard].arena, bytes);
+    if (!budget_take(&server->index_budget, promised, taken))
+        return NULL;
+    void *memory = arena_acquire(arena, bytes);
     if (!memory) {
-        budget_give(&server->index_budget, bytes);
+        budget_give(&server->index_budget, taken);
         return NULL;
     }
-    atomic_fetch_add_explicit(&lane->sequence->index_bytes, bytes, memory_order_relaxed);
+    atomic_fetch_add_explicit(&lane->sequence->index_bytes, taken, memory_order_relaxed);
     return memory;
 }
 
@@ -51,11 +72,13 @@ static void index_release(void *owner, void *memory, size_t bytes)
 {
     struct lane *lane = owner;
     struct server *server = server_of(lane);
+    struct arena *arena = &server->shards[lane->shard].arena;
     if (!memory)
         return;
-    arena_release(&server->shards[lane->shard].arena, memory, bytes);
-    budget_give(&server->index_budget, bytes);
-    atomic_fetch_sub_explicit(&lane->sequence->index_bytes, bytes, memory_order_relaxed);
+    const size_t taken = arena_block_bytes(arena, bytes);
+    arena_release(arena, memory, bytes);
+    budget_give(&server->index_budget, taken);
+    atomic_fetch_sub_explicit(&lane->sequence->index_bytes, taken, memory_order_relaxed);
 }
 
 void *lane_acquire_memory(struct lane *lane, size_t bytes)
@@ -249,17 +272,21 @@ uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, ui
     enum { CODES_CHUNK = 64, PLACES_CHUNK = 256, PAGES_CHUNK = 64 }; // elements
     enum { PLACE_BYTES = 4, PAGE_BYTES = 12, CODE_HEAD_BYTES = 28, INDEX_BYTES = 8 << 10 };
     enum { PAGES_PER_PAGE = 4, TABLE_MIN = 16 };
+    enum { SMALL_BLOCKS = 8 << 10 }; // what tables below 512 bytes take more, as all blocks have that
     const uint64_t page_tokens = sequence->server->config->page_tokens, end = length + tokens;
     const uint64_t code_bytes = sequence->shape.head_dim + CODE_HEAD_BYTES; // of a token
     const uint64_t taken = tokens / page_tokens + 2, ids = (end / page_tokens + 2) * PAGES_PER_PAGE;
     const uint64_t page_chunks = taken < ids / PAGES_CHUNK + 1 ? taken : ids / PAGES_CHUNK + 1;
-    const uint64_t chunks = (tokens / CODES_CHUNK + 2) * CODES_CHUNK * code_bytes +
-                            (tokens / PLACES_CHUNK + 2) * PLACES_CHUNK * PLACE_BYTES +
-                            page_chunks * PAGES_CHUNK * PAGE_BYTES;
+    const struct arena *arena = &sequence->server->shards[0].arena; // all are alike in this
+    const uint64_t chunks = (tokens / CODES_CHUNK + 2) * arena_block_bytes(arena, CODES_CHUNK * code_bytes) +
+                            (tokens / PLACES_CHUNK + 2) * arena_block_bytes(arena, PLACES_CHUNK * PLACE_BYTES) +
+                            page_chunks * arena_block_bytes(arena, PAGES_CHUNK * PAGE_BYTES);
     const uint64_t tables = growth_entries(end / CODES_CHUNK + TABLE_MIN, 100) +
                             growth_entries(end / PLACES_CHUNK + TABLE_MIN, 100) +
                             growth_entries(ids / PAGES_CHUNK + TABLE_MIN, 100) + growth_entries(ids + TABLE_MIN, 50);
-    return chunks + tables * sizeof(void *) + growth_entries(taken + TABLE_MIN, 50) * sizeof(uint32_t) + INDEX_BYTES;
+    const uint64_t table_bytes =
+        tables * sizeof(void *) + growth_entries(taken + TABLE_MIN, 50) * sizeof(uint32_t) + INDEX_BYTES;
+    return chunks + table_bytes * 11 / 8 + SMALL_BLOCKS; // of tables what arena_block_bytes adds at most
 }
 
 uint64_t lane_length(const struct lane *lane)

@@ -2,6 +2,7 @@
 #include "cached/config.h"
 #include "cached/env_linux.h"
 #include "cached/log.h"
+#include "cached/memory_check.h"
 #include "cached/server.h"
 
 #include <signal.h>
@@ -28,6 +29,8 @@ static int serve(struct server *server)
         log_info("ready: version=%s socket-dir=%s shards=%u", ICECACHE_VERSION, server->config->socket_directory,
                  server->shard_count);
         reactor_run(server);
+        outcome = EXIT_SUCCESS;
+    } else if (server->stopped_early) {
         outcome = EXIT_SUCCESS;
     }
     server_stop_threads(server);
@@ -63,7 +66,7 @@ int main(int argc, char **argv)
     log_set_level(level);
     block_signals();
     env_linux_init(&env);
-    if (!server_init(&server, &env, &config))
+    if (!memory_fits(&env, &config) || !server_init(&server, &env, &config))
         return EXIT_FAILURE;
     int outcome = serve(&server);
     if (outcome == EXIT_SUCCESS)

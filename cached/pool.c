@@ -33,10 +33,9 @@ struct class
 };
 
 struct pool {
-    struct env *env; // immutable, as the next three
-    struct env_region region;
+    struct env *env; // immutable, as the next two
+    struct pool_regions regions;
     struct slab *slabs;
-    uint32_t slab_count;
     pthread_mutex_t lock;
     uint32_t free_slab, free_slabs; // guarded by lock, as all below
     uint32_t class_count;
@@ -45,26 +44,22 @@ struct pool {
     uint64_t used_frames;
 };
 
-int pool_create(struct env *env, uint64_t capacity_bytes, struct pool **out)
+int pool_create(struct env *env, const struct pool_regions *regions, struct pool **out)
 {
-    uint64_t slab_count = (capacity_bytes + POOL_SLAB_BYTES - 1) / POOL_SLAB_BYTES;
-    if (slab_count == 0 || slab_count >= NO_SLAB)
-        return -EINVAL;
+    const uint32_t count = regions->slab_count;
     struct pool *pool = env_acquire_zeroed(env, sizeof *pool);
-    struct slab *slabs = env_acquire_zeroed(env, slab_count * sizeof *slabs);
-    struct env_region region = {0};
-    int error = pool && slabs ? env->map_region(env, slab_count * POOL_SLAB_BYTES, &region) : -ENOMEM;
-    if (error) {
-        env->release(env, slabs, slab_count * sizeof *slabs);
+    struct slab *slabs = env_acquire_zeroed(env, count * sizeof *slabs);
+    if (!pool || !slabs) {
+        env->release(env, slabs, count * sizeof *slabs);
         env->release(env, pool, sizeof *pool);
-        return error;
+        return -ENOMEM;
     }
     pool->env = env;
-    pool->region = region;
+    pool->regions = *regions;
     pool->slabs = slabs;
-    pool->slab_count = pool->free_slabs = (uint32_t)slab_count;
-    for (uint32_t i = 0; i < pool->slab_count; i++)
-        slabs[i].next = i + 1 < pool->slab_count ? i + 1 : NO_SLAB;
+    pool->free_slabs = count;
+    for (uint32_t i = 0; i < count; i++)
+        slabs[i].next = i + 1 < count ? i + 1 : NO_SLAB;
     pthread_mutex_init(&pool->lock, NULL);
     *out = pool;
     return 0;
@@ -76,9 +71,9 @@ void pool_destroy(struct pool *pool)
         return;
     struct env *env = pool->env;
     assert(pool->used_frames == 0);
-    env->unmap_region(env, &pool->region);
+    env->release(env, pool->slabs, pool->regions.slab_count * sizeof *pool->slabs);
+    pool_regions_unmap(env, &pool->regions);
     pthread_mutex_destroy(&pool->lock);
-    env->release(env, pool->slabs, pool->slab_count * sizeof *pool->slabs);
     env->release(env, pool, sizeof *pool);
 }
 
@@ -189,7 +184,7 @@ static void *frame_take(struct pool *pool, struct class *class)
     if (frame)
         memcpy(&slab->free_frames, frame, sizeof frame);
     else
-        frame = (uint8_t *)pool->region.base + index * POOL_SLAB_BYTES + slab->fresh++ * class->frame_bytes;
+        frame = (uint8_t *)pool_regions_slab(&pool->regions, index) + slab->fresh++ * class->frame_bytes;
     if (++slab->used == class->frames_per_slab)
         partial_remove(pool, class, index);
     class->free_frames--;
@@ -222,9 +217,8 @@ void *pool_acquire(struct pool *pool, struct pool_reservation *reservation, uint
 void pool_release(struct pool *pool, void *frame)
 {
     pthread_mutex_lock(&pool->lock);
-    uint64_t offset = (uint64_t)((uint8_t *)frame - (uint8_t *)pool->region.base);
-    uint32_t index = (uint32_t)(offset / POOL_SLAB_BYTES);
-    assert(index < pool->slab_count);
+    uint32_t index = pool_regions_find(&pool->regions, frame);
+    assert(index < pool->regions.slab_count);
     struct slab *slab = &pool->slabs[index];
     struct class *class = &pool->classes[slab->class_index];
     assert(slab->used > 0);
@@ -248,34 +242,36 @@ void pool_release(struct pool *pool, void *frame)
 
 uint64_t pool_capacity_bytes(const struct pool *pool)
 {
-    return pool->region.bytes;
+    return pool->regions.slab_count * POOL_SLAB_BYTES;
 }
 
 uint64_t pool_free_bytes(struct pool *pool)
 {
-    return pool->region.bytes - atomic_load_explicit(&pool->used_bytes, memory_order_relaxed);
+    return pool_capacity_bytes(pool) - atomic_load_explicit(&pool->used_bytes, memory_order_relaxed);
 }
 
 uint64_t pool_offset(const struct pool *pool, const void *frame)
 {
-    return (uint64_t)((const uint8_t *)frame - (const uint8_t *)pool->region.base);
+    const uint32_t slab = pool_regions_find(&pool->regions, frame);
+    const uint8_t *base = pool_regions_slab(&pool->regions, slab);
+    return slab * POOL_SLAB_BYTES + (uint64_t)((const uint8_t *)frame - base);
 }
 
 void pool_usage(struct pool *pool, struct pool_usage *out)
 {
     pthread_mutex_lock(&pool->lock);
     *out = (struct pool_usage){
-        .capacity_bytes = pool->region.bytes,
+        .capacity_bytes = pool->regions.slab_count * POOL_SLAB_BYTES,
         .used_bytes = pool->used_bytes,
         .used_frames = pool->used_frames,
-        .kind = pool->region.kind,
-        .huge_bytes = pool->region.huge_bytes,
+        .kind = pool_regions_kind(&pool->regions),
+        .huge_bytes = pool_regions_huge_bytes(&pool->regions),
     };
     pthread_mutex_unlock(&pool->lock);
 }
 
 const char *pool_huge_name(enum env_huge kind)
 {
-    static const char *const names[] = {"hugetlb-2m", "transparent", "none"};
+    static const char *const names[] = {"hugetlb-1g", "hugetlb-2m", "transparent", "collapsed", "none"};
     return names[kind];
 }

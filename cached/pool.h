@@ -1,4 +1,4 @@
-// The page pool: one populated arena in the largest pages there are, cut into slabs of 2 MiB; a slab holds frames of
+// The page pool: populated memory in the largest pages there are, cut into slabs of 2 MiB; a slab holds frames of
 // one size, a frame holds one page (the K and V rows of page_tokens tokens). A slab whose frames are all free returns
 // to the arena, so that shapes can come and go.
 //
@@ -6,12 +6,11 @@
 #ifndef ICECACHE_CACHED_POOL_H
 #define ICECACHE_CACHED_POOL_H
 
-#include "cached/env.h"
+#include "cached/pool_regions.h"
 
 #include <stdbool.h>
 #include <stdint.h>
 
-#define POOL_SLAB_BYTES  ((uint64_t)2 << 20)
 #define POOL_CLASSES_MAX 64u // distinct frame sizes: 16 head_dims x 3 dtypes at one page size is below it
 
 struct pool;
@@ -21,8 +20,8 @@ struct pool_reservation {
     uint64_t rest_frames;
 };
 
-// capacity_bytes is rounded up to whole slabs. -errno where the memory cannot be had; nothing is kept then.
-int pool_create(struct env *env, uint64_t capacity_bytes, struct pool **out);
+// The regions are handed over on success. -ENOMEM where there is no memory for the pool's books.
+int pool_create(struct env *env, const struct pool_regions *regions, struct pool **out);
 void pool_destroy(struct pool *pool); // accepts NULL; all frames must be back
 
 // Sets the reservation's rest to `frames`. False, unchanged, where the pool has no room.

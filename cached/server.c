@@ -100,37 +100,22 @@ bool server_take_directory(struct server *server)
     return error == 0;
 }
 
-bool server_take_pool(struct server *server)
-{
-    log_info("populating the pool: %llu MiB", (unsigned long long)(server->config->pool_bytes >> 20));
-    int error = pool_create(server->env, server->config->pool_bytes, &server->pool);
-    if (error) {
-        log_error("cannot take --pool-bytes %llu: %s; free memory or ask for less",
-                  (unsigned long long)server->config->pool_bytes, strerror(-error));
-        return false;
-    }
-    struct pool_usage usage;
-    pool_usage(server->pool, &usage);
-    log_info("pool: %llu MiB, huge pages %s (%llu MiB)", (unsigned long long)(usage.capacity_bytes >> 20),
-             pool_huge_name(usage.kind), (unsigned long long)(usage.huge_bytes >> 20));
-    if (usage.kind == ENV_HUGE_NONE)
-        log_warn("no huge pages: reserve some with sysctl vm.nr_hugepages=%llu, or "
-                 "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-                 (unsigned long long)(usage.capacity_bytes >> 21));
-    return true;
-}
-
 uint64_t server_frame_bytes(const struct server *server, uint64_t row_bytes)
 {
     const uint64_t bytes = server->config->page_tokens * 2 * row_bytes;
     return server->disk ? (bytes + DISK_ALIGN - 1) / DISK_ALIGN * DISK_ALIGN : bytes;
 }
 
-static enum disk_engine engine_of(const char *name)
+static enum disk_engine engine_of(const struct config *config)
 {
-    return strcmp(name, "io_uring") == 0  ? DISK_ENGINE_URING
-           : strcmp(name, "threads") == 0 ? DISK_ENGINE_THREADS
-                                          : DISK_ENGINE_AUTO;
+    switch (config->spill_engine) {
+    case CONFIG_SPILL_URING:
+        return DISK_ENGINE_URING;
+    case CONFIG_SPILL_THREADS:
+        return DISK_ENGINE_THREADS;
+    default:
+        return DISK_ENGINE_AUTO;
+    }
 }
 
 // The spill tier: without it the daemon serves what fits the pool.
@@ -143,7 +128,7 @@ bool server_take_disk(struct server *server)
     const struct disk_params params = {
         .directory = config->spill_directory,
         .bytes = config->spill_bytes / EXTENTS_SLAB_BYTES * EXTENTS_SLAB_BYTES,
-        .engine = engine_of(config->spill_engine),
+        .engine = engine_of(config),
         .depth = (uint32_t)config->spill_depth,
         .read_bytes_per_s_max = config->spill_read_bytes_per_s,
         .write_bytes_per_s_max = config->spill_write_bytes_per_s,

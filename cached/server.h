@@ -17,8 +17,9 @@
 #define SERVER_HASH_BUCKETS       4096u
 #define SERVER_SEARCH_UNITS       20000u // work units between two looks at the deadline: 0.05 to 0.3 ms
 #define SERVER_BUILD_UNITS        8000u // work units of a clustering slice, while which a decode task may wait: 0.05 to 0.2 ms
-#define SERVER_PLAN_PAGES         128u   // pages that a slice of a plan gives frames to
-#define SERVER_MOVE_BYTES         65536u // K and V that a slice of a plan copies
+#define SERVER_PLAN_PAGES         128u         // pages that a slice of a plan gives frames to
+#define SERVER_MOVE_BYTES         65536u       // K and V that a slice of a plan copies
+#define SERVER_SPARE_CHUNK_BYTES  (6ull << 20) // of index memory for each shard, beyond --index-bytes, that lies idle
 #define SERVER_SPARE_CONNECTIONS  8u // beyond --sessions-max: for icecachectl, and for those that are yet to say hello
 #define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
 #define SERVER_ACCEPT_PAUSE_NS    (100ull * 1000000u)
@@ -57,7 +58,8 @@ struct server {
     struct completion_list completions;
     struct task_queue keeper_queue; // work that takes long: populate, unmap
     pthread_t keeper;
-    bool keeper_runs; // main thread
+    bool keeper_runs;   // main thread, as the next
+    bool stopped_early; // by a signal, before it served
     struct gpus gpus;
     struct tier_stats tier_stats;
 
@@ -79,8 +81,9 @@ struct server {
     struct server_stats stats;
 };
 
-// From start to end (server.c), in this order. What fails logs its cause and leaves nothing that the calls below,
-// stop_threads, reactor_fini and fini, do not give back; those three may be called whatever was reached in between.
+// From start to end (server.c, pool_start.c), in this order. What fails logs its cause and leaves nothing that the
+// calls below, stop_threads, reactor_fini and fini, do not give back; those three may be called whatever was reached in
+// between.
 ICE_MUST_CHECK bool server_init(struct server *server, struct env *env, const struct config *config); // false: no fini
 ICE_MUST_CHECK bool server_take_directory(struct server *server);
 ICE_MUST_CHECK bool server_take_pool(struct server *server);

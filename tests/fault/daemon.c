@@ -9,6 +9,7 @@
 
 #include "cached/env_linux.h"
 #include "cached/log.h"
+#include "cached/memory_check.h"
 
 #include <dirent.h>
 #include <signal.h>
@@ -88,11 +89,14 @@ static void *daemon_main(void *argument)
     struct daemon *daemon = argument;
     struct server *server = &daemon->server;
     int outcome = DAEMON_FAILED;
-    if (server_init(server, &daemon->faulty.env, &daemon->config)) {
+    if (memory_fits(&daemon->faulty.env, &daemon->config) &&
+        server_init(server, &daemon->faulty.env, &daemon->config)) {
         if (server_take_directory(server) && server_take_pool(server) && server_start_threads(server) &&
             reactor_init(server) == 0) {
             atomic_store(&daemon->state, DAEMON_SERVING);
             reactor_run(server);
+            outcome = DAEMON_STOPPED;
+        } else if (server->stopped_early) {
             outcome = DAEMON_STOPPED;
         }
         server_stop_threads(server);

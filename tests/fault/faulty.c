@@ -85,10 +85,21 @@ static void release(struct env *env, void *memory, size_t bytes)
     faulty->real.release(&faulty->real, block, bytes + HEAD_BYTES);
 }
 
-static int map_region(struct env *env, uint64_t bytes, struct env_region *out)
+static uint32_t list_nodes(struct env *env, int *ids, uint32_t capacity)
 {
     struct faulty *faulty = faulty_of(env);
-    int error = fails(env, FAULT_MAP_REGION) ? error_of(env) : faulty->real.map_region(&faulty->real, bytes, out);
+    if (faulty->nodes == 0)
+        return faulty->real.nodes(&faulty->real, ids, capacity);
+    for (uint32_t i = 0; i < faulty->nodes; i++)
+        ids[i] = (int)i;
+    return faulty->nodes;
+}
+
+static int map_region(struct env *env, const struct env_region_request *request, struct env_region *out)
+{
+    struct faulty *faulty = faulty_of(env);
+    *out = (struct env_region){0};
+    int error = fails(env, FAULT_MAP_REGION) ? error_of(env) : faulty->real.map_region(&faulty->real, request, out);
     if (!error)
         atomic_fetch_add(&faulty->regions, 1);
     return error;
@@ -99,6 +110,12 @@ static void unmap_region(struct env *env, struct env_region *region)
     struct faulty *faulty = faulty_of(env);
     faulty->real.unmap_region(&faulty->real, region);
     atomic_fetch_sub(&faulty->regions, 1);
+}
+
+static int read_system(struct env *env, const char *path, char *text, size_t capacity)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_READ_SYSTEM) ? error_of(env) : real->read_system(real, path, text, capacity);
 }
 
 static int make_memfd(struct env *env, const char *name, uint64_t bytes, int *fd_out)
@@ -321,8 +338,10 @@ void faulty_init(struct faulty *faulty)
         .random = random_bytes,
         .acquire = acquire,
         .release = release,
+        .nodes = list_nodes,
         .map_region = map_region,
         .unmap_region = unmap_region,
+        .read_system = read_system,
         .memfd_create = make_memfd,
         .map_shared = map_shared,
         .unmap_shared = unmap_shared,

@@ -13,7 +13,7 @@
     X(ACQUIRE, "acquire") X(RANDOM, "random") X(MAP_REGION, "map_region") X(MEMFD, "memfd_create") \
     X(MAP_SHARED, "map_shared") X(DIRECTORY, "make_directory") X(LOCK, "lock_file") X(UNLINK, "unlink") \
     X(LISTEN, "listen") X(ACCEPT, "accept") X(CONTROL_SEND, "control_send") X(CONTROL_RECEIVE, "control_receive") \
-    X(BUS_OPEN, "bus_open") X(BUS_RECEIVE, "bus_receive") X(BUS_SEND, "bus_send") \
+    X(BUS_OPEN, "bus_open") X(BUS_RECEIVE, "bus_receive") X(BUS_SEND, "bus_send") X(READ_SYSTEM, "read_system") \
     X(OPEN_FOLDER, "open_directory") X(OPEN_FILE, "open_data_file") X(FILE_BYTES, "file_bytes") \
     X(CHECK_FILE, "check_file") X(RESIZE_FILE, "resize_file") X(PREALLOCATE, "preallocate") X(PREAD, "pread") \
     X(PWRITE, "pwrite") X(SYNC_FILE, "sync_file") X(RING_RESULT, "ring_result") X(WRITE_FILE, "write_file") \
@@ -31,6 +31,7 @@ const char *fault_name(enum fault_kind kind);
 struct faulty {
     struct env env; // what the daemon gets; first, so that the daemon's pointer leads back here
     struct env real;
+    uint32_t nodes;           // NUMA nodes that there seem to be; 0: as the machine has them
     _Atomic int kind;         // FAULT_KIND_COUNT: none
     _Atomic uint32_t left;    // calls of the kind until the one that fails
     _Atomic uint32_t fired;   // calls that have failed since arming

@@ -175,6 +175,28 @@ static void options_from_the_environment(void **state)
 
 // ---- stopping ----
 
+// A pool of small pages takes a second or so to populate; a stop meanwhile is heeded at once.
+static void sigterm_while_populating(void **state)
+{
+    struct daemon *daemon = *state;
+    const char *arguments[] = {daemon_path(),   "--socket-dir", daemon->sockets,  "--pool-bytes", "1500m",
+                               "--index-bytes", "16m",          "--shared-bytes", "16m",          NULL};
+    char text[8192] = "";
+    child_start(&daemon->child, arguments, daemon->log);
+    for (uint64_t until = now_us() + TEST_DEADLINE_US; !strstr(text, "populating the pool"); sleep_us(500)) {
+        assert_true(now_us() < until);
+        daemon_read_log(daemon, text, sizeof text);
+    }
+    uint64_t from = now_us();
+    daemon_signal(daemon, SIGTERM);
+    wait_for_exit(daemon, 5000000);
+    print_message("stopped after %.3f s\n", (double)(now_us() - from) / 1e6);
+    daemon_read_log(daemon, text, sizeof text);
+    assert_text(text, "stopped while the pool was populated");
+    assert_null(strstr(text, "ready: version="));
+    assert_false(exists(daemon, CONTROL_SOCKET_NAME));
+}
+
 // Retrieves that keep the daemon busy for about a second, all of them received.
 struct flood {
     struct history history;
@@ -327,6 +349,7 @@ int main(void)
         DAEMON_TEST(a_second_daemon),
         FOLDER_TEST(options),
         FOLDER_TEST(options_from_the_environment),
+        FOLDER_TEST(sigterm_while_populating),
         DAEMON_TEST_WITH(sigterm_drains, patient),
         DAEMON_TEST_WITH(sigterm_without_patience, impatient),
         DAEMON_TEST_WITH(a_second_signal, patient),

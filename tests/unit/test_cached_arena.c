@@ -93,6 +93,36 @@ static void test_blocks(void **state)
 }
 
 // A refused chunk refuses the block and nothing else.
+// What is counted for blocks is what they take: chunks hold no more than that, but for their books, which may cost a
+// block each, and for what is partly filled.
+static void test_counted(void **state)
+{
+    (void)state;
+    static const size_t sizes[] = {100, 513, 9000, 9216, 37000, 45000, 53000, 65536};
+    static void *blocks[1 << 17];
+    struct arena arena;
+    arena_init(&arena, &counting);
+    if (!counting.acquire_chunk) {
+        assert_int_equal(arena_block_bytes(&arena, 100), 100);
+        skip();
+    }
+    for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        const uint64_t counted = arena_block_bytes(&arena, sizes[i]), count = (48u << 20) / counted;
+        assert_true(counted >= sizes[i] && (counted <= sizes[i] + sizes[i] / 3 || counted == 512));
+        chunks = 0;
+        chunks_left = 1000;
+        for (uint64_t n = 0; n < count; n++)
+            assert_non_null(blocks[n] = arena_acquire(&arena, sizes[i]));
+        const uint64_t taken = (uint64_t)chunks << 21;
+        if (taken + (2u << 20) < count * sizes[i] || taken > count * counted / 24 * 25 + (2u << 20))
+            fail_msg("%zu bytes: counted %lu, taken %lu", sizes[i], count * counted, taken);
+        for (uint64_t n = 0; n < count; n++)
+            arena_release(&arena, blocks[n], sizes[i]);
+        arena_fini(&arena);
+    }
+    assert_int_equal(arena_block_bytes(&arena, 65537), 65537);
+}
+
 static void test_refused(void **state)
 {
     (void)state;
@@ -117,6 +147,7 @@ static void test_refused(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_blocks), cmocka_unit_test(test_refused)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_blocks), cmocka_unit_test(test_counted),
+                                       cmocka_unit_test(test_refused)};
     return cmocka_run_group_tests(tests, group_setup, NULL);
 }

@@ -133,6 +133,46 @@ static void test_ranges(void **state)
 #undef EXPECT_RANGE
 }
 
+static void test_choices(void **state)
+{
+    (void)state;
+    assert_int_equal(read_options(NULL), CONFIG_RUN);
+    assert_int_equal(config.huge_pages, CONFIG_HUGE_PREFER);
+    assert_int_equal(READ("--huge-pages", "require"), CONFIG_RUN);
+    assert_int_equal(config.huge_pages, CONFIG_HUGE_REQUIRE);
+    assert_int_equal(READ("--huge-pages=prefer"), CONFIG_RUN);
+    assert_int_equal(config.huge_pages, CONFIG_HUGE_PREFER);
+    setenv("ICECACHE_HUGE_PAGES", "require", 1);
+    assert_int_equal(READ("--huge-pages", "off"), CONFIG_RUN); // the flag wins
+    assert_int_equal(config.huge_pages, CONFIG_HUGE_OFF);
+    assert_int_equal(read_options(NULL), CONFIG_RUN);
+    assert_int_equal(config.huge_pages, CONFIG_HUGE_REQUIRE);
+    setenv("ICECACHE_HUGE_PAGES", "yes", 1);
+    assert_int_equal(read_options(NULL), CONFIG_ERROR);
+    assert_non_null(strstr(text, "ICECACHE_HUGE_PAGES"));
+    unsetenv("ICECACHE_HUGE_PAGES");
+    static const char *const bad[] = {"", "req", "requires", "prefer|off", "|", "Off", "1"};
+    for (unsigned i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_int_equal(READ("--huge-pages", bad[i]), CONFIG_ERROR);
+        assert_non_null(strstr(text, "is none of require|prefer|off"));
+    }
+    assert_int_equal(READ("--huge-pages"), CONFIG_ERROR);
+    assert_non_null(strstr(text, "needs a value"));
+}
+
+// Who asks must know a value that was named from a default that happens to be equal.
+static void test_given(void **state)
+{
+    (void)state;
+    assert_int_equal(read_options(NULL), CONFIG_RUN);
+    assert_false(config.given.pool_bytes || config.given.index_bytes);
+    setenv("ICECACHE_INDEX_BYTES", "1g", 1);
+    assert_int_equal(READ("--pool-bytes", "1g"), CONFIG_RUN);
+    assert_true(config.given.pool_bytes && config.given.index_bytes);
+    assert_false(config.given.shared_bytes);
+    unsetenv("ICECACHE_INDEX_BYTES");
+}
+
 static void test_refusals(void **state)
 {
     (void)state;
@@ -164,6 +204,8 @@ static void test_help(void **state)
 #define EXPECT_HELP(field, flag, type, initial, min, max, text) assert_non_null(strstr(help, "  --" flag " "));
     CONFIG_NUMBERS(EXPECT_HELP)
 #undef EXPECT_HELP
+    assert_non_null(strstr(help, "  --huge-pages "));
+    assert_non_null(strstr(help, "(default prefer)"));
     assert_non_null(strstr(help, "--socket-dir"));
     assert_non_null(strstr(help, "--log-level"));
     assert_non_null(strstr(help, "--version"));
@@ -173,8 +215,9 @@ static void test_help(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sizes),  cmocka_unit_test(test_defaults), cmocka_unit_test(test_order),
-        cmocka_unit_test(test_ranges), cmocka_unit_test(test_refusals), cmocka_unit_test(test_help),
+        cmocka_unit_test(test_sizes),    cmocka_unit_test(test_defaults), cmocka_unit_test(test_order),
+        cmocka_unit_test(test_ranges),   cmocka_unit_test(test_choices),  cmocka_unit_test(test_given),
+        cmocka_unit_test(test_refusals), cmocka_unit_test(test_help),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

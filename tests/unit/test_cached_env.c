@@ -1,4 +1,4 @@
-// The real table of outside effects: sealed memory, huge regions, the lock, the control socket and the data bus.
+// The real table of outside effects: blocks, sealed memory, the lock, the control socket and the data bus.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -88,23 +88,6 @@ static void test_shared(void **state)
     env.close_fd(&env, -1);
     assert_true(env.memfd_create(&env, "test", UINT64_MAX, &fd) < 0);
     assert_true(env.map_shared(&env, -1, 4096, &memory) < 0);
-}
-
-static void test_region(void **state)
-{
-    (void)state;
-    struct env_region region;
-    uint64_t bytes = 8u << 20;
-    assert_int_equal(env.map_region(&env, bytes, &region), 0);
-    assert_int_equal(region.bytes, bytes);
-    assert_int_equal((uintptr_t)region.base % (2u << 20), 0);
-    assert_true((region.kind == ENV_HUGE_NONE) == (region.huge_bytes == 0));
-    assert_true(region.huge_bytes <= bytes);
-    memset(region.base, 1, bytes);
-    env.unmap_region(&env, &region);
-    assert_null(region.base);
-    env.unmap_region(&env, &region);
-    assert_true(env.map_region(&env, (uint64_t)1 << 60, &region) < 0);
 }
 
 static void test_files(void **state)
@@ -270,8 +253,8 @@ static void test_bus_send(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        ENV_TEST(test_memory), ENV_TEST(test_shared), ENV_TEST(test_region),     ENV_TEST(test_files),
-        ENV_TEST(test_lock),   ENV_TEST(test_listen), ENV_TEST(test_bus_frames), ENV_TEST(test_bus_send),
+        ENV_TEST(test_memory), ENV_TEST(test_shared),     ENV_TEST(test_files),    ENV_TEST(test_lock),
+        ENV_TEST(test_listen), ENV_TEST(test_bus_frames), ENV_TEST(test_bus_send),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

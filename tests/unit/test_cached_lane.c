@@ -33,7 +33,10 @@ static void bench_init(struct bench *bench, uint32_t head_dim, uint32_t dtype, u
     bench->server.env = &bench->env;
     bench->server.config = &bench->config;
     budget_init(&bench->server.index_budget, index_bytes);
-    assert_int_equal(pool_create(&bench->env, 96u << 20, &bench->server.pool), 0);
+    struct pool_regions regions;
+    const struct pool_wish wish = {.capacity_bytes = 96u << 20, .rungs = ENV_RUNGS_ALL};
+    assert_int_equal(pool_regions_map(&bench->env, &wish, &regions), 0);
+    assert_int_equal(pool_create(&bench->env, &regions, &bench->server.pool), 0);
     bench->shard.server = &bench->server;
     bench->server.shards = &bench->shard;
     assert_int_equal(tier_init(&bench->shard), 0);

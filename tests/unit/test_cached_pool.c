@@ -23,8 +23,11 @@ static struct env env;
 static struct pool *create(uint64_t bytes)
 {
     struct pool *pool = NULL;
+    struct pool_regions regions;
+    const struct pool_wish wish = {.capacity_bytes = bytes, .rungs = ENV_RUNGS_ALL};
     env_linux_init(&env);
-    assert_int_equal(pool_create(&env, bytes, &pool), 0);
+    assert_int_equal(pool_regions_map(&env, &wish, &regions), 0);
+    assert_int_equal(pool_create(&env, &regions, &pool), 0);
     return pool;
 }
 
@@ -45,7 +48,10 @@ static void test_capacity(void **state)
     assert_int_equal(usage.used_bytes, 0);
     pool_destroy(pool);
     pool_destroy(NULL);
-    assert_int_equal(pool_create(&env, 0, &pool), -EINVAL);
+    struct pool_regions regions;
+    assert_int_equal(pool_regions_map(&env, &(struct pool_wish){.rungs = ENV_RUNGS_ALL}, &regions), -EINVAL);
+    const struct pool_wish endless = {.capacity_bytes = UINT64_MAX, .rungs = ENV_RUNGS_ALL};
+    assert_int_equal(pool_regions_map(&env, &endless, &regions), -EINVAL);
 }
 
 // Every frame is there, aligned, apart from the others; the next is refused; all come back.

@@ -221,7 +221,7 @@ void index_search_finish(struct index_search *search, struct index_selection *se
 // build or a pending plan is not in it, with the page ids that these have taken; the loaded index begins that build
 // anew and comes to the same tree. Equal indexes have equal images.
 //
-// The save's state, in the caller's storage; all of it is private to index/.
+// The save's state, in the caller's storage, where it stays until the save is over; all of it is private to index/.
 struct index_save {
     const struct index *index;
     uint64_t left, digest;

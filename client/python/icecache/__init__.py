@@ -182,7 +182,8 @@ class _Handle:
 
     def close(self):
         handle, self._handle = self._handle, None
-        if handle is not None:
+        # A closed client has closed its handles, also those that the garbage collector had hidden from it.
+        if handle is not None and self._client._handle is not None:
             self._client._children.discard(self)
             getattr(library(), self._closer)(handle)
 

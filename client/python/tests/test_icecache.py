@@ -7,6 +7,7 @@
 import argparse
 import array
 import ctypes
+import gc
 import os
 import pathlib
 import random
@@ -294,6 +295,14 @@ class ClientTest(ClientBase):
         self.assertIn("count is 0", caught.exception.text)
         with self.assertRaises(TypeError):
             client.attach(bytes(16), layers=LAYERS)
+
+    def test_a_client_that_is_garbage_with_its_handles(self):
+        for _ in range(20):
+            client = icecache.Client(self.daemon.folder.name)
+            client.cycle = [client, *self.open(client)]
+            del client
+            gc.collect()  # finds all of them at once, and ends them in an order of its own
+        self.assertEqual(self.connect().open_sequence(**MODEL).info().length, 0)
 
     def test_threads(self):
         client = self.connect()

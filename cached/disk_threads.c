@@ -1,8 +1,9 @@
 // The disk's engine for where io_uring is refused: threads that transfer one request each, by the calls in the table of
-// outside effects. Measured: the same throughput as io_uring's at some two times its CPU.
+// outside effects. Measured beside io_uring at 8 KiB pages: the same throughput up to 16 in flight, from there on .7 to
+// 1 of it, at 1.3 to 2 times the CPU.
 //
-// There are as many threads as requests may be in flight, up to DISK_THREADS_MAX: beyond 16 the devices that we
-// measured gain less than a tenth, and each thread is one more to be scheduled.
+// There are as many threads as requests may be in flight, up to DISK_THREADS_MAX: each is one more to be scheduled, and
+// 16 already bring most of what the device can do.
 #include "cached/disk_engine.h"
 
 #include <assert.h>

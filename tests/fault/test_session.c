@@ -1,5 +1,6 @@
-// One small session of a worker, in which one call of the daemon fails: every n-th, until the session goes through
-// unharmed. Each time the worker gets a clean status, everything is given back, and the daemon serves the next worker.
+// One small session of a worker, in which one call of the daemon fails: the n-th, for every small n and a choice of
+// larger ones, until the session goes through unharmed. Each time the worker gets a clean status, everything is given
+// back, and the daemon serves the next worker.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -12,8 +13,41 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
 
-#define CALLS_MAX 5000u
+#define CALLS_MAX  5000u
+#define CALLS_EACH 40u // the first calls are failed one by one
+#define STRIDE     8u  // of the later ones one in so many, chosen at random; all of them with ICECACHE_TEST_FULL=1
+
+static uint64_t seed;
+
+static uint64_t next_random(void)
+{
+    seed += 0x9e3779b97f4a7c15u;
+    uint64_t x = seed;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+static void seed_init(void)
+{
+    const char *given = getenv("ICECACHE_TEST_SEED");
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    seed = given ? strtoull(given, NULL, 0) : (uint64_t)now.tv_nsec ^ (uint64_t)now.tv_sec << 20;
+    print_message("ICECACHE_TEST_SEED=%lu\n", seed);
+}
+
+static uint32_t next_call(uint32_t nth)
+{
+    const char *full = getenv("ICECACHE_TEST_FULL");
+    if (nth < CALLS_EACH || (full && strcmp(full, "1") == 0))
+        return nth + 1;
+    return nth + 1 + (uint32_t)(next_random() % (2 * STRIDE - 1)); // STRIDE on average, neighbours too
+}
 
 struct fault {
     enum fault_kind kind;
@@ -67,15 +101,15 @@ static void every_call(const struct fault *fault)
     struct daemon *daemon = daemon_create(NULL);
     faulty_init(&daemon->faulty);
     assert_true(daemon_start(daemon));
-    uint32_t nth = 1, harmed = 0;
-    while (one_session(daemon, fault, nth, &harmed)) {
-        nth++;
+    uint32_t nth = 1, tried = 0, harmed = 0;
+    for (; one_session(daemon, fault, nth, &harmed); nth = next_call(nth)) {
+        tried++;
         assert_true(nth < CALLS_MAX);
     }
     expect_good_session(daemon->sockets);
-    print_message("%s %d: %u calls, %u of them fatal to the session\n", fault_name(fault->kind), fault->error, nth - 1,
-                  harmed);
-    assert_true(nth > 1); // the session makes at least one such call
+    print_message("%s %d: %u calls of less than %u, %u of them fatal to the session\n", fault_name(fault->kind),
+                  fault->error, tried, nth, harmed);
+    assert_true(tried > 0); // the session makes at least one such call
     daemon_stop(daemon);
     daemon_destroy(daemon);
 }
@@ -125,6 +159,7 @@ static void test_bus(void **state)
 int main(void)
 {
     daemon_block_signals();
+    seed_init();
     const struct CMUnitTest tests[] = {
         DAEMON_TEST(test_acquire),        DAEMON_TEST(test_random), DAEMON_TEST(test_shared_memory),
         DAEMON_TEST(test_control_socket), DAEMON_TEST(test_bus),

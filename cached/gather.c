@@ -65,11 +65,17 @@ bool gather_is_resident(const struct op_lane *part, const struct gather_plan *pl
     return true;
 }
 
-// Copies a token whose page is in memory, and keeps it otherwise. ICE_PAGE_LOST where it will never come.
-static ice_status take(struct gather *gather, struct gather_token token)
+// Copies a token whose page is in memory, and keeps it otherwise. ICE_PAGE_LOST where it will never come. What a page was
+// read for does not count as a use of it: only who comes again does, else a page that is needed once would stay as long
+// as one that is needed always.
+static ice_status take(struct gather *gather, struct gather_token token, bool waited)
 {
     struct lane *lane = gather->part->lane;
+    const struct page *page = &lane->pages[token.place.page];
+    const uint8_t visited = page->visited;
     const uint8_t *row = lane_token(lane, token.place, 2 * lane->sequence->row_bytes);
+    if (row && waited)
+        lane->pages[token.place.page].visited = visited;
     if (row)
         gather_put(gather->part, &token, row);
     else if (lane_page_is_lost(lane, token.place.page))
@@ -86,7 +92,7 @@ static ice_status copy_resident(struct gather *gather)
     const uint32_t waiting = gather->waiting_count;
     gather->waiting_count = 0;
     for (uint32_t i = 0; i < waiting; i++) {
-        const ice_status status = take(gather, gather->waiting[i]);
+        const ice_status status = take(gather, gather->waiting[i], true);
         if (status != ICE_OK)
             return status;
     }
@@ -95,7 +101,7 @@ static ice_status copy_resident(struct gather *gather)
         const uint32_t room = gather->waiting_capacity - gather->waiting_count;
         const uint32_t n = resolve(lane, &gather->plan, gather->next_slot, room, tokens);
         for (uint32_t i = 0; i < n; i++) {
-            const ice_status status = take(gather, tokens[i]);
+            const ice_status status = take(gather, tokens[i], false);
             if (status != ICE_OK)
                 return status;
         }

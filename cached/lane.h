@@ -79,14 +79,16 @@ uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, ui
 uint64_t lane_length(const struct lane *lane);
 // K rows of first .. first+tokens-1 to keys, V rows to values, packed. The positions must exist, in memory.
 void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t *keys, uint8_t *values);
-// One token's K row and, right behind it, its V row, which counts as a use of its page; NULL where the page is not in
-// memory. Borrowed until the shard's next task.
+// One token's K row and, right behind it, its V row, which counts as a use of its page; NULL, which does not, where the
+// page is not in memory. Borrowed until the shard's next task.
 static inline const uint8_t *lane_token(const struct lane *lane, struct index_place place, size_t token_bytes)
 {
     struct page *page = &lane->pages[place.page];
+    if (!page->memory)
+        return NULL;
     if (!page->visited) // mostly it is: then its cache line stays shared
         page->visited = 1;
-    return page->memory ? page->memory + place.row * token_bytes : NULL;
+    return page->memory + place.row * token_bytes;
 }
 // Memory of the lane's, counted as the index's. NULL: none. release accepts NULL.
 void *lane_acquire_memory(struct lane *lane, size_t bytes);

@@ -143,7 +143,7 @@ static void check_phases(const json_t *stats, uint64_t retrieves, uint64_t appen
         double p999 = json_number_value(json_object_get(phase, "p999_us"));
         double max = json_number_value(json_object_get(phase, "max_us"));
         assert_true(p50 >= 0 && p50 <= p99 && p99 <= p999);
-        assert_true(i == 2 ? max == 0 : max > 0); // nothing is fetched where there is no disk
+        assert_true(i == 2 ? max == 0 : max > 0);    // nothing is fetched where there is no disk
         assert_true(max < 30e6 && p50 <= max * 1.5); // quantiles are those of buckets
     }
 }

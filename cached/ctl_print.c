@@ -37,6 +37,8 @@ static void print_spill(const Icecache__Wire__SpillStats *spill)
            spill->pages_read, spill->pages_written, spill->pages_evicted, spill->pages_lost, spill->write_errors);
     printf("  in flight %u  waiting %u  prefixes %u  lanes hibernated %" PRIu64 "\n", spill->in_flight, spill->waiting,
            spill->prefixes, spill->hibernated);
+    printf("  ahead    read %" PRIu64 "  used %" PRIu64 "  wasted %" PRIu64 "\n", spill->ahead, spill->ahead_used,
+           spill->ahead_wasted);
 }
 
 static void print_totals(const Icecache__Wire__StatsReply *stats)
@@ -134,8 +136,10 @@ static void json_spill(const Icecache__Wire__SpillStats *spill)
     printf(",\"pages_read\":%" PRIu64 ",\"pages_written\":%" PRIu64 ",\"pages_evicted\":%" PRIu64
            ",\"pages_lost\":%" PRIu64 ",\"write_errors\":%" PRIu64,
            spill->pages_read, spill->pages_written, spill->pages_evicted, spill->pages_lost, spill->write_errors);
-    printf(",\"in_flight\":%u,\"waiting\":%u,\"prefixes\":%u,\"hibernated\":%" PRIu64 "}", spill->in_flight,
-           spill->waiting, spill->prefixes, spill->hibernated);
+    printf(",\"in_flight\":%u,\"waiting\":%u,\"prefixes\":%u,\"hibernated\":%" PRIu64 ",\"ahead\":%" PRIu64
+           ",\"ahead_used\":%" PRIu64 ",\"ahead_wasted\":%" PRIu64 "}",
+           spill->in_flight, spill->waiting, spill->prefixes, spill->hibernated, spill->ahead, spill->ahead_used,
+           spill->ahead_wasted);
 }
 
 static void json_sequence(const Icecache__Wire__SequenceStats *row)

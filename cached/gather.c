@@ -65,9 +65,9 @@ bool gather_is_resident(const struct op_lane *part, const struct gather_plan *pl
     return true;
 }
 
-// Copies a token whose page is in memory, and keeps it otherwise. ICE_PAGE_LOST where it will never come. What a page was
-// read for does not count as a use of it: only who comes again does, else a page that is needed once would stay as long
-// as one that is needed always.
+// Copies a token whose page is in memory, and keeps it otherwise. ICE_PAGE_LOST where it will never come. What a page
+// was read for does not count as a use of it: only who comes again does, else a page that is needed once would stay as
+// long as one that is needed always.
 static ice_status take(struct gather *gather, struct gather_token token, bool waited)
 {
     struct lane *lane = gather->part->lane;

@@ -86,6 +86,8 @@ static inline const uint8_t *lane_token(const struct lane *lane, struct index_pl
     struct page *page = &lane->pages[place.page];
     if (!page->memory)
         return NULL;
+    if (page->flags & PAGE_AHEAD)
+        tier_ahead_used(lane, page);
     if (!page->visited) // mostly it is: then its cache line stays shared
         page->visited = 1;
     return page->memory + place.row * token_bytes;

@@ -317,8 +317,14 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     part->search_ns = part->searched_ns - part->begun_ns;
     const struct gather_plan plan = plan_landing(part, &selection, tokens);
     if (op->server->disk && !gather_is_resident(part, &plan)) {
+        struct lane *lane = part->lane; // part and op may be gone after the call
+        uint32_t near[TIER_AHEAD_MAX];
+        const uint32_t near_count = index_search_near(shard->search, TIER_AHEAD_MAX, near);
         status = gather_start(part, shard, &plan);
-        return status == ICE_OK ? LANE_WAITS : status;
+        if (status != ICE_OK)
+            return status;
+        tier_read_ahead(shard, lane, near, near_count);
+        return LANE_WAITS;
     }
     copy_selection(part, &plan);
     end_copy(part, &part->copy_ns);

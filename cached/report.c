@@ -115,6 +115,9 @@ static void fill_spill(struct server *server, Icecache__Wire__SpillStats *body)
     body->in_flight = disk.in_flight;
     body->waiting = disk.waiting;
     body->prefixes = server->prefixes.count;
+    body->ahead = atomic_load_explicit(&stats->ahead, memory_order_relaxed);
+    body->ahead_used = atomic_load_explicit(&stats->ahead_used, memory_order_relaxed);
+    body->ahead_wasted = atomic_load_explicit(&stats->ahead_wasted, memory_order_relaxed);
     body->hibernated = atomic_load_explicit(&stats->asleep, memory_order_relaxed);
 }
 

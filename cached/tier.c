@@ -94,11 +94,30 @@ static void order_leave(struct shard *shard, const uint8_t *memory)
     atomic_fetch_sub_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
 }
 
+#define AHEAD_LEARNS 64u   // pages from which on the past is looked at
+#define AHEAD_MEMORY 1024u // pages after which it fades
+#define AHEAD_TRIES  16u   // while it does not pay, it is tried once in so many times
+
+static void ahead_note(struct tier *tier, bool used)
+{
+    tier->ahead_used += used;
+    tier->ahead_wasted += !used;
+    if (tier->ahead_used + tier->ahead_wasted >= AHEAD_MEMORY) {
+        tier->ahead_used /= 2;
+        tier->ahead_wasted /= 2;
+    }
+}
+
 static void drop_memory(struct shard *shard, struct lane *lane, struct page *page)
 {
     order_leave(shard, page->memory);
     pool_release(shard->server->pool, page->memory);
     page->memory = NULL;
+    if (page->flags & PAGE_AHEAD) {
+        page->flags &= (uint8_t)~PAGE_AHEAD;
+        ahead_note(&shard->tier, false);
+        atomic_fetch_add_explicit(&shard->server->tier_stats.ahead_wasted, 1, memory_order_relaxed);
+    }
     atomic_fetch_sub_explicit(&lane->sequence->resident, 1, memory_order_relaxed);
 }
 
@@ -123,14 +142,17 @@ static void io_done(struct disk_request *request)
 static struct page_io *io_take(struct tier *tier)
 {
     struct page_io *io = tier->free_ios;
-    if (io)
+    if (io) {
         tier->free_ios = io->next;
+        tier->in_flight++;
+    }
     return io;
 }
 
 static void io_give(struct tier *tier, struct page_io *io)
 {
     io->lane = NULL;
+    tier->in_flight--;
     io->next = tier->free_ios;
     tier->free_ios = io;
 }
@@ -265,6 +287,41 @@ bool tier_write(struct shard *shard, struct lane *lane, uint32_t number)
     if (io)
         io_start(shard, io, DISK_WRITE, lane, number, page->memory);
     return io != NULL;
+}
+
+// ---- reading ahead ----
+
+void tier_ahead_used(const struct lane *lane, struct page *page)
+{
+    struct server *server = lane->sequence->server;
+    page->flags &= (uint8_t)~PAGE_AHEAD;
+    ahead_note(&server->shards[lane->shard].tier, true);
+    atomic_fetch_add_explicit(&server->tier_stats.ahead_used, 1, memory_order_relaxed);
+}
+
+// One page in four asked for is worth it: a page more in a batch costs less than a page alone.
+static bool ahead_pays(struct tier *tier)
+{
+    if (tier->ahead_used + tier->ahead_wasted < AHEAD_LEARNS || tier->ahead_used * 3 >= tier->ahead_wasted)
+        return true;
+    return ++tier->ahead_skipped % AHEAD_TRIES == 0;
+}
+
+void tier_read_ahead(struct shard *shard, struct lane *lane, const uint32_t *pages, uint32_t count)
+{
+    struct server *server = shard->server;
+    struct tier *tier = &shard->tier;
+    if (!tier_serves(server) || !ahead_pays(tier))
+        return;
+    for (uint32_t i = 0; i < count && tier->in_flight < TIER_IO_MAX / 2; i++) {
+        struct page *page = page_of(lane, pages[i]);
+        if (page->memory || page->flags & (PAGE_READING | PAGE_LOST))
+            continue;
+        if (!tier_read(shard, lane, pages[i]))
+            return;
+        page->flags |= PAGE_AHEAD;
+        atomic_fetch_add_explicit(&server->tier_stats.ahead, 1, memory_order_relaxed);
+    }
 }
 
 // ---- eviction ----

@@ -22,6 +22,7 @@
 
 #define TIER_IO_MAX     256u  // pages of a shard on their way to or from the disk
 #define TIER_WRITES_MAX 128u  // of them, so that reads always find some
+#define TIER_AHEAD_MAX  32u   // pages that are read ahead after one retrieve of a lane
 #define TIER_SCAN_MAX   1024u // pages that one call looks at for something to evict: 0.1 to 0.2 ms
 
 struct lane;
@@ -46,6 +47,7 @@ enum page_flag {
     PAGE_WRITING = 8,  // on its way to its extent
     PAGE_CHANGED = 16, // since the writing began
     PAGE_LOST = 32,    // its extent cannot be read, or holds something else
+    PAGE_AHEAD = 64,   // read before anybody asked for it, and not asked for yet
 };
 
 // A place of the pool in the order of its shard. One for each EXTENT_UNIT of the pool, of which a frame uses its first.
@@ -60,8 +62,9 @@ struct tier {
     uint32_t oldest, newest, hand; // books
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
-    uint32_t writes; // in flight
-    bool starved;    // something waits for room; look again soon
+    uint32_t in_flight, writes;                       // ios in use; those that write
+    uint32_t ahead_used, ahead_wasted, ahead_skipped; // of late: does reading ahead pay?
+    bool starved;                                     // something waits for room; look again soon
     struct task done_task, relief_task;
     _Atomic bool relief_asked;
     pthread_mutex_t lock;
@@ -71,8 +74,9 @@ struct tier {
 // Counters of the whole tier. Any thread, relaxed.
 struct tier_stats {
     _Atomic uint64_t pages_read, pages_written, pages_evicted, pages_lost, write_errors;
-    _Atomic uint64_t resident; // pages in memory
-    _Atomic uint64_t asleep;   // lanes
+    _Atomic uint64_t resident;                        // pages in memory
+    _Atomic uint64_t asleep;                          // lanes
+    _Atomic uint64_t ahead, ahead_used, ahead_wasted; // pages read ahead: all, asked for later, evicted before
 };
 
 // 0 or -errno. Where the server has no disk the tier does nothing and needs nothing.
@@ -94,6 +98,11 @@ void tier_change(struct shard *shard, struct lane *lane, uint32_t page);
 // Starts reading a page that is not in memory, where that has not been done. False: it cannot be now; the shard looks
 // again soon.
 bool tier_read(struct shard *shard, struct lane *lane, uint32_t page);
+// Starts reading pages that are likely to be asked for soon, as far as that costs nobody anything: where the disk and
+// the shard's I/O are not busy, and of late enough of such pages were asked for.
+void tier_read_ahead(struct shard *shard, struct lane *lane, const uint32_t *pages, uint32_t count);
+// A page that was read ahead is asked for.
+void tier_ahead_used(const struct lane *lane, struct page *page);
 // Starts writing a dirty page. False: it cannot be now (no room for it on the disk, or too much is on its way).
 bool tier_write(struct shard *shard, struct lane *lane, uint32_t page);
 // Keeps some of the pool free. One slice; true where more is to be done at once.

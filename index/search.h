@@ -157,6 +157,7 @@ struct index_search {
     double selected_sum;                      // masses of the best so far, in units of the reference
     double ends_sum, scored_sum, waiting_sum; // likewise: of sinks and window, of all that is scored, of the rest
     float highest_hope;
+    float least_selected; // mass; after finish
     const struct index_selected *sorted;
     bool begun, everything, barred, weighed; // merits and promises are known
     bool balanced;                           // the references are worth something

@@ -163,10 +163,9 @@ static float known_floor(const struct index_search *search)
 }
 
 // Histogram of the masses of tokens, to find which can be among the best `count`: all in buckets from the result on.
-static uint32_t bound_of_best(struct index_search *search, uint32_t begin, uint32_t end, uint32_t count)
+static uint32_t bound_of_best(struct index_search *search, uint32_t begin, uint32_t end, uint32_t count, float floor)
 {
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
-    const float floor = known_floor(search);
     memset(search->counts, 0, sizeof search->counts);
     for (uint32_t block = begin; block < end; block++) {
         const float *mass = masses + (size_t)block * DCI_LANES;
@@ -187,7 +186,7 @@ static uint32_t collect_tokens(struct index_search *search, uint32_t begin, uint
 {
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
     struct candidate *candidates = SEARCH_ROOM(search, struct candidate, ROOM_CANDIDATES);
-    const float least = dci_bucket_least(bound_of_best(search, begin, end, search->select_max));
+    const float least = dci_bucket_least(bound_of_best(search, begin, end, search->select_max, known_floor(search)));
     uint32_t count = 0;
     for (uint32_t block = begin; block < end; block++) {
         const float *mass = masses + (size_t)block * DCI_LANES;
@@ -353,12 +352,45 @@ void index_search_finish(struct index_search *search, struct index_selection *se
     count = emit(search, candidates, count);
     sort_by_position(search, count);
     const struct index_selected *selected = search->sorted;
+    search->least_selected = count > 0 ? selected[0].mass : 0.0f;
     for (uint32_t i = 0; i < count; i++) {
         selected_mass += (double)selected[i].mass;
+        search->least_selected = selected[i].mass < search->least_selected ? selected[i].mass : search->least_selected;
     }
     selection->count = count;
     selection->selected_mass = (float)selected_mass;
     selection->ends_mass = (float)ends_mass;
     selection->scanned = search->tokens_scored;
     *tokens = selected;
+}
+
+uint32_t index_search_near(struct index_search *search, uint32_t more, uint32_t *pages)
+{
+    const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
+    const uint32_t begin = search->ends_blocks < search->settled ? search->ends_blocks : search->settled;
+    uint32_t count = 0;
+    if (search->query.page_wise || search->least_selected == 0.0f) {
+        return 0;
+    }
+    const uint32_t wanted = search->select_max + more;
+    const float least = dci_bucket_least(bound_of_best(search, begin, search->settled, wanted, 0.0f));
+    for (uint32_t block = begin; block < search->settled; block++) {
+        const float *mass = masses + (size_t)block * DCI_LANES;
+        const struct scored *scored = dci_scored(search, block);
+        for (uint32_t lanes = search->index->kernel->above16(mass, least); lanes != 0; lanes &= lanes - 1) {
+            const uint32_t lane = (uint32_t)__builtin_ctz(lanes);
+            const bool is_near = mass[lane] > 0.0f && mass[lane] < search->least_selected;
+            if (!is_near || !is_eligible(search, scored, dci_scored_position(search, scored, lane))) {
+                continue;
+            }
+            const uint32_t page = page_at(search, block, lane);
+            if (count == 0 || pages[count - 1] != page) {
+                pages[count++] = page;
+            }
+            if (count == more) {
+                return count;
+            }
+        }
+    }
+    return count;
 }

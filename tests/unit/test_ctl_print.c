@@ -64,11 +64,15 @@ static void statistics_show_the_disk(void **state)
     spill.waiting = 17;
     spill.prefixes = 18;
     spill.hibernated = 19;
+    spill.ahead = 20;
+    spill.ahead_used = 21;
+    spill.ahead_wasted = 22;
     text = printed(ctl_print_table, parts, 1);
     expect(text, "spill    io_uring, past the page cache\n");
     expect(text, "  disk          3.0 MiB of 12.0 MiB      25.0 %\n");
     expect(text, "  pages    read 11  written 12  evicted 13  lost 14  write errors 15\n");
     expect(text, "  in flight 16  waiting 17  prefixes 18  lanes hibernated 19\n");
+    expect(text, "  ahead    read 20  used 21  wasted 22\n");
     free(text);
     spill.engine = TEXT("threads");
     spill.reason = TEXT("io_uring_setup: \"not permitted\"");
@@ -82,7 +86,7 @@ static void statistics_show_the_disk(void **state)
            ",\"spill\":{\"engine\":\"threads\",\"reason\":\"io_uring_setup: \\\"not permitted\\\"\",\"direct\":false,"
            "\"off\":true,\"bytes\":3145728,\"capacity_bytes\":12582912,\"pages_read\":11,\"pages_written\":12,"
            "\"pages_evicted\":13,\"pages_lost\":14,\"write_errors\":15,\"in_flight\":16,\"waiting\":17,"
-           "\"prefixes\":18,\"hibernated\":19},\"sequence\":[]}\n");
+           "\"prefixes\":18,\"hibernated\":19,\"ahead\":20,\"ahead_used\":21,\"ahead_wasted\":22},\"sequence\":[]}\n");
     free(text);
 }
 

@@ -215,9 +215,9 @@ bool index_search_step(struct index_search *search, uint64_t work_units);
 void index_search_finish(struct index_search *search, struct index_selection *selection,
                          const struct index_selected **tokens);
 
-// After finish, while the index has not changed since begin: the pages of those tokens that came next, which a budget of
-// `more` tokens above the one that was asked for would have selected too. Some are likely to be selected by the next query.
-// pages: room for `more` entries; a page may come twice. Returns how many. 0 for whole pages.
+// After finish, while the index has not changed since begin: the pages of those tokens that came next, which a budget
+// of `more` tokens above the one that was asked for would have selected too. Some are likely to be selected by the next
+// query. pages: room for `more` entries; a page may come twice. Returns how many. 0 for whole pages.
 uint32_t index_search_near(struct index_search *search, uint32_t more, uint32_t *pages);
 
 // ---- image: an index as bytes ----

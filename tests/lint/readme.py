@@ -9,10 +9,12 @@ AROUND = """#include <stdio.h>
 #include "client/icecache.h"
 void example(const void *digest, const void *k, const void *v, size_t k_bytes, size_t v_bytes, size_t layer,
              size_t token, size_t head, uint64_t prompt_tokens, uint32_t l, uint64_t position, const void *q,
-             const void *k_step, const void *v_step, uint32_t kv_head);
+             const void *k_step, const void *v_step, uint32_t kv_head,
+             const uint32_t *token_ids, uint8_t (*hashes)[ICE_HASH_BYTES]);
 void example(const void *digest, const void *k, const void *v, size_t k_bytes, size_t v_bytes, size_t layer,
              size_t token, size_t head, uint64_t prompt_tokens, uint32_t l, uint64_t position, const void *q,
-             const void *k_step, const void *v_step, uint32_t kv_head)
+             const void *k_step, const void *v_step, uint32_t kv_head,
+             const uint32_t *token_ids, uint8_t (*hashes)[ICE_HASH_BYTES])
 {
 %s
     (void)status;

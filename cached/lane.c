@@ -553,6 +553,15 @@ static uint32_t used_pages(const struct lane *lane)
     return count;
 }
 
+static bool is_waited_for(const struct lane *lane, const struct shard *shard)
+{
+    for (const struct op_lane *part = shard->parked; part; part = part->parked_next) {
+        if (part->lane == lane)
+            return true;
+    }
+    return false;
+}
+
 void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
 {
     struct server *server = server_of(lane);
@@ -567,7 +576,7 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
         undo_waking(lane);
         const bool lost = status != ICE_INDEX_FULL && status != ICE_NO_MEMORY;
         lane->state = lost ? LANE_LOST : LANE_ASLEEP;
-        lane->wake_failure = status;
+        lane->wake_failure = is_waited_for(lane, shard) ? status : ICE_OK;
         if (lost)
             log_error("the image of layer %u, KV head %u of sequence %llu cannot be read back from the spill file; "
                       "requests that need it fail",

@@ -230,6 +230,20 @@ void op_retry_waiting(struct server *server)
     }
 }
 
+// The first request on sequences that slept.
+static void wake_the_rest(struct op *op)
+{
+    if (op->kind == OP_SLEEP || op->kind == OP_WAKE)
+        return;
+    for (uint32_t i = 0; i < op->sequence_count; i++) {
+        struct sequence *sequence = op->admissions[i].sequence;
+        if (sequence->asleep) {
+            sequence->asleep = false;
+            op_wake_sequence(op->server, sequence);
+        }
+    }
+}
+
 static enum op_phase first_phase(const struct op *op)
 {
     switch (op->kind) {
@@ -240,6 +254,8 @@ static enum op_phase first_phase(const struct op *op)
     case OP_SEAL:
     case OP_SLEEP:
         return PHASE_SAVE;
+    case OP_WAKE:
+        return PHASE_WAKE;
     default:
         return op->append ? PHASE_PREPARE : PHASE_SEARCH;
     }
@@ -272,6 +288,7 @@ static void op_begin(struct op *op)
     if (op->kind == OP_SLEEP)
         op->admissions[0].sequence->sleep_op = op;
     fill_lanes(op);
+    wake_the_rest(op);
     op_start_phase(op, first_phase(op));
 }
 
@@ -347,11 +364,10 @@ static void note_stats(struct op *op, ice_status status)
 {
     struct server_stats *stats = &op->server->stats;
     uint64_t now = env_now_ns(op->server->env);
-    if (op->kind == OP_SLEEP)
-        return; // nobody asked for it
+    if (op->kind == OP_SLEEP || op->kind == OP_WAKE)
+        return; // nobody asked for them
     for (uint32_t i = 0; i < op->sequence_count; i++) {
         op->admissions[i].sequence->used_ns = now;
-        op->admissions[i].sequence->asleep = false;
     }
     if (status != ICE_OK) {
         stats->errors += !op->session->dead; // what a dead session left unfinished is no error of anybody
@@ -438,7 +454,7 @@ void op_finish(struct op *op, ice_status status, const char *text)
     note_stats(op, status);
     // The rows are the worker's again before it can read the reply.
     release_memory(op);
-    if (!session->dead && op->kind != OP_SLEEP)
+    if (!session->dead && op->kind != OP_SLEEP && op->kind != OP_WAKE)
         reply_op(op, status, text);
     server->ops--;
     for (uint32_t i = 0; i < op->sequence_count; i++)

@@ -18,8 +18,8 @@
 #include "gpu/driver.h"
 #include "proto/wire.h"
 
-enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP };
-enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ, PHASE_SAVE };
+enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP, OP_WAKE };
+enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ, PHASE_SAVE, PHASE_WAKE };
 
 // One lane's part of an op, and what came of it. Written by the lane's shard, read by the reactor when the op is done.
 struct op_lane {
@@ -118,6 +118,8 @@ void op_sealed_lanes(struct op *op, ice_status status, const char *text);
 void op_retry_waiting(struct server *server);
 // A sequence falls asleep, lane by lane, unless a request comes.
 void op_sleep_sequence(struct server *server, struct sequence *sequence);
+// Lets all lanes of a sequence begin to wake, layer by layer: whoever has asked for one will ask for the others.
+void op_wake_sequence(struct server *server, struct sequence *sequence);
 // What a retrieve took and moved, over its lanes: the phases in parallel, so the slowest lane's. Done ops only.
 struct op_totals {
     uint64_t queue_ns, search_ns, fetch_ns, copy_ns, bytes_moved;

@@ -353,17 +353,28 @@ void op_close_sequence(struct server *server, struct sequence *sequence, const I
     op_submit(op);
 }
 
-void op_sleep_sequence(struct server *server, struct sequence *sequence)
+// An operation that nobody has asked for. False: no memory.
+static bool submit_own(struct server *server, struct sequence *sequence, enum op_kind kind)
 {
-    struct op *op = allocate(server, OP_SLEEP, 1, sequence->lane_count);
-    if (!op) {
-        sequence->used_ns = env_now_ns(server->env); // later, perhaps
-        return;
-    }
-    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    struct op *op = allocate(server, kind, 1, sequence->lane_count);
+    if (!op)
+        return false;
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = kind == OP_SLEEP};
     op->layers = sequence->shape.layers;
     op->held_bytes = op->bytes;
     op_attach(op, sequence->session);
     op->received_ns = env_now_ns(server->env);
     op_submit(op);
+    return true;
+}
+
+void op_sleep_sequence(struct server *server, struct sequence *sequence)
+{
+    if (!submit_own(server, sequence, OP_SLEEP))
+        sequence->used_ns = env_now_ns(server->env); // later, perhaps
+}
+
+void op_wake_sequence(struct server *server, struct sequence *sequence)
+{
+    (void)submit_own(server, sequence, OP_WAKE); // otherwise each lane wakes when it is asked for
 }

@@ -352,6 +352,8 @@ static ice_status run_phase(struct op_lane *part, struct shard *shard)
         return ICE_OK;
     case PHASE_SEARCH:
         return run_search(part, shard);
+    case PHASE_WAKE:
+        return ICE_OK;
     case PHASE_SAVE:
         if (part->lane->state != LANE_AWAKE)
             return ICE_OK; // falls asleep, and is
@@ -438,8 +440,9 @@ static void park(struct op_lane *part, struct shard *shard, uint64_t now_ns)
 {
     const struct op *op = part->op;
     if (part->parked_until_ns == 0)
-        part->parked_until_ns =
-            op->kind == OP_RETRIEVE && op->deadline_ns > now_ns ? op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;
+        part->parked_until_ns = op->kind == OP_RETRIEVE && op->deadline_ns > now_ns ? op->deadline_ns
+                                : op->kind == OP_SEAL                               ? now_ns + SERVER_SEAL_WAIT_NS
+                                                                                    : now_ns + SERVER_ROOM_WAIT_NS;
     part->parked_next = shard->parked;
     shard->parked = part;
     shard_look_again(shard, part->parked_until_ns);
@@ -455,6 +458,8 @@ static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
         status = run_phase(part, shard);
     if (status == LANE_WAITS && awake && phase != PHASE_PREPARE)
         return;
+    if (phase == PHASE_WAKE)
+        status = ICE_OK; // it has begun to wake: that was all
     const bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
     if (status == LANE_WAITS && !cancelled && (part->parked_until_ns == 0 || now_ns < part->parked_until_ns)) {
         park(part, shard, now_ns);

@@ -188,6 +188,7 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
         sequence->lengths[layer] = tokens;
     prefix_attach(prefix, sequence);
     reply_attach(server, session, message, request->request_id, sequence->id, tokens);
+    op_wake_sequence(server, sequence);
 }
 
 void remove_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,

@@ -69,7 +69,7 @@ struct sequence {
     struct prefix *prefix;           // that it was attached to; NULL: none
     struct op *sleep_op;             // it is falling asleep
     uint64_t used_ns;                // when a request on it ended
-    bool asleep;                     // none of its lanes has been needed since it fell asleep
+    bool asleep;                     // all of it, and nobody has needed it since
     struct op *close_op;             // made with the sequence, so that closing never needs memory
 
     // Any thread.

@@ -29,8 +29,9 @@
 #define SERVER_STALL_RETRY_NS     (100ull * 1000000u)
 #define SERVER_IDLE_LOOK_NS       (500ull * 1000000u)
 #define SERVER_IDLE_MIN_NS        (2ull * 1000000000u)
-#define SERVER_STARVED_RETRY_NS   (1000000ull)          // other shards make room meanwhile
-#define SERVER_ROOM_WAIT_NS       (10ull * 1000000000u) // of appends for room, of reads for pages
+#define SERVER_STARVED_RETRY_NS   (1000000ull)           // other shards make room meanwhile
+#define SERVER_SEAL_WAIT_NS       (600ull * 1000000000u) // of a sealing for lanes that wake
+#define SERVER_ROOM_WAIT_NS       (10ull * 1000000000u)  // of appends for room, of reads for pages
 
 // Counters and latencies of requests. Reactor only.
 struct server_stats {

@@ -715,7 +715,7 @@ static enum lane_work plan_step(struct lane *lane, struct shard *shard)
     }
     if (lane->plan_moves < plan.move_count) {
         const ice_status status = plan_copy_rows(lane, shard, &plan);
-        return status == ICE_PAGE_LOST ? give_up(lane) : status == LANE_WAITS ? LANE_STALLED : LANE_MORE;
+        return status == ICE_PAGE_LOST ? give_up(lane) : status == LANE_WAITS ? LANE_FETCHES : LANE_MORE;
     }
     if (lane->gathers > 0)
         return LANE_STALLED; // selections that wait for pages name places of the tree as it is
@@ -742,6 +742,8 @@ static enum lane_work rows_step(struct lane *lane, struct shard *shard)
         index_rows_give(lane->index, rows, token_bytes(lane));
     }
     index_release(lane, rows, count * sizeof *rows);
+    if (status == LANE_WAITS)
+        return LANE_FETCHES;
     return status == ICE_OK ? LANE_MORE : status == ICE_PAGE_LOST ? give_up(lane) : LANE_STALLED;
 }
 

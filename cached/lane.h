@@ -34,6 +34,7 @@ struct lane {
     ice_status wake_failure; // why the last waking failed, until somebody has heard of it
     struct lane *wake_next;  // among those that wait to wake
     bool building;           // memory taken now is the build's, not the running append's
+    bool fetching;           // its clustering waits for pages
     bool due;                // linked in the shard's list of lanes with clustering to do
     struct index *index;     // made at the first append
     struct page *pages;      // by the index's number
@@ -112,8 +113,9 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status);
 bool lane_page_is_lost(const struct lane *lane, uint32_t page);
 void lane_destroy(struct lane *lane, struct shard *shard);
 
-enum lane_work { LANE_IDLE, LANE_MORE, LANE_STALLED };
-// One slice of clustering: index work, or copies of a plan. LANE_STALLED: no memory, no frames or no pages now.
+enum lane_work { LANE_IDLE, LANE_MORE, LANE_FETCHES, LANE_STALLED };
+// One slice of clustering: index work, or copies of a plan. LANE_FETCHES: pages are on their way; the shard is woken
+// when they are there. LANE_STALLED: no memory or no frames now, or others must end first.
 enum lane_work lane_build(struct lane *lane, struct shard *shard);
 
 #endif

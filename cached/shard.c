@@ -11,7 +11,9 @@
 #include <errno.h>
 #include <stdio.h>
 
-#define IDLE_WAIT_NS (1000000000u)
+#define IDLE_WAIT_NS        (1000000000u)
+#define FETCHING_LANES_MAX  16u
+#define FETCHING_LANE_BYTES (4u << 20) // of the pool, for each lane that waits for pages of its clustering
 
 static void due_append(struct shard *shard, struct lane *lane)
 {
@@ -50,7 +52,7 @@ void shard_lane_forget(struct shard *shard, struct lane *lane)
     if (!lane->due)
         return;
     due_remove(shard, lane);
-    lane->due = false;
+    lane->due = lane->fetching = false;
     atomic_fetch_sub_explicit(&lane->sequence->lanes_due, 1, memory_order_relaxed);
 }
 
@@ -68,22 +70,60 @@ void *shard_scratch(struct shard *shard, void **memory, size_t *held_bytes, size
     return larger;
 }
 
+// How many lanes may wait for pages at one time: enough to keep the disk busy, few enough that what one fetches does
+// not push out what another waits for.
+static uint32_t fetching_max(const struct shard *shard)
+{
+    const struct server *server = shard->server;
+    const uint64_t share = pool_capacity_bytes(server->pool) / server->shard_count / FETCHING_LANE_BYTES;
+    return share < 1 ? 1 : share > FETCHING_LANES_MAX ? FETCHING_LANES_MAX : (uint32_t)share;
+}
+
+// The first lane with clustering to do that does not wait for pages. NULL: none, or enough of them wait.
+static struct lane *first_ready(struct shard *shard)
+{
+    struct lane *lane = shard->due_head;
+    for (uint32_t n = 0; lane && lane->fetching; lane = lane->due_next) {
+        if (++n == fetching_max(shard))
+            return NULL;
+    }
+    return lane;
+}
+
+// Pages have come: whoever has waited for some looks again, the first one first.
+static void end_fetching(struct shard *shard)
+{
+    uint32_t n = 0;
+    for (struct lane *lane = shard->due_head; lane && n < FETCHING_LANES_MAX; lane = lane->due_next, n++)
+        lane->fetching = false;
+}
+
+static void stall(struct shard *shard, uint64_t until_ns)
+{
+    shard->stalled = true;
+    shard->stalled_until_ns = until_ns;
+}
+
 static void build_slice(struct shard *shard)
 {
     struct env *env = shard->server->env;
-    struct lane *lane = shard->due_head;
+    struct lane *lane = first_ready(shard);
     uint64_t from_ns = env_now_ns(env);
+    if (!lane) {
+        stall(shard, from_ns + SERVER_STARVED_RETRY_NS);
+        return;
+    }
     enum lane_work work = lane_build(lane, shard);
     uint64_t until_ns = env_now_ns(env);
     atomic_fetch_add_explicit(&lane->sequence->build_ns, until_ns - from_ns, memory_order_relaxed);
+    lane->fetching = work == LANE_FETCHES;
     if (work == LANE_IDLE) {
         shard_lane_forget(shard, lane);
     } else if (work == LANE_STALLED) {
         // Its tail stays searchable by scanning; try again when something may have been freed.
         due_remove(shard, lane);
         due_append(shard, lane);
-        shard->stalled = true;
-        shard->stalled_until_ns = until_ns + SERVER_STALL_RETRY_NS;
+        stall(shard, until_ns + SERVER_STALL_RETRY_NS);
     }
 }
 
@@ -93,9 +133,12 @@ static bool can_build(struct shard *shard)
         shard->stalled = false;
         return false;
     }
-    if (shard->stalled && env_now_ns(shard->server->env) < shard->stalled_until_ns)
+    if (!shard->stalled)
+        return true;
+    if (env_now_ns(shard->server->env) < shard->stalled_until_ns)
         return false;
     shard->stalled = false;
+    end_fetching(shard);
     return true;
 }
 
@@ -104,6 +147,7 @@ void shard_wake(struct shard *shard)
     shard->woken = true;
     shard->stalled = false;
     shard->images_due = true;
+    end_fetching(shard);
 }
 
 void shard_look_again(struct shard *shard, uint64_t at_ns)
@@ -154,12 +198,15 @@ static uint64_t wait_of(struct shard *shard, bool busy)
 {
     if (busy || shard->images_due)
         return 0;
-    uint64_t wait_ns = shard->stalled ? SERVER_STALL_RETRY_NS : IDLE_WAIT_NS;
-    if (!has_waiting(shard))
-        return wait_ns;
+    if (!has_waiting(shard) && !shard->stalled)
+        return IDLE_WAIT_NS;
     const uint64_t now_ns = env_now_ns(shard->server->env);
-    const uint64_t until_ns = shard->look_again_ns > now_ns ? shard->look_again_ns - now_ns : 1;
-    return until_ns < wait_ns ? until_ns : wait_ns;
+    uint64_t until_ns = now_ns + IDLE_WAIT_NS;
+    if (has_waiting(shard) && shard->look_again_ns < until_ns)
+        until_ns = shard->look_again_ns;
+    if (shard->stalled && shard->stalled_until_ns < until_ns)
+        until_ns = shard->stalled_until_ns;
+    return until_ns > now_ns ? until_ns - now_ns : 1;
 }
 
 static void *shard_main(void *argument)

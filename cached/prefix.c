@@ -404,6 +404,16 @@ static bool load_one(void *context, const char *name)
     return true;
 }
 
+// What a crash has left of a manifest that was being written; its name never comes again.
+static bool remove_leftover(void *context, const char *name)
+{
+    const struct loading *loading = context;
+    struct server *server = loading->server;
+    if (server->env->unlink_file(server->env, loading->folder, name) != 0)
+        log_warn("%s/%s, left over by a crash, cannot be removed", server->config->spill_directory, name);
+    return true;
+}
+
 bool prefixes_load(struct server *server)
 {
     struct env *env = server->env;
@@ -414,7 +424,9 @@ bool prefixes_load(struct server *server)
     int error = memory ? env->open_directory(env, server->config->spill_directory, &loading.folder) : -ENOMEM;
     if (!error) {
         loading.piece = memory + (DISK_ALIGN - (uintptr_t)memory % DISK_ALIGN) % DISK_ALIGN;
-        error = env->list_files(env, loading.folder, PREFIX_SUFFIX, load_one, &loading);
+        error = env->list_files(env, loading.folder, PREFIX_SUFFIX ENV_TEMPORARY, remove_leftover, &loading);
+        if (!error)
+            error = env->list_files(env, loading.folder, PREFIX_SUFFIX, load_one, &loading);
         env->close_fd(env, loading.folder);
     }
     env->release(env, memory, IMAGE_PIECE_BYTES + DISK_ALIGN);

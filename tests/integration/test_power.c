@@ -22,6 +22,35 @@ static const char *const options[] = {"--pool-bytes",
                                       LOAD_HIBERNATION,
                                       NULL};
 
+enum { DOCUMENTS_PER_ROUND = 1000, KEEP = 4 };
+
+static void lost_at_any_moment(void **state)
+{
+    struct daemon *daemon = *state;
+    static struct load_ledger ledger;
+    uint64_t random = random_seed("lost_at_any_moment");
+    uint32_t seals = 0;
+    ledger.count = 0;
+    struct sick *sick = sick_open(daemon);
+    sick->keeps_journal = true;
+    sick->seed = random;
+    daemon_start(daemon);
+    for (uint32_t round = 0, rounds = scaled_count(16, 300); round < rounds; round++) {
+        struct child load;
+        load_start(&load, daemon, random_next(&random), round * DOCUMENTS_PER_ROUND);
+        sleep_us(50000 + random_below(&random, 700000));
+        power_lose(daemon, sick, &random);
+        load_end(&ledger, &load);
+        daemon_start(daemon);
+        load_check(&ledger, daemon);
+        seals += ledger.count;
+        load_remove(&ledger, daemon, KEEP);
+    }
+    assert_true(seals > 0);
+    daemon_stop(daemon);
+    sick_close(daemon, sick);
+}
+
 // A removal is answered when it is durable, however long that takes.
 static void removed_is_removed(void **state)
 {
@@ -56,6 +85,6 @@ int main(int argc, char **argv)
     int exit_status;
     if (role_run(argc, argv, roles, 1, &exit_status))
         return exit_status;
-    const struct CMUnitTest tests[] = {STOPPED_TEST(removed_is_removed)};
+    const struct CMUnitTest tests[] = {STOPPED_TEST(lost_at_any_moment), STOPPED_TEST(removed_is_removed)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -11,6 +11,10 @@
 // nobody finds it after a restart; looked at when a request failed and at each sync, which would promise otherwise. Off
 // is for good: a device that comes and goes must not take the daemon through that again and again.
 //
+// A sync that fails is the end of syncs, at once: the system may have forgotten what it could not write, so that a
+// later one would succeed without it. There is one at a time, because the system tells a failure to one of several
+// only.
+//
 // A device that hangs is not off, because it answers nothing: who waits for it has a deadline of his own.
 //
 // Closing lets all that waits go, caps or not, and waits for it, because the device writes into the requests' memory.
@@ -72,7 +76,8 @@ struct disk_request *disk_take(struct disk *disk, uint64_t now_ns, uint64_t *wai
     struct disk_queue *oldest = NULL;
     for (enum disk_op op = DISK_READ; op <= DISK_SYNC; op++) {
         struct disk_queue *queue = &disk->queues[op];
-        if (queue->first && (!oldest || queue->first->submitted_ns < oldest->first->submitted_ns) &&
+        if (queue->first && !(op == DISK_SYNC && disk->syncing) &&
+            (!oldest || queue->first->submitted_ns < oldest->first->submitted_ns) &&
             (is_free || op == DISK_SYNC || bucket_allows(&disk->buckets[op], now_ns, wait_ns)))
             oldest = queue;
     }
@@ -82,7 +87,9 @@ struct disk_request *disk_take(struct disk *disk, uint64_t now_ns, uint64_t *wai
     oldest->first = request->next;
     request->next = NULL;
     disk->waiting--;
-    disk->in_flight++;
+    if (disk->in_flight++ == 0)
+        disk->moved_ns = now_ns;
+    disk->syncing |= request->op == DISK_SYNC;
     if (request->op != DISK_SYNC && disk->buckets[request->op].bytes_per_s > 0)
         disk->buckets[request->op].level_bytes -= (double)request->bytes;
     return request;
@@ -156,8 +163,10 @@ static void switch_off(struct disk *disk, int error)
     atomic_store_explicit(&disk->off, true, memory_order_release);
 }
 
-static void count(struct disk *disk, const struct disk_request *request)
+// Counts what the device has answered, and makes of it what the requester is told.
+static void count(struct disk *disk, struct disk_request *request)
 {
+    const bool promised = request->op != DISK_SYNC || !disk->sync_failed;
     const unsigned kind = request->op != DISK_READ;
     const uint64_t place = request->op == DISK_SYNC ? NO_PLACE : request->offset;
     if (request->result == 0) {
@@ -168,9 +177,11 @@ static void count(struct disk *disk, const struct disk_request *request)
         disk->writes += request->op == DISK_WRITE;
         disk->written_bytes += request->op == DISK_WRITE ? request->bytes : 0;
         disk->syncs += request->op == DISK_SYNC;
+        request->result = promised ? 0 : -EIO;
         return;
     }
     disk->errors++;
+    disk->sync_failed |= request->op == DISK_SYNC;
     if (!is_device_error(request->result))
         return;
     if (place == NO_PLACE || place != disk->last_failed[kind])
@@ -191,8 +202,11 @@ void disk_answer(struct disk *disk, struct disk_request *first)
     }
     pthread_mutex_lock(&disk->lock);
     uint32_t answers = 0;
-    for (const struct disk_request *request = first; request; request = request->next, answers++)
+    bool synced = false;
+    for (struct disk_request *request = first; request; request = request->next, answers++) {
+        synced |= request->op == DISK_SYNC;
         count(disk, request);
+    }
     if (gone)
         switch_off(disk, -ESTALE);
     const bool abandoned = disk->abandoned;
@@ -206,6 +220,10 @@ void disk_answer(struct disk *disk, struct disk_request *first)
     pthread_mutex_lock(&disk->lock);
     disk->in_flight -= answers;
     disk->answering--;
+    disk->moved_ns = env_now_ns(disk->env);
+    disk->syncing &= !synced;
+    if (synced && (disk->stopping || disk->queues[DISK_SYNC].first))
+        disk->ops->wake(disk, 0);
     if (disk->stopping)
         pthread_cond_broadcast(&disk->changed);
     pthread_mutex_unlock(&disk->lock);
@@ -438,6 +456,14 @@ fail_directory:
 
 // ---- what it says of itself ----
 
+bool disk_hangs(struct disk *disk)
+{
+    pthread_mutex_lock(&disk->lock);
+    const bool hangs = disk->in_flight > 0 && env_now_ns(disk->env) - disk->moved_ns >= disk->close_wait_ns;
+    pthread_mutex_unlock(&disk->lock);
+    return hangs;
+}
+
 uint32_t disk_memory_align(const struct disk *disk)
 {
     return disk->file.memory_align;
@@ -457,6 +483,7 @@ void disk_usage(struct disk *disk, struct disk_usage *out)
         .direct = disk->file.direct,
         .off = disk_is_off(disk),
         .off_error = disk->off_error,
+        .sync_failed = disk->sync_failed,
         .in_flight = disk->in_flight,
         .waiting = disk->waiting,
         .reads = disk->reads,

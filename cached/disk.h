@@ -43,7 +43,7 @@ struct disk_request {
     uint32_t bytes;  // multiple of DISK_ALIGN, inside the file
     int result;      // 0, or -errno: short transfers have been completed, or end as -EIO
     // On an I/O thread, once for each request; must not block, may submit. For SYNC: all writes whose done was called
-    // before the sync was submitted are on stable storage.
+    // before the sync was submitted are on stable storage. After a sync that has failed all later ones do.
     void (*done)(struct disk_request *request);
     uint64_t submitted_ns; // for statistics; written by disk_submit
 };
@@ -68,12 +68,16 @@ uint32_t disk_memory_align(const struct disk *disk);
 // do it. Any thread.
 bool disk_is_off(const struct disk *disk);
 
+// Something is on its way, and the device has answered nothing for as long as disk_close would wait for it.
+bool disk_hangs(struct disk *disk);
+
 struct disk_usage {
     const char *engine;  // "io_uring" or "threads"
     const char *because; // why not io_uring, "" where it is; lives as long as the disk
     bool direct;         // O_DIRECT
     bool off;
-    int off_error; // the -errno that switched it off, 0
+    int off_error;    // the -errno that switched it off, 0
+    bool sync_failed; // nothing can be made stable any more
     uint32_t in_flight, waiting;
     // What has been answered; a request that failed counts as an error only.
     uint64_t reads, read_bytes, writes, written_bytes, syncs, errors;

@@ -57,6 +57,9 @@ struct disk {
     bool abandoned; // closed while the device hangs: nobody is answered any more
     bool is_left;   // and the last thread frees the disk
     int off_error;
+    bool syncing;         // a sync is in flight
+    bool sync_failed;     // no later one promises anything
+    uint64_t moved_ns;    // when the device answered last, or began to have something to answer
     uint32_t failures[2]; // one after the other, of reads and of the others
     uint64_t last_failed[2];
     uint64_t reads, read_bytes, writes, written_bytes, syncs, errors;

@@ -56,6 +56,8 @@ struct env_file {
     uint32_t place_align;  // of their places in the file and of their bytes: up to 4096, 1 where they are not direct
 };
 
+#define ENV_TEMPORARY ".tmp" // behind the name of a small file that is being written
+
 // One file in a listing. False ends the listing. The file may be unlinked here.
 typedef bool env_file_visitor(void *context, const char *name);
 
@@ -145,7 +147,8 @@ struct env {
                      size_t *bytes_out);
     // Every name that ends in the suffix, in no order.
     int (*list_files)(struct env *env, int directory, const char *suffix, env_file_visitor *visit, void *context);
-    int (*unlink_file)(struct env *env, int directory, const char *name); // and syncs the directory; 0: not there
+    // And syncs the directory, also where the file is not there: 0 means that it is gone for good.
+    int (*unlink_file)(struct env *env, int directory, const char *name);
 
     // Control sockets, non-blocking.
     int (*listen)(struct env *env, const char *path, mode_t mode, int *fd_out);

@@ -19,7 +19,6 @@
 #define BLOCK_BYTES  4096u               // safe for direct transfers where the kernel does not say
 #define MEMORY_ALIGN 512u                // what some devices can do below that is of no use
 #define FILL_BYTES   ((uint64_t)1 << 20) // at one time, where room must be taken by writing
-#define TEMPORARY    ".tmp"
 
 static int open_directory(struct env *env, const char *path, int *fd_out)
 {
@@ -206,7 +205,7 @@ static int write_file(struct env *env, int directory, const char *name, const st
 {
     (void)env;
     char temporary[NAME_MAX + 1];
-    if (snprintf(temporary, sizeof temporary, "%s" TEMPORARY, name) >= (int)sizeof temporary)
+    if (snprintf(temporary, sizeof temporary, "%s" ENV_TEMPORARY, name) >= (int)sizeof temporary)
         return -ENAMETOOLONG;
     int fd = openat(directory, temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
@@ -282,9 +281,10 @@ static int list_files(struct env *env, int directory, const char *suffix, env_fi
 static int unlink_file(struct env *env, int directory, const char *name)
 {
     (void)env;
-    if (unlinkat(directory, name, 0) == 0)
+    // One that is not there may have gone by a call whose sync failed.
+    if (unlinkat(directory, name, 0) == 0 || errno == ENOENT)
         return sync_directory(directory);
-    return errno == ENOENT ? 0 : -errno;
+    return -errno;
 }
 
 void env_file_init(struct env *env)

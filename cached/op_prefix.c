@@ -191,15 +191,58 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
     op_wake_sequence(server, sequence);
 }
 
+// ---- remove: answered when the manifest is gone for good ----
+
+struct prefix_waiter {
+    struct prefix_waiter *next;
+    struct session *session; // held
+    uint64_t request_id;
+    struct env_message to; // its route only
+};
+
 void remove_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
                    const struct env_message *message)
 {
+    struct wire_error error = {0};
     struct prefix *prefix = prefix_by_id(server, request->prefix_remove->prefix_id);
-    if (!prefix) {
-        server->stats.errors++;
-        reply_error(server, session, message, request->request_id, ICE_UNKNOWN_PREFIX, "no sealed prefix has this id");
+    struct prefix_waiter *waiter = prefix ? env_acquire_zeroed(server->env, sizeof *waiter) : NULL;
+    if (!waiter) {
+        const ice_status status = prefix ? ICE_NO_MEMORY : ICE_UNKNOWN_PREFIX;
+        wire_error_set(&error, status, "%s", prefix ? "no memory" : "no sealed prefix has this id");
+        answer_error(server, session, message, request->request_id, status, &error);
         return;
     }
+    waiter->session = session;
+    waiter->request_id = request->request_id;
+    memcpy(waiter->to.route, message->route, message->route_bytes);
+    waiter->to.route_bytes = message->route_bytes;
+    waiter->next = prefix->waiters;
+    prefix->waiters = waiter;
+    session_hold(session);
+    session->inflight++; // as an op: it is waited for at a stop, and a session has so many
+    server->ops++;
     prefix_remove(prefix);
-    reply_error(server, session, message, request->request_id, ICE_OK, NULL);
+}
+
+void prefix_removed(struct prefix *prefix, ice_status status)
+{
+    struct server *server = prefix->server;
+    struct wire_error error = {0};
+    if (status != ICE_OK)
+        wire_error_set(
+            &error, status, "%s",
+            "the manifest cannot be removed, see the daemon's log; the prefix is not found any more, but may "
+            "be back after a restart; remove it again");
+    for (struct prefix_waiter *waiter = prefix->waiters, *next; waiter; waiter = next) {
+        struct session *session = waiter->session;
+        next = waiter->next;
+        server->ops--;
+        session->inflight--;
+        server->stats.errors += status != ICE_OK && !session->dead;
+        if (!session->dead)
+            reply_error(server, session, &waiter->to, waiter->request_id, status, error.text);
+        session_release(server, session);
+        server->env->release(server->env, waiter, sizeof *waiter);
+    }
+    prefix->waiters = NULL;
 }

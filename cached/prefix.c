@@ -81,6 +81,10 @@ struct prefix *prefix_by_id(struct server *server, uint64_t id)
                 return each;
         }
     }
+    for (struct prefix *each = server->prefixes.unlisted; each; each = each->next) {
+        if (each->id == id && !each->unlinked)
+            return each;
+    }
     return NULL;
 }
 
@@ -144,14 +148,30 @@ void prefix_list_add(struct prefix *prefix)
     prefix->server->prefixes.count++;
 }
 
-static void list_remove(struct prefix *prefix)
+static void unlink_from(struct prefix **link, const struct prefix *prefix)
 {
-    struct prefix **link = bucket_of(prefix->server, &prefix->identity, prefix->hashes[0]);
     while (*link != prefix)
         link = &(*link)->next;
     *link = prefix->next;
+}
+
+static void list_remove(struct prefix *prefix)
+{
+    unlink_from(bucket_of(prefix->server, &prefix->identity, prefix->hashes[0]), prefix);
     prefix->listed = false;
     prefix->server->prefixes.count--;
+}
+
+static void unlisted_add(struct prefix *prefix)
+{
+    prefix->next = prefix->server->prefixes.unlisted;
+    prefix->server->prefixes.unlisted = prefix;
+}
+
+static void unlisted_destroy(struct prefix *prefix)
+{
+    unlink_from(&prefix->server->prefixes.unlisted, prefix);
+    prefix_destroy(prefix);
 }
 
 void prefix_attach(struct prefix *prefix, struct sequence *sequence)
@@ -167,7 +187,7 @@ void prefix_detach(struct prefix *prefix)
 {
     assert(prefix->attached > 0);
     if (--prefix->attached == 0 && prefix->unlinked)
-        prefix_destroy(prefix);
+        unlisted_destroy(prefix);
 }
 
 // ---- the keeper's work ----
@@ -222,31 +242,42 @@ static void removed(struct completion *completion, struct server *server)
 {
     struct prefix *prefix = of_completion(completion);
     server->prefixes.removing--;
-    if (prefix->status != ICE_OK) {
-        log_error("the manifest of sealed prefix %016llx cannot be removed; its room stays taken until the next start",
+    prefix->removing = false;
+    prefix->unlinked = prefix->status == ICE_OK;
+    if (!prefix->unlinked)
+        log_error("the manifest of sealed prefix %016llx cannot be removed; its room stays taken, and it may be back "
+                  "after the next start",
                   (unsigned long long)prefix->id);
-        op_retry_waiting(server);
-        return;
-    }
-    prefix->unlinked = true;
-    if (prefix->attached == 0)
-        prefix_destroy(prefix);
+    prefix_removed(prefix, prefix->status);
+    if (prefix->unlinked && prefix->attached == 0)
+        unlisted_destroy(prefix);
     op_retry_waiting(server);
 }
 
-void prefix_abandon(struct prefix *prefix)
+static void start_removing(struct prefix *prefix)
 {
     struct server *server = prefix->server;
     server->prefixes.removing++;
+    prefix->removing = true;
     prefix->completion.done = removed;
     prefix->task.run = run_unlink;
     task_queue_push(&server->keeper_queue, TASK_BULK, &prefix->task);
 }
 
+void prefix_abandon(struct prefix *prefix)
+{
+    unlisted_add(prefix);
+    start_removing(prefix);
+}
+
 void prefix_remove(struct prefix *prefix)
 {
-    list_remove(prefix);
-    prefix_abandon(prefix);
+    if (prefix->listed) {
+        list_remove(prefix);
+        unlisted_add(prefix);
+    }
+    if (!prefix->removing)
+        start_removing(prefix);
 }
 
 bool prefix_evict(struct server *server)
@@ -373,6 +404,16 @@ static bool load_one(void *context, const char *name)
     return true;
 }
 
+// What a crash has left of a manifest that was being written; its name never comes again.
+static bool remove_leftover(void *context, const char *name)
+{
+    const struct loading *loading = context;
+    struct server *server = loading->server;
+    if (server->env->unlink_file(server->env, loading->folder, name) != 0)
+        log_warn("%s/%s, left over by a crash, cannot be removed", server->config->spill_directory, name);
+    return true;
+}
+
 bool prefixes_load(struct server *server)
 {
     struct env *env = server->env;
@@ -383,7 +424,9 @@ bool prefixes_load(struct server *server)
     int error = memory ? env->open_directory(env, server->config->spill_directory, &loading.folder) : -ENOMEM;
     if (!error) {
         loading.piece = memory + (DISK_ALIGN - (uintptr_t)memory % DISK_ALIGN) % DISK_ALIGN;
-        error = env->list_files(env, loading.folder, PREFIX_SUFFIX, load_one, &loading);
+        error = env->list_files(env, loading.folder, PREFIX_SUFFIX ENV_TEMPORARY, remove_leftover, &loading);
+        if (!error)
+            error = env->list_files(env, loading.folder, PREFIX_SUFFIX, load_one, &loading);
         env->close_fd(env, loading.folder);
     }
     env->release(env, memory, IMAGE_PIECE_BYTES + DISK_ALIGN);
@@ -405,4 +448,6 @@ void prefixes_fini(struct server *server)
             prefix_destroy(each);
         }
     }
+    while (server->prefixes.unlisted) // whose removal the end has overtaken, or that could not be removed
+        unlisted_destroy(server->prefixes.unlisted);
 }

@@ -23,6 +23,7 @@
 #define PREFIX_BLOCK_BYTES 16u // of a hash
 
 struct op;
+struct prefix_waiter; // who asked for a prefix to be removed (op_prefix.c)
 struct sequence;
 struct server;
 
@@ -46,9 +47,12 @@ struct prefix {
     struct image **images; // [layer][kv_head]; may hold more tokens than are sealed
     size_t memory_bytes;   // of this allocation, without the images
     uint32_t attached;     // sequences
-    bool listed, unlinked; // in the registry; its manifest is gone for good
+    bool listed;           // in the registry
+    bool removing;         // its manifest is on its way out
+    bool unlinked;         // its manifest is gone for good
     uint64_t used;         // number of the last attachment, for the order of eviction
-    struct prefix *next;   // in its bucket
+    struct prefix *next;   // in its bucket, or among the unlisted
+    struct prefix_waiter *waiters;
     struct server *server;
     struct op *op;     // the sealing that made it, until it is answered
     ice_status status; // of the keeper's work
@@ -59,6 +63,7 @@ struct prefix {
 
 struct prefixes {
     struct prefix *buckets[PREFIX_BUCKETS]; // by identity and first hash
+    struct prefix *unlisted;                // nobody finds them, but their manifest, or who is attached, is still there
     uint32_t count;
     uint32_t removing; // whose manifest is on its way out
     uint64_t uses;
@@ -73,6 +78,7 @@ void prefix_identity_of(struct server *server, const Icecache__Wire__SequenceOpe
 // The prefix that shares most blocks with the hashes, and how many; NULL: none shares one.
 struct prefix *prefix_find(struct server *server, const struct prefix_identity *identity,
                            const uint8_t (*hashes)[PREFIX_BLOCK_BYTES], uint32_t count, uint32_t *blocks);
+// Also one that is not listed any more and whose manifest is not known to be gone.
 struct prefix *prefix_by_id(struct server *server, uint64_t id);
 uint64_t prefix_tokens(const struct prefix *prefix);
 uint64_t prefix_disk_bytes(const struct prefix *prefix);
@@ -87,8 +93,10 @@ void prefix_abandon(struct prefix *prefix);
 // Syncs the spill file, writes the manifest, then calls `completion` with status set.
 void prefix_write(struct prefix *prefix);
 void prefix_list_add(struct prefix *prefix);
-// Not found any more from now on; the manifest goes, then, when no sequence is attached, all of it.
+// Not found any more from now on; the manifest goes, then, when no sequence is attached, all of it. Where that has
+// failed before it is tried again. When the manifest is gone for good, or cannot be removed, prefix_removed is called.
 void prefix_remove(struct prefix *prefix);
+void prefix_removed(struct prefix *prefix, ice_status status); // op_prefix.c: answers the waiters
 void prefix_attach(struct prefix *prefix, struct sequence *sequence);
 void prefix_detach(struct prefix *prefix);
 // Removes the one that has not been used for longest, where one is not attached. False: none.

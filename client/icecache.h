@@ -294,8 +294,10 @@ ICE_CHECKED ice_status ice_sequence_attach(ice_client *client, const struct ice_
                                            const void *hashes, size_t count, uint64_t tokens_max, uint64_t deadline_us,
                                            ice_sequence **out, uint64_t *tokens_out);
 
-// Forgets a sealed prefix; its room on the disk is free again when no sequence is attached to it any more.
-// ICE_UNKNOWN_PREFIX: there is none of this id.
+// Forgets a sealed prefix, and returns when neither a crash nor a power failure can bring it back. Its room on the disk
+// is free again when no sequence is attached to it any more. After ICE_TIMEOUT it is still on its way out.
+// ICE_UNKNOWN_PREFIX: there is none of this id. ICE_DISK_FAILED: the disk does not let it go; it is not found any more,
+// but may be back after a restart. Removing it again tries again.
 ICE_CHECKED ice_status ice_prefix_remove(ice_client *client, uint64_t prefix_id, uint64_t deadline_us);
 
 // ---- retrieve ----

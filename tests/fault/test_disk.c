@@ -254,6 +254,7 @@ static struct {
     _Atomic int reads, writes; // what all of them answer; 0: as the real one
     _Atomic uint64_t bad;      // the place that cannot be read; UINT64_MAX: none
     _Atomic uint32_t calls;
+    _Atomic uint32_t fail_sync_at; // the n-th sync from now on; 0: none
 } sick;
 
 static int64_t sick_answer(bool is_write, uint64_t offset, int64_t answer)
@@ -277,16 +278,22 @@ static ssize_t sick_pwrite(struct env *env, int fd, const void *memory, size_t b
     return (ssize_t)sick_answer(true, offset, sick.real.pwrite(&sick.real, fd, memory, bytes, offset));
 }
 
+static int64_t sick_sync_answer(int64_t answer)
+{
+    const bool fails = atomic_load(&sick.fail_sync_at) > 0 && atomic_fetch_sub(&sick.fail_sync_at, 1) == 1;
+    return fails ? -EIO : sick_answer(true, 0, answer);
+}
+
 static int sick_sync(struct env *env, int fd)
 {
     (void)env;
-    return (int)sick_answer(true, 0, sick.real.sync_file(&sick.real, fd));
+    return (int)sick_sync_answer(sick.real.sync_file(&sick.real, fd));
 }
 
 static int sick_ring(struct env *env, bool is_write, uint64_t offset, uint32_t bytes, int result)
 {
     (void)env;
-    return (int)sick_answer(is_write || bytes == 0, offset, result);
+    return (int)(bytes == 0 ? sick_sync_answer(result) : sick_answer(is_write, offset, result));
 }
 
 static struct disk *open_sick(enum disk_engine engine)
@@ -299,6 +306,7 @@ static struct disk *open_sick(enum disk_engine engine)
     sick.env.ring_result = sick_ring;
     sick.bad = UINT64_MAX;
     sick.reads = sick.writes = 0;
+    sick.fail_sync_at = 0;
     return open_disk(&sick.env, engine);
 }
 
@@ -370,8 +378,58 @@ static void test_switching_off(void **state)
     for
         EACH_ENGINE(engine)
     for (unsigned i = 0; i < sizeof errors / sizeof *errors; i++)
-        for (enum disk_op op = DISK_READ; op <= DISK_SYNC; op++)
+        for (enum disk_op op = DISK_READ; op <= DISK_WRITE; op++)
             switches_off(*engine, op, errors[i]);
+}
+
+// The system may have forgotten what a sync could not write: no later one promises anything. All else goes on.
+static void test_failed_sync(void **state)
+{
+    (void)state;
+    uint8_t *page = pages(1);
+    for
+        EACH_ENGINE(engine)
+        {
+            struct disk *disk = open_sick(*engine);
+            struct disk_usage usage;
+            assert_int_equal(run_one(disk, DISK_SYNC, 0, NULL, 0), 0);
+            sick.writes = -EDQUOT;
+            assert_int_equal(run_one(disk, DISK_SYNC, 0, NULL, 0), -EDQUOT);
+            sick.writes = 0;
+            for (uint32_t i = 0; i < 2 * DISK_FAILURES_MAX; i++) {
+                assert_int_equal(run_one(disk, DISK_SYNC, 0, NULL, 0), -EIO);
+                assert_int_equal(run_one(disk, DISK_WRITE, PAGE, page, PAGE), 0);
+                assert_int_equal(run_one(disk, DISK_READ, PAGE, page, PAGE), 0);
+            }
+            disk_usage(disk, &usage);
+            assert_true(usage.sync_failed && !usage.off);
+            assert_int_equal(disk_close(disk), 0);
+        }
+    free(page);
+}
+
+// Many at once, of which one fails: it does, and all that were taken after it.
+static void test_failed_sync_among_many(void **state)
+{
+    (void)state;
+    enum { SYNCS = 24 };
+    for
+        EACH_ENGINE(engine)
+        {
+            struct disk *disk = open_sick(*engine);
+            struct wait waits[SYNCS];
+            for (uint32_t i = 0; i < SYNCS; i++) {
+                waits[i] = (struct wait){.request = {.op = DISK_SYNC, .done = wait_done},
+                                         .lock = PTHREAD_MUTEX_INITIALIZER,
+                                         .changed = PTHREAD_COND_INITIALIZER};
+                waits[i].request.next = i > 0 ? &waits[i - 1].request : NULL;
+            }
+            sick.fail_sync_at = SYNCS / 2;
+            disk_submit(disk, &waits[SYNCS - 1].request); // the last one is the chain's first
+            assert_int_equal(disk_close(disk), 0);
+            for (uint32_t nth = 1; nth <= SYNCS; nth++)
+                assert_int_equal(waits[SYNCS - nth].request.result, nth < SYNCS / 2 ? 0 : -EIO);
+        }
 }
 
 // A process without memory is not a device without a future.
@@ -708,6 +766,7 @@ int main(void)
         IN_FOLDER(test_folder_gone),   IN_FOLDER(test_read_only),
         IN_FOLDER(test_full),          IN_FOLDER(test_limit),
         IN_FOLDER(test_ring_refused),  IN_FOLDER(test_no_locked_memory),
+        IN_FOLDER(test_failed_sync),   IN_FOLDER(test_failed_sync_among_many),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -72,7 +72,8 @@ static bool is_ready(const struct daemon *daemon)
 
 void daemon_start(struct daemon *daemon)
 {
-    const char *arguments[CHILD_ARGUMENTS_MAX + 4] = {daemon_path(), "--socket-dir", daemon->sockets};
+    const char *arguments[CHILD_ARGUMENTS_MAX + 4] = {daemon->program ? daemon->program : daemon_path(), "--socket-dir",
+                                                      daemon->sockets};
     size_t count = 3;
     for (const char *const *option = daemon->options; *option; option++) {
         assert_true(count < CHILD_ARGUMENTS_MAX);

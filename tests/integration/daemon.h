@@ -8,6 +8,7 @@
 
 struct daemon {
     struct child child;
+    const char *program;        // NULL: daemon_path()
     const char *const *options; // NULL-terminated, behind --socket-dir; they leave --log-level at info or below
     uint32_t starts;
     char folder[64];  // temporary, removed at the end

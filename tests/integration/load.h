@@ -1,0 +1,59 @@
+// A worker that appends, retrieves, seals, attaches, removes and lets its sequences sleep, until its daemon dies; and
+// what it was told until then, which whoever started it holds against the daemon's files.
+#ifndef ICECACHE_TESTS_LOAD_H
+#define ICECACHE_TESTS_LOAD_H
+
+#include "worker.h"
+
+#define LOAD_ROLE        "load"
+#define LOAD_SEALS_MAX   512u
+#define LOAD_TOKENS_MAX  1280u // of a document: its hashes, K and V are functions of its number
+#define LOAD_BLOCKS_MAX  (LOAD_TOKENS_MAX / 16u)
+#define LOAD_HIBERNATION "60" // --hibernate-ms
+
+extern const struct shape load_shape;
+
+enum load_state {
+    LOAD_SEALING, // asked for, not answered: it may be there
+    LOAD_SEALED,
+    LOAD_REMOVING, // asked for, not answered: it may be gone
+    LOAD_REMOVED,
+};
+
+struct load_seal {
+    uint64_t id; // 0: not known
+    uint32_t document, blocks;
+    uint64_t digest; // of what retrieves at its end gave before the sealing was asked for
+    enum load_state state;
+};
+
+// Those that have ended one way or the other are left out.
+struct load_ledger {
+    struct load_seal seals[LOAD_SEALS_MAX];
+    uint32_t count;
+};
+
+// The role's arguments: sockets, seed, number of the first document.
+int load_role(int argc, char **argv);
+void load_start(struct child *child, const struct daemon *daemon, uint64_t seed, uint32_t first_document);
+// Enters all that the child has told until its end, which must be a good one.
+void load_end(struct load_ledger *ledger, struct child *child);
+
+// What the daemon lists must be what the ledger says, up to what was not answered: that is entered one way or the
+// other. Each that is listed is attached to, read and asked as before; and nothing else has room in the spill file.
+void load_check(struct load_ledger *ledger, const struct daemon *daemon);
+void load_remove(struct load_ledger *ledger, const struct daemon *daemon, uint32_t keep); // the oldest ones
+// What retrieves at the end of `length` tokens return: positions, K and V, and the estimated masses.
+ice_status load_look(struct worker *worker, const struct history *history, uint64_t length, uint64_t *digest);
+// Reads all of it, and compares.
+ice_status load_read(const struct worker *worker, const struct history *history, uint64_t length, bool *equal);
+// Appends a document of so many blocks by the worker, which closes its sequence first, seals it, and enters that.
+void load_seal(struct load_ledger *ledger, struct worker *worker, uint32_t document, uint32_t blocks);
+void load_open(struct worker *worker, const struct daemon *daemon); // with a landing, without a sequence
+void load_hashes(uint32_t document, uint8_t hashes[LOAD_BLOCKS_MAX][ICE_HASH_BYTES]);
+void load_history(struct history *history, uint32_t document);
+
+// Bytes of the spill file that the manifests in a folder name, each place once.
+uint64_t manifests_bytes(const char *folder, uint32_t *count);
+
+#endif

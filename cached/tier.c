@@ -131,12 +131,15 @@ static void io_done(struct disk_request *request)
     if (request->op == DISK_READ && request->result == 0)
         io->matches = checksum_of(request->memory, request->bytes, io->extent) == io->checksum;
     pthread_mutex_lock(&tier->lock);
+    struct shard *shard = io->shard; // which may take the page_io back once the lock is free
     const bool first = !tier->done;
     io->next = tier->done;
     tier->done = io;
-    if (first)
-        task_queue_push(&io->shard->queue, TASK_DECODE, &tier->done_task);
     pthread_mutex_unlock(&tier->lock);
+    // Not under the lock, which the shard wants as soon as it runs. The task is not in the queue: it runs once for each
+    // time that something is done again, and empties the list.
+    if (first)
+        task_queue_push(&shard->queue, TASK_DECODE, &tier->done_task);
 }
 
 static struct page_io *io_take(struct tier *tier)
@@ -168,7 +171,16 @@ static void io_start(struct shard *shard, struct page_io *io, enum disk_op op, s
         .op = op, .offset = extent_offset(page->extent), .memory = memory, .bytes = bytes, .done = io_done};
     page->flags |= op == DISK_READ ? PAGE_READING : PAGE_WRITING;
     shard->tier.writes += op == DISK_WRITE;
-    disk_submit(shard->server->disk, &io->request);
+    io->request.next = shard->tier.asked;
+    shard->tier.asked = &io->request;
+}
+
+void tier_submit(struct shard *shard)
+{
+    struct disk_request *asked = shard->tier.asked;
+    shard->tier.asked = NULL;
+    if (asked)
+        disk_submit(shard->server->disk, asked);
 }
 
 static void read_ended(struct page_io *io, struct page *page)
@@ -493,6 +505,7 @@ int tier_init(struct shard *shard)
 void tier_fini(struct shard *shard)
 {
     struct tier *tier = &shard->tier;
+    assert(!tier->asked);
     if (tier->ios)
         end_all(shard);
     shard->server->env->release(shard->server->env, tier->ios, TIER_IO_MAX * sizeof *tier->ios);

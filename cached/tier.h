@@ -64,6 +64,7 @@ struct tier {
     struct page_io *free_ios;
     uint32_t in_flight, writes;                       // ios in use; those that write
     uint32_t ahead_used, ahead_wasted, ahead_skipped; // of late: does reading ahead pay?
+    struct disk_request *asked;                       // a chain that the disk does not have yet
     bool starved;                                     // something waits for room; look again soon
     struct task done_task, relief_task;
     _Atomic bool relief_asked;
@@ -105,6 +106,9 @@ void tier_read_ahead(struct shard *shard, struct lane *lane, const uint32_t *pag
 void tier_ahead_used(const struct lane *lane, struct page *page);
 // Starts writing a dirty page. False: it cannot be now (no room for it on the disk, or too much is on its way).
 bool tier_write(struct shard *shard, struct lane *lane, uint32_t page);
+// Hands what was started since the last call to the disk, in one piece: one wake-up of its thread and one system call
+// for the pages of a selection. After each task, and before the shard sleeps.
+void tier_submit(struct shard *shard);
 // Keeps some of the pool free. One slice; true where more is to be done at once.
 bool tier_balance(struct shard *shard);
 

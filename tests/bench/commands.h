@@ -8,7 +8,10 @@
 
 int command_copy(const struct options *options, json_t *rows, json_t *ratios);
 int command_search(const struct options *options, json_t *rows, json_t *ratios);
+int command_serve(const struct options *options, json_t *rows, json_t *ratios);
 int command_spill(const struct options *options, json_t *rows, json_t *ratios);
 int command_step(const struct options *options, json_t *rows, json_t *ratios);
+// What this program does where serve has started it again (SERVE_ROLE_FLAG). Returns an exit code.
+int serve_role(int argc, char **argv);
 
 #endif

@@ -84,7 +84,7 @@ bool data_generate(struct data *data, enum data_kind kind, uint32_t tokens, uint
     };
     (void)snprintf(data->name, sizeof data->name, "%s", kind == DATA_ATTENTION ? "attention" : "gauss");
     bool complete = lanes_create(data);
-    const struct generator_shape shape = {tokens, head_dim, query_heads, query_count};
+    const struct generator_shape shape = {tokens, head_dim, query_heads, query_count, false};
     for (uint32_t i = 0; complete && i < lane_count; i++) {
         struct data_lane *lane = &data->lanes[i];
         const uint64_t lane_seed = seed * 1000003 + i;

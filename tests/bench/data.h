@@ -44,6 +44,7 @@ uint16_t data_half_of(float value); // nearest, ties to even; finite values of a
 // The two generators, for one lane: keys [token][head_dim], queries [query][head][head_dim].
 struct generator_shape {
     uint32_t tokens, head_dim, query_heads, query_count;
+    bool steps; // attention: the queries are those of consecutive decode steps, and resemble each other as such
 };
 bool generate_attention(const struct generator_shape *shape, uint64_t seed, float *keys, float *queries);
 void generate_gauss(const struct generator_shape *shape, uint64_t seed, float *keys, float *queries);

@@ -2,7 +2,8 @@
 //
 // attention: keys are Zipf-weighted clusters inside super-clusters under a power-law spectrum, with a few massive mean
 // channels, log-normal norms and cluster ids that stick for some tokens; the query heads of a group share one to three
-// target clusters and are about half of the time focused, else diffuse.
+// target clusters and are about half of the time focused, else diffuse. Queries are independent, or those of
+// consecutive decode steps: then targets stay for some steps, and so does a part of each head's own direction.
 #include "data.h"
 #include "random.h"
 
@@ -14,6 +15,11 @@
 #define MASSIVE        6u
 #define SUPER_CLUSTERS 20u // clusters in one of them, on average
 
+// Between decode steps: how probably the target stays, and how much of a head's own direction does. As in the real
+// trace under tests/data, a quarter of the best 64 tokens is that of the step before.
+#define STEP_STAYS 0.25
+#define STEP_KEEPS 0.5f
+
 struct attention {
     struct random random;
     uint32_t dim, clusters;
@@ -21,6 +27,8 @@ struct attention {
     float *rotation; // [dim][dim], orthogonal
     float *centres;  // [cluster][dim]
     double *weights; // cumulative
+    double gain;     // towards the target of the query
+    float target[DIM_MAX];
 };
 
 // An orthogonal matrix, uniformly drawn: Gram-Schmidt over normal rows, twice against rounding.
@@ -154,26 +162,68 @@ static bool draw_keys(struct attention *a, uint32_t tokens, const float *mean, f
     return true;
 }
 
+static void draw_target(struct attention *a)
+{
+    a->gain = random_unit(&a->random) < 0.5 ? 1.45 : 0.45;
+    memset(a->target, 0, sizeof a->target);
+    const uint32_t targets = 1 + random_below(&a->random, 3);
+    for (uint32_t t = 0; t < targets; t++) {
+        const float *centre = a->centres + (size_t)draw_cluster(a) * a->dim;
+        for (uint32_t j = 0; j < a->dim; j++) {
+            a->target[j] += centre[j] / (float)targets;
+        }
+    }
+}
+
 static void draw_query(struct attention *a, uint32_t heads, const float *bias, float *queries)
 {
     const uint32_t dim = a->dim;
-    const double gain = random_unit(&a->random) < 0.5 ? 1.45 : 0.45;
-    float target[DIM_MAX] = {0};
-    const uint32_t targets = 1 + random_below(&a->random, 3);
-    for (uint32_t t = 0; t < targets; t++) {
-        const float *centre = a->centres + (size_t)draw_cluster(a) * dim;
-        for (uint32_t j = 0; j < dim; j++) {
-            target[j] += centre[j] / (float)targets;
-        }
-    }
+    draw_target(a);
     for (uint32_t h = 0; h < heads; h++) {
         float *query = queries + (size_t)h * dim;
-        const double head_gain = gain * exp(0.2 * random_normal(&a->random));
+        const double head_gain = a->gain * exp(0.2 * random_normal(&a->random));
         for (uint32_t j = 0; j < dim; j++) {
-            query[j] = (float)((double)bias[j] + head_gain * (double)target[j] + 0.35 * random_normal(&a->random));
+            query[j] = (float)((double)bias[j] + head_gain * (double)a->target[j] + 0.35 * random_normal(&a->random));
         }
         add_draw(a, 0.55, query);
     }
+}
+
+// The query of the next step: of the same target, or of another one; `own` holds the heads' own directions.
+static void draw_next_query(struct attention *a, uint32_t heads, const float *bias, bool is_first, float *own,
+                            float *queries)
+{
+    const uint32_t dim = a->dim;
+    const float kept = is_first ? 0 : STEP_KEEPS, fresh = sqrtf(1 - kept * kept);
+    if (is_first || random_unit(&a->random) >= STEP_STAYS) {
+        draw_target(a);
+    }
+    for (uint32_t h = 0; h < heads; h++) {
+        float *mine = own + (size_t)h * dim, *query = queries + (size_t)h * dim;
+        const double head_gain = a->gain * exp(0.2 * random_normal(&a->random));
+        for (uint32_t j = 0; j < dim; j++) {
+            mine[j] = kept * mine[j] + fresh * (float)(0.35 * random_normal(&a->random));
+        }
+        add_draw(a, 0.55 * (double)fresh, mine);
+        for (uint32_t j = 0; j < dim; j++) {
+            query[j] = bias[j] + (float)(head_gain * (double)a->target[j]) + mine[j];
+        }
+    }
+}
+
+static bool draw_queries(struct attention *a, const struct generator_shape *shape, const float *bias, float *queries)
+{
+    const size_t block = (size_t)shape->query_heads * a->dim;
+    float *own = calloc(block, sizeof *own);
+    for (uint32_t q = 0; own != NULL && q < shape->query_count; q++) {
+        if (shape->steps) {
+            draw_next_query(a, shape->query_heads, bias, q == 0, own, queries + q * block);
+        } else {
+            draw_query(a, shape->query_heads, bias, queries + q * block);
+        }
+    }
+    free(own);
+    return own != NULL;
 }
 
 static bool draw_attention(struct attention *a, const struct generator_shape *shape, float *keys, float *queries)
@@ -194,13 +244,7 @@ static bool draw_attention(struct attention *a, const struct generator_shape *sh
     for (uint32_t i = 0; i < MASSIVE; i++) {
         bias[more[i]] += (float)(3 * sign(a));
     }
-    if (!draw_keys(a, shape->tokens, mean, keys)) {
-        return false;
-    }
-    for (uint32_t q = 0; q < shape->query_count; q++) {
-        draw_query(a, shape->query_heads, bias, queries + (size_t)q * shape->query_heads * a->dim);
-    }
-    return true;
+    return draw_keys(a, shape->tokens, mean, keys) && draw_queries(a, shape, bias, queries);
 }
 
 bool generate_attention(const struct generator_shape *shape, uint64_t seed, float *keys, float *queries)

@@ -1,6 +1,7 @@
 // icecache-bench: what the tree costs and finds on this machine, beside what one would use without it.
 #include "commands.h"
 #include "measure.h"
+#include "serve.h"
 #include "table.h"
 
 #include <stdio.h>
@@ -17,6 +18,9 @@ static json_t *arguments(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
+    if (argc > 1 && strcmp(argv[1], SERVE_ROLE_FLAG) == 0) {
+        return serve_role(argc, argv);
+    }
     // getopt_long reorders argv.
     json_t *args = arguments(argc, argv);
     struct options options;
@@ -35,6 +39,7 @@ int main(int argc, char **argv)
     }
     code = strcmp(options.command, "search") == 0  ? command_search(&options, rows, ratios)
            : strcmp(options.command, "copy") == 0  ? command_copy(&options, rows, ratios)
+           : strcmp(options.command, "serve") == 0 ? command_serve(&options, rows, ratios)
            : strcmp(options.command, "spill") == 0 ? command_spill(&options, rows, ratios)
                                                    : command_step(&options, rows, ratios);
     if (code == 0 || code == EXIT_CHECK) {

@@ -16,6 +16,7 @@ static const char help[] =
     "commands\n"
     "  search   build, insertion, memory and search of one lane: the tree beside exact scans\n"
     "  copy     bringing a selection of 8 KV heads into a landing: gathered in host memory, and on to a GPU\n"
+    "  serve    retrieves end to end, by a daemon and workers that are started for it, also with too little memory\n"
     "  spill    pages on their way to a file system and back, by the daemon's disk and by fio\n"
     "  step     the whole node job of one decode step at a model's shape: search and gather of all lanes\n"
     "\n"
@@ -26,24 +27,34 @@ static const char help[] =
     "  --seeds N           search: trees built with different seeds (3)\n"
     "  --trace DIR         data: a trace folder; may be repeated\n"
     "  --data KIND[,KIND]  data: attention, gauss, or both (attention)\n"
-    "  --tokens LIST       of generated data (search 4096,32768; step 36000)\n"
+    "  --tokens LIST       of generated data (search 4096,32768; step 36000; serve 8192, one only)\n"
     "  --head-dim LIST     of generated data, search and copy (128)\n"
     "  --query-heads LIST  of generated data, per KV head, search (4)\n"
     "  --queries N         search: per lane (64)\n"
-    "  --budget LIST       tokens to select (64,256); the first one is timed by search; copy: tokens a KV head\n"
-    "  --sinks N           of traces (16)\n"
-    "  --window N          of traces (64)\n"
+    "  --budget LIST       tokens to select (64,256; serve 64, one only); the first one is timed by search; copy: "
+    "tokens a\n"
+    "                      KV head\n"
+    "  --sinks N           of traces, and of serve (16)\n"
+    "  --window N          of traces, and of serve (64)\n"
     "  --policy NAME[,NAME]\n"
     "                      policies that build trees: means, promotion (search both; step means)\n"
     "  --insert-share X    search: share of the tokens that is inserted one by one (0.0625)\n"
     "  --peers             search: FAISS and hnswlib, through their Python wheels\n"
     "  --python PATH       the interpreter that has them (python3)\n"
-    "  --shape NAME        step: llama-3.1-8b (32 layers x 8 KV heads, 4 query heads each, head_dim 128) or small\n"
-    "                      (4 x 2, 4, 64)\n"
+    "  --shape NAME        step, serve: llama-3.1-8b (32 layers x 8 KV heads, 4 query heads each, head_dim 128), "
+    "slice\n"
+    "                      (4 x 2, 4, 128) or small (4 x 2, 4, 64); step: llama-3.1-8b, serve: slice\n"
     "  --copies N          step: lanes that are made from the same draw of data, or from a trace's lane (64)\n"
     "  --cores LIST        step: threads over the lanes (1)\n"
     "  --no-gather         step: without K and V, which need most of the memory\n"
-    "  --dir DIR           spill: a folder of the file system to measure; one is made in it ($TMPDIR, or here)\n"
+    "  --workers LIST      serve: worker processes; one only with --ram-cap (1)\n"
+    "  --steps N           serve: decode steps of a worker in each round (32)\n"
+    "  --ram-cap LIST      serve: shares of the pages, from 0.01 to 1, that memory has room for; all: "
+    "1,0.5,0.25,0.1,0.05\n"
+    "  --daemon PATH       serve: the daemon to start (icecached beside this program)\n"
+    "  --dir DIR           spill, serve: a folder of the file system to use; one is made in it and removed ($TMPDIR, "
+    "or\n"
+    "                      spill: here, serve: /tmp)\n"
     "  --bytes N           spill: of the file (1073741824)\n"
     "  --page-bytes N      spill: of a page, a multiple of 4096 (8192)\n"
     "  --depths LIST       spill: pages in flight, up to 64 (1,4,16,32,64)\n"
@@ -79,22 +90,44 @@ enum {
     PAGE_BYTES,
     DEPTHS,
     SECONDS,
+    WORKERS,
+    STEPS,
+    RAM_CAP,
+    DAEMON,
     HELP
 };
 
 // What some of the commands have no use for; it is refused there, because a figure would not be what was asked for.
 static const struct {
     int option;
-    const char *command, *other; // that have a use for it; NULL: no other
+    const char *commands; // that have a use for it, with blanks between them
 } of_some[] = {
-    {SEEDS, "search", NULL},    {HEAD_DIM, "search", "copy"},   {QUERY_HEADS, "search", NULL},
-    {QUERIES, "search", NULL},  {INSERT_SHARE, "search", NULL}, {PEERS, "search", NULL},
-    {PYTHON, "search", NULL},   {SHAPE, "step", NULL},          {COPIES, "step", NULL},
-    {CORES, "step", NULL},      {NO_GATHER, "step", NULL},      {TRACE, "search", "step"},
-    {DATA, "search", "step"},   {TOKENS, "search", "step"},     {SINKS, "search", "step"},
-    {WINDOW, "search", "step"}, {POLICY, "search", "step"},     {DIR, "spill", NULL},
-    {BYTES, "spill", NULL},     {PAGE_BYTES, "spill", NULL},    {DEPTHS, "spill", NULL},
-    {SECONDS, "spill", NULL},
+    {SEEDS, "search"},
+    {HEAD_DIM, "search copy"},
+    {QUERY_HEADS, "search"},
+    {QUERIES, "search"},
+    {INSERT_SHARE, "search"},
+    {PEERS, "search"},
+    {PYTHON, "search"},
+    {SHAPE, "step serve"},
+    {COPIES, "step"},
+    {CORES, "step"},
+    {NO_GATHER, "step"},
+    {TRACE, "search step serve"},
+    {DATA, "search step"},
+    {TOKENS, "search step serve"},
+    {SINKS, "search step serve"},
+    {WINDOW, "search step serve"},
+    {POLICY, "search step"},
+    {DIR, "spill serve"},
+    {BYTES, "spill"},
+    {PAGE_BYTES, "spill"},
+    {DEPTHS, "spill"},
+    {SECONDS, "spill"},
+    {WORKERS, "serve"},
+    {STEPS, "serve"},
+    {RAM_CAP, "serve"},
+    {DAEMON, "serve"},
 };
 
 static const struct option long_options[] = {
@@ -124,6 +157,10 @@ static const struct option long_options[] = {
     {"page-bytes", required_argument, NULL, PAGE_BYTES},
     {"depths", required_argument, NULL, DEPTHS},
     {"seconds", required_argument, NULL, SECONDS},
+    {"workers", required_argument, NULL, WORKERS},
+    {"steps", required_argument, NULL, STEPS},
+    {"ram-cap", required_argument, NULL, RAM_CAP},
+    {"daemon", required_argument, NULL, DAEMON},
     {"help", no_argument, NULL, HELP},
     {NULL, 0, NULL, 0},
 };
@@ -212,14 +249,49 @@ static bool set_trace(struct options *options, const char *folder)
     return true;
 }
 
+// Shares in the order given, behind a 1: what is compared with what fits.
+static bool set_ram_caps(struct options *options, const char *text)
+{
+    struct option_shares shares = {1, {1}};
+    for (const char *rest = strcmp(text, "all") == 0 ? "1,0.5,0.25,0.1,0.05" : text; rest != NULL;) {
+        char part[24];
+        double share;
+        const size_t n = strcspn(rest, ",");
+        (void)snprintf(part, sizeof part, "%.*s", (int)(n < sizeof part ? n : sizeof part), rest);
+        if (shares.count > OPTIONS_LIST_MAX || !parse_real(part, 0.01, 1, "a share", &share)) {
+            return false;
+        }
+        if (share < 1) {
+            shares.values[shares.count++] = share;
+        }
+        rest = rest[n] == ',' ? rest + n + 1 : NULL;
+    }
+    options->ram_caps = shares;
+    return true;
+}
+
+static const struct options_shape shapes[] = {
+    {"llama-3.1-8b", 32, 8, 4, 128}, {"slice", 4, 2, 4, 128}, {"small", 4, 2, 4, 64}};
+
 static bool set_shape(struct options *options, const char *name)
 {
-    options->shape = name;
-    if (strcmp(name, "llama-3.1-8b") != 0 && strcmp(name, "small") != 0) {
-        (void)fprintf(stderr, "icecache-bench: --shape %s: only llama-3.1-8b and small are known\n", name);
-        return false;
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        if (strcmp(shapes[i].name, name) == 0) {
+            options->shape = shapes[i].name;
+            return true;
+        }
     }
-    return true;
+    (void)fprintf(stderr, "icecache-bench: --shape %s: only llama-3.1-8b, slice and small are known\n", name);
+    return false;
+}
+
+const struct options_shape *options_shape(const struct options *options)
+{
+    const struct options_shape *shape = shapes;
+    while (strcmp(shape->name, options->shape) != 0) {
+        shape++;
+    }
+    return shape;
 }
 
 static const char *const kind_names[] = {[DATA_ATTENTION] = "attention", [DATA_GAUSS] = "gauss"};
@@ -283,6 +355,15 @@ static bool set(struct options *options, int option, const char *text)
         return parse_list(text, 1, 64, &options->depths);
     case SECONDS:
         return parse_real(text, 0.05, 600, "seconds", &options->seconds);
+    case WORKERS:
+        return parse_list(text, 1, 64, &options->workers);
+    case STEPS:
+        return parse_u32(text, 1, 4096, &options->steps);
+    case RAM_CAP:
+        return set_ram_caps(options, text);
+    case DAEMON:
+        options->daemon = text;
+        return true;
     default:
         return false;
     }
@@ -297,16 +378,26 @@ static const char *name_of(int option)
     return named->name;
 }
 
+// Is it one of the words?
+static bool is_among(const char *words, const char *word)
+{
+    const size_t n = strlen(word);
+    for (const char *at = words; at != NULL; at = strchr(at, ' ')) {
+        at += *at == ' ';
+        if (strncmp(at, word, n) == 0 && (at[n] == ' ' || at[n] == '\0')) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // Are all options that were given (a bit each) of use to this command?
 static bool are_used(const char *command, uint64_t given)
 {
     for (size_t i = 0; i < sizeof of_some / sizeof *of_some; i++) {
-        const char *other = of_some[i].other;
-        const bool used = strcmp(of_some[i].command, command) == 0 || (other != NULL && strcmp(other, command) == 0);
-        if (!used && (given & UINT64_C(1) << (of_some[i].option - OPTION_FIRST))) {
-            (void)fprintf(stderr, "icecache-bench: --%s is an option of %s%s%s, not of %s\n",
-                          name_of(of_some[i].option), of_some[i].command, other != NULL ? " and " : "",
-                          other != NULL ? other : "", command);
+        if (!is_among(of_some[i].commands, command) && (given & UINT64_C(1) << (of_some[i].option - OPTION_FIRST))) {
+            (void)fprintf(stderr, "icecache-bench: --%s is not an option of %s, but of: %s\n",
+                          name_of(of_some[i].option), command, of_some[i].commands);
             return false;
         }
     }
@@ -315,9 +406,17 @@ static bool are_used(const char *command, uint64_t given)
 
 static void set_defaults(struct options *options)
 {
-    const bool is_step = strcmp(options->command, "step") == 0;
+    const bool is_step = strcmp(options->command, "step") == 0, is_serve = strcmp(options->command, "serve") == 0;
     if (options->tokens.count == 0) {
-        options->tokens = is_step ? (struct option_list){1, {36000}} : (struct option_list){2, {4096, 32768}};
+        options->tokens = is_step    ? (struct option_list){1, {36000}}
+                          : is_serve ? (struct option_list){1, {8192}}
+                                     : (struct option_list){2, {4096, 32768}};
+    }
+    if (options->shape == NULL) {
+        options->shape = is_serve ? "slice" : "llama-3.1-8b";
+    }
+    if (options->workers.count == 0) {
+        options->workers = (struct option_list){1, {1}};
     }
     if (options->head_dims.count == 0) {
         options->head_dims = (struct option_list){1, {128}};
@@ -326,7 +425,7 @@ static void set_defaults(struct options *options)
         options->query_heads = (struct option_list){1, {4}};
     }
     if (options->budgets.count == 0) {
-        options->budgets = (struct option_list){2, {64, 256}};
+        options->budgets = is_serve ? (struct option_list){1, {64}} : (struct option_list){2, {64, 256}};
     }
     if (options->cores.count == 0) {
         options->cores = (struct option_list){1, {1}};
@@ -343,6 +442,18 @@ static void set_defaults(struct options *options)
     }
 }
 
+static bool serve_is_valid(const struct options *options)
+{
+    const char *list = options->tokens.count > 1                                   ? "tokens"
+                       : options->budgets.count > 1                                ? "budget"
+                       : options->ram_caps.count > 0 && options->workers.count > 1 ? "workers, with --ram-cap,"
+                                                                                   : NULL;
+    if (list != NULL) {
+        (void)fprintf(stderr, "icecache-bench: serve: --%s takes one number\n", list);
+    }
+    return list == NULL;
+}
+
 static bool is_valid(const struct options *options)
 {
     for (uint32_t i = 0; i < options->head_dims.count; i++) {
@@ -355,12 +466,11 @@ static bool is_valid(const struct options *options)
         (void)fprintf(stderr, "icecache-bench: --page-bytes must be a multiple of %u\n", PAGE_UNIT);
         return false;
     }
-    if (strcmp(options->command, "search") != 0 && strcmp(options->command, "step") != 0 &&
-        strcmp(options->command, "copy") != 0 && strcmp(options->command, "spill") != 0) {
+    if (!is_among("search step serve copy spill", options->command)) {
         (void)fprintf(stderr, "icecache-bench: %s: no such command; --help lists them\n", options->command);
         return false;
     }
-    return true;
+    return strcmp(options->command, "serve") != 0 || serve_is_valid(options);
 }
 
 int options_parse(struct options *options, int argc, char **argv)
@@ -371,7 +481,6 @@ int options_parse(struct options *options, int argc, char **argv)
         .queries = 64,
         .seeds = 3,
         .insert_share = 0.0625,
-        .shape = "llama-3.1-8b",
         .python = "python3",
         .sinks = 16,
         .window = 64,
@@ -380,6 +489,7 @@ int options_parse(struct options *options, int argc, char **argv)
         .bytes = (uint64_t)1 << 30,
         .page_bytes = 8192,
         .seconds = 1,
+        .steps = 32,
     };
     uint64_t given = 0;
     for (int option; (option = getopt_long(argc, argv, "", long_options, NULL)) != -1;) {

@@ -16,6 +16,17 @@ struct option_list {
     uint32_t values[OPTIONS_LIST_MAX];
 };
 
+struct option_shares {
+    uint32_t count;
+    double values[OPTIONS_LIST_MAX + 1];
+};
+
+// Of a model.
+struct options_shape {
+    const char *name;
+    uint32_t layers, kv_heads, query_heads, head_dim; // query heads of one KV head
+};
+
 struct options {
     const char *command;
     bool json, peers;
@@ -29,15 +40,21 @@ struct options {
     struct option_list tokens, head_dims, query_heads, budgets, cores;
     const char *shape, *python;
     uint32_t sinks, window, copies;
-    const char *folder; // spill: where its folder is made; NULL: TMPDIR or here
+    const char *folder; // spill, serve: where its folder is made; NULL: TMPDIR or here
     uint64_t bytes;     // spill: of the file, at least page_bytes
     uint32_t page_bytes;
     double seconds; // spill: of one measurement
     struct option_list depths;
-    bool pages; // step: with the gather of K and V, which needs their memory
+    struct option_list workers;    // serve: processes
+    uint32_t steps;                // serve: of a round
+    struct option_shares ram_caps; // serve: 1 first, then what was asked for; none: no cap
+    const char *daemon;            // serve: NULL: beside this program
+    bool pages;                    // step: with the gather of K and V, which needs their memory
 };
 
 // Fills *options. Returns 0, or the exit code after a message on stderr; -1: nothing to do (help was printed).
 int options_parse(struct options *options, int argc, char **argv);
+
+const struct options_shape *options_shape(const struct options *options);
 
 #endif

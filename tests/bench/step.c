@@ -21,12 +21,6 @@
 
 static const double shares[SHARES] = {0.95, 0.98, 0.99};
 
-struct shape {
-    const char *name;
-    uint32_t layers, kv_heads, query_heads, head_dim;
-};
-static const struct shape shapes[] = {{"llama-3.1-8b", 32, 8, 4, 128}, {"small", 4, 2, 4, 64}};
-
 // One way to do the step, and what it gave.
 struct setting {
     enum step_job job;
@@ -316,7 +310,7 @@ static int run(struct step *step, json_t *rows, json_t *ratios)
     return code;
 }
 
-static int run_shape(const struct options *options, const struct shape *shape, json_t *rows, json_t *ratios)
+static int run_shape(const struct options *options, const struct options_shape *shape, json_t *rows, json_t *ratios)
 {
     const uint32_t lane_count = shape->layers * shape->kv_heads;
     const uint32_t copies = options->copies < lane_count ? options->copies : lane_count;
@@ -347,10 +341,5 @@ static int run_shape(const struct options *options, const struct shape *shape, j
 
 int command_step(const struct options *options, json_t *rows, json_t *ratios)
 {
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-        if (strcmp(options->shape, shapes[i].name) == 0) {
-            return run_shape(options, &shapes[i], rows, ratios);
-        }
-    }
-    return EXIT_USAGE;
+    return run_shape(options, options_shape(options), rows, ratios);
 }

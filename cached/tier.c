@@ -198,6 +198,11 @@ static bool room_is_low(const struct server *server, uint32_t share)
     return pool_free_bytes(server->pool) < pool_capacity_bytes(server->pool) / share;
 }
 
+bool tier_is_short(const struct server *server)
+{
+    return room_is_low(server, HIGH_SHARE);
+}
+
 static void write_ended(struct page_io *io, struct page *page)
 {
     struct server *server = io->shard->server;

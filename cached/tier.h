@@ -72,6 +72,7 @@ struct tier {
     uint32_t oldest, newest, hand; // books
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
+    uint64_t pinned_bytes;                            // frames of pages that are pinned
     uint32_t in_flight, writes;                       // ios in use; those that write
     uint32_t ahead_used, ahead_wasted, ahead_skipped; // of late: does reading ahead pay?
     struct disk_request *asked;                       // a chain that the disk does not have yet
@@ -96,6 +97,9 @@ ICE_MUST_CHECK int tier_init(struct shard *shard);
 void tier_fini(struct shard *shard);
 // There is a disk and it works.
 bool tier_serves(const struct server *server);
+
+// So little of the pool is free that pages leave as soon as they can.
+bool tier_is_short(const struct server *server);
 
 // Memory of a frame, which the caller owns. As tier_take_frame, but of no page.
 uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reservation *promised);

@@ -43,7 +43,7 @@ static void *index_acquire(void *owner, size_t bytes)
     struct lane *lane = owner;
     struct server *server = lane_server(lane);
     struct arena *arena = &server->shards[lane->shard].arena;
-    struct reservation *promised = lane->building ? NULL : &lane->sequence->index_promised;
+    struct reservation *promised = lane->appending ? &lane->sequence->index_promised : NULL;
     const size_t taken = arena_block_bytes(arena, bytes);
     if (arena_grows(arena, bytes) && budget_rest(&server->index_budget, promised) < taken && !may_grow(server))
         return NULL;
@@ -330,6 +330,7 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
     const uint32_t skip = overlap < input->tokens ? (uint32_t)overlap : input->tokens;
     ice_status status = ICE_OK;
     lane->lacks_room = false;
+    lane->appending = true;
     if (lane->prepared_tokens == 0) {
         status = compare_stored(lane, shard, input, skip);
         if (status == ICE_OK && skip < input->tokens)
@@ -337,6 +338,7 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
     }
     if (status == ICE_OK)
         status = store_prepared(lane, shard, input, skip);
+    lane->appending = false;
     if (status != ICE_OK && status != LANE_WAITS)
         lane_drop(lane, shard);
     return status;

@@ -34,7 +34,7 @@ struct lane {
     struct image *image;     // asleep or waking
     ice_status wake_failure; // why the last waking failed, until somebody has heard of it
     struct lane *wake_next;  // among those that wait to wake
-    bool building;           // memory taken now is the build's, not the running append's
+    bool appending;          // memory taken now is the running append's, which has been promised some
     bool fetching;           // its clustering waits for pages
     bool due;                // linked in the shard's list of lanes with clustering to do
     struct index *index;     // made at the first append

@@ -264,7 +264,7 @@ void lane_drop_plan(struct lane *lane, struct shard *shard)
     lane->plan_moves = 0;
 }
 
-static enum lane_work build_step(struct lane *lane, struct shard *shard)
+enum lane_work lane_build(struct lane *lane, struct shard *shard)
 {
     if (lane->saving)
         return LANE_STALLED;
@@ -284,12 +284,4 @@ static enum lane_work build_step(struct lane *lane, struct shard *shard)
         lane_release_rows(lane);
         return LANE_STALLED;
     }
-}
-
-enum lane_work lane_build(struct lane *lane, struct shard *shard)
-{
-    lane->building = true;
-    enum lane_work work = build_step(lane, shard);
-    lane->building = false;
-    return work;
 }

@@ -60,6 +60,7 @@ static void order_enter(struct shard *shard, struct lane *lane, uint32_t page)
     else
         tier->oldest = number;
     tier->newest = number;
+    tier->count++;
     atomic_fetch_add_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
 }
 
@@ -81,6 +82,7 @@ static void order_leave(struct shard *shard, const uint8_t *memory)
         books[book->newer].older = book->older;
     else
         tier->newest = book->older;
+    tier->count--;
     atomic_fetch_sub_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
 }
 
@@ -352,12 +354,14 @@ static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
     return false;
 }
 
-// Moves the hand until `wanted` frames are free or enough was looked at. Returns how many.
+// Moves the hand until `wanted` frames are free or enough was looked at: one lap at most, so that what is used between
+// two calls stays, however few pages the shard has. Returns how many.
 static uint32_t sweep(struct shard *shard, uint32_t wanted)
 {
     struct tier *tier = &shard->tier;
+    const uint32_t most = tier->count < TIER_SCAN_MAX ? tier->count : TIER_SCAN_MAX;
     uint32_t freed = 0;
-    for (uint32_t seen = 0; seen < TIER_SCAN_MAX && freed < wanted; seen++) {
+    for (uint32_t seen = 0; seen < most && freed < wanted; seen++) {
         const uint32_t number = tier->hand != TIER_NONE ? tier->hand : tier->oldest;
         if (number == TIER_NONE)
             break;
@@ -389,9 +393,9 @@ static void run_relief(struct task *task, void *thread)
 bool tier_balance(struct shard *shard)
 {
     struct server *server = shard->server;
-    if (!tier_serves(server) || !room_is_low(server, LOW_SHARE))
-        return false;
-    return sweep(shard, 64) > 0 && room_is_low(server, HIGH_SHARE);
+    struct tier *tier = &shard->tier;
+    tier->balances = tier_serves(server) && room_is_low(server, tier->balances ? HIGH_SHARE : LOW_SHARE);
+    return tier->balances && sweep(shard, 64) > 0;
 }
 
 uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reservation *promised)
@@ -434,9 +438,7 @@ void tier_change(struct shard *shard, struct lane *lane, uint32_t number)
         return;
     page->flags &= (uint8_t)~PAGE_CLEAN;
     // A sealed prefix may hold the extent too: what it holds stays as it is.
-    struct extents *extents = shard->server->extents;
-    extents_release(extents, &page->extent, 1);
-    page->extent = extents_acquire(extents, NULL, frame_bytes_of(lane));
+    page->extent = extents_own(shard->server->extents, page->extent, frame_bytes_of(lane));
 }
 
 // The page is on its way: what it has becomes its page_io's.

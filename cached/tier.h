@@ -70,6 +70,8 @@ struct page_io {
 
 struct tier {
     uint32_t oldest, newest, hand; // books
+    uint32_t count;                // of pages in the order
+    bool balances;                 // keeps evicting until enough is free
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
     uint64_t pinned_bytes;                            // frames of pages that are pinned

@@ -18,6 +18,7 @@ struct lane_rows {
     struct lane_rows *next;
     size_t bytes;
     uint32_t count, missing;
+    uint32_t *pages;    // [count]
     uint8_t *frames;    // [count]
     const void *rows[]; // [count]; NULL: not there yet
 };
@@ -104,15 +105,18 @@ static ice_status give_pinned(struct lane *lane, const uint32_t *pages, uint32_t
     return room ? ICE_OK : ICE_INDEX_FULL;
 }
 
-static bool begin_copies(struct lane *lane, uint32_t count)
+static bool begin_copies(struct lane *lane, const uint32_t *pages, uint32_t count)
 {
     const size_t page_bytes = lane_server(lane)->config->page_tokens * lane_token_bytes(lane);
-    const size_t head = sizeof(struct lane_rows) + count * sizeof(void *), bytes = head + count * page_bytes;
+    const size_t head = sizeof(struct lane_rows) + count * sizeof(void *),
+                 bytes = head + count * (page_bytes + sizeof *pages);
     struct lane_rows *rows = lane_acquire_memory(lane, bytes);
     if (!rows)
         return false;
     *rows = (struct lane_rows){.next = lane->rows, .bytes = bytes, .count = count, .missing = count};
     rows->frames = (uint8_t *)rows + head;
+    rows->pages = (uint32_t *)(rows->frames + count * page_bytes);
+    memcpy(rows->pages, pages, count * sizeof *pages);
     memset(rows->rows, 0, count * sizeof(void *));
     lane->rows = rows;
     lane->copying = true;
@@ -120,9 +124,10 @@ static bool begin_copies(struct lane *lane, uint32_t count)
 }
 
 // Copies what is in memory, asks for the rest. LANE_WAITS: some are missing.
-static ice_status copy_pages(struct lane *lane, struct shard *shard, const uint32_t *pages)
+static ice_status copy_pages(struct lane *lane, struct shard *shard)
 {
     struct lane_rows *rows = lane->rows;
+    const uint32_t *pages = rows->pages;
     const size_t page_bytes = lane_server(lane)->config->page_tokens * lane_token_bytes(lane);
     for (uint32_t pass = 0; pass < 2; pass++) { // what is there first: reading may push it out
         for (uint32_t i = 0; i < rows->count; i++) {
@@ -158,10 +163,10 @@ static enum lane_work rows_step(struct lane *lane, struct shard *shard)
     ice_status status = ICE_OK;
     if (!lane->copying && may_pin(lane, count) && are_in_memory(lane, pages, count)) {
         status = give_pinned(lane, pages, count);
-    } else if (!lane->copying && !begin_copies(lane, count)) {
+    } else if (!lane->copying && !begin_copies(lane, pages, count)) {
         status = ICE_INDEX_FULL;
     } else {
-        status = copy_pages(lane, shard, pages);
+        status = copy_pages(lane, shard);
         lane->copying = status != ICE_OK;
         if (status == ICE_OK)
             index_rows_give(lane->index, lane->rows->rows, lane_token_bytes(lane));
@@ -193,25 +198,49 @@ static bool plan_make_pages(struct lane *lane, struct shard *shard, const struct
     return room;
 }
 
-// A slice of the plan's copies. Pages that are not in memory are read first; false while they are missing.
+// A row that is moved: of its page, or of the copy that was made of it. NULL: the page must be read.
+static const uint8_t *row_to_move(const struct lane *lane, struct index_place from)
+{
+    const size_t bytes = lane_token_bytes(lane);
+    if (lane->pages[from.page].memory)
+        return lane_row(lane, from);
+    for (const struct lane_rows *rows = lane->rows; rows; rows = rows->next) {
+        for (uint32_t i = 0; i < rows->count; i++) {
+            if (rows->pages[i] == from.page)
+                return (const uint8_t *)rows->rows[i] + from.row * bytes;
+        }
+    }
+    return NULL;
+}
+
+// Brings what a move needs into memory.
+static ice_status need_move(struct lane *lane, struct shard *shard, const struct index_move *move)
+{
+    const ice_status to = lane_page_need(lane, shard, move->to.page);
+    const ice_status from = row_to_move(lane, move->from) ? ICE_OK : lane_page_need(lane, shard, move->from.page);
+    return from == ICE_PAGE_LOST || to == ICE_PAGE_LOST ? ICE_PAGE_LOST : from != ICE_OK ? from : to;
+}
+
+// A slice of the plan's copies. LANE_WAITS: pages are missing. Where room is short they are read for one move at a
+// time, so that one does not push out what another has read.
 static ice_status plan_copy_rows(struct lane *lane, struct shard *shard, const struct index_plan *plan)
 {
-    size_t bytes = lane_token_bytes(lane);
-    uint32_t rows = bytes < SERVER_MOVE_BYTES ? (uint32_t)(SERVER_MOVE_BYTES / bytes) : 1;
-    uint32_t until = min_u32(plan->move_count, lane->plan_moves + rows);
+    const size_t bytes = lane_token_bytes(lane);
+    const uint32_t rows = bytes < SERVER_MOVE_BYTES ? (uint32_t)(SERVER_MOVE_BYTES / bytes) : 1;
+    const uint32_t until = min_u32(plan->move_count, lane->plan_moves + rows);
     ice_status status = ICE_OK;
     for (uint32_t i = lane->plan_moves; i < until; i++) {
         const struct index_move *move = &plan->moves[i];
-        const ice_status from = lane_page_need(lane, shard, move->from.page),
-                         to = lane_page_need(lane, shard, move->to.page);
-        if (from == ICE_PAGE_LOST || to == ICE_PAGE_LOST)
-            return ICE_PAGE_LOST;
-        if (from != ICE_OK || to != ICE_OK)
-            status = LANE_WAITS; // all that are missing are read at once
+        const ice_status pages = need_move(lane, shard, move);
+        if (pages == ICE_PAGE_LOST)
+            return pages;
+        status = pages != ICE_OK ? pages : status;
+        if (status != ICE_OK && tier_is_short(shard->server))
+            break;
         if (status != ICE_OK)
-            continue;
+            continue; // all that are missing are read at once
         tier_change(shard, lane, move->to.page);
-        memcpy(lane_row(lane, move->to), lane_row(lane, move->from), bytes);
+        memcpy(lane_row(lane, move->to), row_to_move(lane, move->from), bytes);
         lane->plan_moves++;
     }
     return status;

@@ -386,11 +386,9 @@ static void free_tables(struct lane *lane)
 {
     index_release(lane, lane->pages, lane->page_capacity * sizeof *lane->pages);
     index_release(lane, lane->fresh_pages, lane->fresh_capacity * sizeof *lane->fresh_pages);
-    lane_release_memory(lane, lane->pinned_pages, lane->pinned_capacity * sizeof *lane->pinned_pages);
     lane->pages = NULL;
     lane->fresh_pages = NULL;
-    lane->pinned_pages = NULL;
-    lane->page_capacity = lane->fresh_capacity = lane->pinned_capacity = 0;
+    lane->page_capacity = lane->fresh_capacity = 0;
 }
 
 ice_status lane_need(struct lane *lane, struct shard *shard)

@@ -47,13 +47,11 @@ struct lane {
     bool lacks_room;                  // what waited last did so for room, not for the disk
     bool plan_runs;                   // a plan is pending and being carried out:
     uint32_t plan_frames, plan_moves; // so many of its new pages have frames, so many of its moves are done
-    uint32_t *pinned_pages;           // kept in memory: the index works with their rows
-    uint32_t pinned_count, pinned_capacity;
-    struct lane_rows *rows;   // or with copies of them
-    bool copying;             // the newest of which is not complete
-    uint32_t compared_tokens; // of a prepare that waits: so many overlapping tokens are known to be equal
-    uint32_t gathers;         // of this lane that wait for pages: no plan is committed meanwhile
-    bool damaged;             // a page that clustering needs is lost: it goes on without clustering
+    struct lane_rows *rows;           // copies that the index works with
+    bool copying;                     // the newest of which is not complete
+    uint32_t compared_tokens;         // of a prepare that waits: so many overlapping tokens are known to be equal
+    uint32_t gathers;                 // of this lane that wait for pages: no plan is committed meanwhile
+    bool damaged;                     // a page that clustering needs is lost: it goes on without clustering
     struct lane *due_previous, *due_next;
     _Atomic uint64_t indexed; // mirror of index_indexed for statistics
 };

@@ -1,17 +1,14 @@
 // Clustering of a lane: the index says what it needs and where rows go, here are the pages (lane.h). All functions run
 // on the shard that owns the lane.
 //
-// The index looks at the rows that it is given through many slices. Where there is room they stay where they are, their
-// pages pinned; pinned pages are a small part of the pool, so that they never keep others waiting. Elsewhere each page
-// is copied when it comes, so that clustering gets through a pool of a few pages. Nothing else of a plan is pinned: its
-// new pages may leave for the disk while it is carried out.
+// The index looks at the rows that it is given through many slices. Without a disk they stay where they are. With one
+// it gets copies, each made when its page comes: nothing is pinned, so that lanes never wait for each other's pages,
+// and clustering gets through a pool of a few pages. A plan's new pages may leave for the disk while it is carried out.
 #include "cached/lane_pages.h"
 
 #include "cached/server.h"
 
 #include <string.h>
-
-#define PINNED_SHARE 8u // of the pool is pinned at most, by all shards together
 
 // Copies of pages that the index was given in one go, in index memory.
 struct lane_rows {
@@ -30,42 +27,8 @@ static uint32_t min_u32(uint32_t a, uint32_t b)
 
 // ---- the rows that the index works with ----
 
-static struct tier *tier_of(const struct lane *lane)
-{
-    return &lane_server(lane)->shards[lane->shard].tier;
-}
-
-static bool pin_room(struct lane *lane, uint32_t more)
-{
-    const uint32_t wanted = lane->pinned_count + more;
-    if (wanted <= lane->pinned_capacity)
-        return true;
-    const uint32_t capacity = wanted + wanted / 2;
-    uint32_t *pages = lane_acquire_memory(lane, capacity * sizeof *pages);
-    if (!pages)
-        return false;
-    if (lane->pinned_pages)
-        memcpy(pages, lane->pinned_pages, lane->pinned_count * sizeof *pages);
-    lane_release_memory(lane, lane->pinned_pages, lane->pinned_capacity * sizeof *pages);
-    lane->pinned_pages = pages;
-    lane->pinned_capacity = capacity;
-    return true;
-}
-
-static void pin(struct lane *lane, uint32_t page)
-{
-    assert(lane->pinned_count < lane->pinned_capacity);
-    lane->pages[page].pins++;
-    lane->pinned_pages[lane->pinned_count++] = page;
-    tier_of(lane)->pinned_bytes += lane->sequence->frame_bytes;
-}
-
 void lane_release_rows(struct lane *lane)
 {
-    tier_of(lane)->pinned_bytes -= lane->pinned_count * lane->sequence->frame_bytes;
-    for (uint32_t i = 0; i < lane->pinned_count; i++)
-        lane->pages[lane->pinned_pages[i]].pins--;
-    lane->pinned_count = 0;
     lane->copying = false;
     for (struct lane_rows *rows; (rows = lane->rows) != NULL;) {
         lane->rows = rows->next;
@@ -73,36 +36,17 @@ void lane_release_rows(struct lane *lane)
     }
 }
 
-static bool are_in_memory(const struct lane *lane, const uint32_t *pages, uint32_t count)
-{
-    for (uint32_t i = 0; i < count; i++) {
-        if (!lane->pages[pages[i]].memory)
-            return false;
-    }
-    return true;
-}
-
-static bool may_pin(const struct lane *lane, uint32_t count)
-{
-    const struct server *server = lane_server(lane);
-    const uint64_t bytes = tier_of(lane)->pinned_bytes + count * lane->sequence->frame_bytes;
-    return !tier_serves(server) ||
-           (!tier_is_short(server) && bytes <= pool_capacity_bytes(server->pool) / PINNED_SHARE / server->shard_count);
-}
-
-static ice_status give_pinned(struct lane *lane, const uint32_t *pages, uint32_t count)
+// Where pages never leave.
+static ice_status give_places(struct lane *lane, const uint32_t *pages, uint32_t count)
 {
     const void **rows = lane_acquire_memory(lane, count * sizeof *rows);
-    const bool room = rows && pin_room(lane, count);
-    for (uint32_t i = 0; room && i < count; i++) {
+    if (!rows)
+        return ICE_INDEX_FULL;
+    for (uint32_t i = 0; i < count; i++)
         rows[i] = lane->pages[pages[i]].memory;
-        lane->pages[pages[i]].visited = 1;
-        pin(lane, pages[i]);
-    }
-    if (room)
-        index_rows_give(lane->index, rows, lane_token_bytes(lane));
+    index_rows_give(lane->index, rows, lane_token_bytes(lane));
     lane_release_memory(lane, rows, count * sizeof *rows);
-    return room ? ICE_OK : ICE_INDEX_FULL;
+    return ICE_OK;
 }
 
 static bool begin_copies(struct lane *lane, const uint32_t *pages, uint32_t count)
@@ -161,8 +105,8 @@ static enum lane_work rows_step(struct lane *lane, struct shard *shard)
     uint32_t count;
     index_rows_get(lane->index, &pages, &count);
     ice_status status = ICE_OK;
-    if (!lane->copying && may_pin(lane, count) && are_in_memory(lane, pages, count)) {
-        status = give_pinned(lane, pages, count);
+    if (!lane_server(lane)->disk) {
+        status = give_places(lane, pages, count);
     } else if (!lane->copying && !begin_copies(lane, pages, count)) {
         status = ICE_INDEX_FULL;
     } else {

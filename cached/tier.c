@@ -54,7 +54,12 @@ static void order_enter(struct shard *shard, struct lane *lane, uint32_t page)
     if (!books)
         return;
     const uint32_t number = book_of(shard->server, page_of(lane, page)->memory);
-    books[number] = (struct tier_book){lane, page, tier->newest, TIER_NONE};
+    struct tier_book *book = &books[number];
+    book->lane = lane;
+    book->page = page;
+    book->older = tier->newest;
+    book->newer = TIER_NONE;
+    atomic_store_explicit(&book->owner, shard->index + 1, memory_order_relaxed);
     if (tier->newest != TIER_NONE)
         books[tier->newest].newer = number;
     else
@@ -71,7 +76,8 @@ static void order_leave(struct shard *shard, const uint8_t *memory)
     if (!books)
         return;
     const uint32_t number = book_of(shard->server, memory);
-    const struct tier_book *book = &books[number];
+    struct tier_book *book = &books[number];
+    atomic_store_explicit(&book->owner, 0, memory_order_relaxed);
     if (tier->hand == number)
         tier->hand = book->newer;
     if (book->older != TIER_NONE)
@@ -205,6 +211,17 @@ bool tier_is_short(const struct server *server)
     return room_is_low(server, HIGH_SHARE);
 }
 
+static uint64_t slab_of(const struct server *server, const uint8_t *memory)
+{
+    return pool_offset(server->pool, memory) / POOL_SLAB_BYTES;
+}
+
+static bool is_given_up(const struct server *server, const uint8_t *memory)
+{
+    const uint32_t slab = pool_given_up(server->pool);
+    return slab != POOL_SLAB_NONE && slab == slab_of(server, memory);
+}
+
 static void write_ended(struct page_io *io, struct page *page)
 {
     struct server *server = io->shard->server;
@@ -222,7 +239,7 @@ static void write_ended(struct page_io *io, struct page *page)
         return;
     page->flags |= PAGE_CLEAN;
     page->checksum = io->checksum;
-    if (!page->visited && page->pins == 0 && room_is_low(server, HIGH_SHARE)) {
+    if (is_given_up(server, page->memory) || (!page->visited && room_is_low(server, HIGH_SHARE))) {
         drop_memory(io->shard, io->lane, page);
         atomic_fetch_add_explicit(&server->tier_stats.pages_evicted, 1, memory_order_relaxed);
     }
@@ -343,7 +360,7 @@ static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
         page->visited = 0;
         return false;
     }
-    if (page->pins > 0 || page->flags & PAGE_WRITING)
+    if (page->flags & PAGE_WRITING)
         return false;
     if (page->flags & PAGE_CLEAN) {
         drop_memory(shard, lane, page);
@@ -365,11 +382,25 @@ static uint32_t sweep(struct shard *shard, uint32_t wanted)
         const uint32_t number = tier->hand != TIER_NONE ? tier->hand : tier->oldest;
         if (number == TIER_NONE)
             break;
-        const struct tier_book book = shard->server->books[number];
-        tier->hand = book.newer; // also where the page goes: then it is the one behind it
-        freed += evict(shard, book.lane, book.page);
+        const struct tier_book *book = &shard->server->books[number];
+        tier->hand = book->newer; // also where the page goes: then it is the one behind it
+        freed += evict(shard, book->lane, book->page);
     }
     return freed;
+}
+
+// Pages of the shard that lie in the slab that frames of another size wait for leave it, used or not.
+static void empty_slab(struct shard *shard)
+{
+    struct server *server = shard->server;
+    const uint32_t slab = pool_given_up(server->pool), units = (uint32_t)(POOL_SLAB_BYTES / EXTENT_UNIT);
+    for (uint32_t i = 0; slab != POOL_SLAB_NONE && i < units; i++) {
+        struct tier_book *book = &server->books[slab * units + i];
+        if (atomic_load_explicit(&book->owner, memory_order_relaxed) != shard->index + 1)
+            continue;
+        page_of(book->lane, book->page)->visited = 0;
+        evict(shard, book->lane, book->page);
+    }
 }
 
 // Other shards hold most of the pool: each sweeps its own pages.
@@ -387,6 +418,7 @@ static void run_relief(struct task *task, void *thread)
     (void)task;
     struct shard *shard = thread;
     atomic_store_explicit(&shard->tier.relief_asked, false, memory_order_release);
+    empty_slab(shard);
     tier_balance(shard);
 }
 
@@ -407,6 +439,11 @@ uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reser
     for (int i = 0; i < 4 && !memory; i++) {
         if (sweep(shard, 8) > 0)
             memory = pool_acquire(server->pool, promised, bytes);
+    }
+    if (!memory) {
+        pool_want(server->pool, bytes);
+        empty_slab(shard);
+        memory = pool_acquire(server->pool, promised, bytes);
     }
     if (!memory) {
         shard->tier.starved = true;

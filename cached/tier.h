@@ -34,7 +34,6 @@ struct page {
     uint8_t *memory;   // NULL: not in memory
     uint64_t checksum; // of what the extent holds; clean pages only
     uint32_t extent;   // EXTENT_NONE: none, the memory is the only place
-    uint16_t pins;     // uses through several tasks, which keep it in memory
     uint8_t flags;     // enum page_flag
     uint8_t visited;   // used since the hand came by
 };
@@ -51,9 +50,10 @@ enum page_flag {
 
 // A place of the pool in the order of its shard. One for each EXTENT_UNIT of the pool, of which a frame uses its first.
 struct tier_book {
-    struct lane *lane;
+    struct lane *lane; // the owner's, as the rest
     uint32_t page;
-    uint32_t older, newer; // TIER_NONE at the ends
+    uint32_t older, newer;  // TIER_NONE at the ends
+    _Atomic uint32_t owner; // 1 + the shard in whose order it is, 0: none; any thread reads it
 };
 #define TIER_NONE UINT32_MAX
 
@@ -74,7 +74,6 @@ struct tier {
     bool balances;                 // keeps evicting until enough is free
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
-    uint64_t pinned_bytes;                            // frames of pages that are pinned
     uint32_t in_flight, writes;                       // ios in use; those that write
     uint32_t ahead_used, ahead_wasted, ahead_skipped; // of late: does reading ahead pay?
     struct disk_request *asked;                       // a chain that the disk does not have yet

@@ -1,6 +1,8 @@
 // What a load was told, held against what a daemon has after its restart.
 #include "load.h"
 
+#include "manifests.h"
+
 #include <dirent.h>
 #include <inttypes.h>
 #include <stdio.h>

@@ -53,7 +53,4 @@ void load_open(struct worker *worker, const struct daemon *daemon); // with a la
 void load_hashes(uint32_t document, uint8_t hashes[LOAD_BLOCKS_MAX][ICE_HASH_BYTES]);
 void load_history(struct history *history, uint32_t document);
 
-// Bytes of the spill file that the manifests in a folder name, each place once.
-uint64_t manifests_bytes(const char *folder, uint32_t *count);
-
 #endif

@@ -1,6 +1,8 @@
 // What a load was told, held against what a daemon has after its restart.
 #include "load.h"
 
+#include "manifests.h"
+
 #include <dirent.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -35,8 +37,9 @@ static void enter(struct load_ledger *ledger, const char *line)
         assert_true(ledger->count < LOAD_SEALS_MAX);
         ledger->seals[ledger->count++] = seal;
     } else if (sscanf(line, "sealed %" SCNu64 " %d", &id, &known) == 2) {
+        assert_true(ledger->count > 0);
         struct load_seal *last = &ledger->seals[ledger->count - 1];
-        assert_true(ledger->count > 0 && last->state == LOAD_SEALING);
+        assert_int_equal(last->state, LOAD_SEALING);
         last->id = id;
         last->state = LOAD_SEALED;
         if (known)
@@ -125,8 +128,8 @@ static void settle(struct load_ledger *ledger, const struct daemon *daemon)
                      seal->id);
         drop(ledger, seal);
     }
-    struct load_seal *last = &ledger->seals[ledger->count - 1];
-    if (ledger->count > 0 && last->state == LOAD_SEALING) {
+    struct load_seal *last = ledger->count > 0 ? &ledger->seals[ledger->count - 1] : NULL;
+    if (last && last->state == LOAD_SEALING) {
         if (listed.count == 1 && listed.tokens[0] == last->blocks * 16u) {
             last->id = listed.ids[0];
             last->state = LOAD_SEALED;

@@ -414,6 +414,21 @@ bool extents_claim(struct extents *extents, uint32_t extent, uint64_t bytes)
     return claimed;
 }
 
+uint32_t extents_holds(struct extents *extents, uint32_t extent)
+{
+    const uint32_t index = extent / SLAB_UNITS;
+    uint32_t holds = 0;
+    pthread_mutex_lock(&extents->lock);
+    const struct slab *slab = index < extents->slab_count ? &extents->slabs[index] : NULL;
+    if (slab && slab->book) {
+        const struct class *class = &extents->classes[slab->class_index];
+        const uint32_t place = extent % SLAB_UNITS / class->units;
+        holds = place < class->per_slab && extent % SLAB_UNITS % class->units == 0 ? slab->book->holds[place] : 0;
+    }
+    pthread_mutex_unlock(&extents->lock);
+    return holds;
+}
+
 void extents_usage(struct extents *extents, struct extents_usage *out)
 {
     pthread_mutex_lock(&extents->lock);

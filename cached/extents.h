@@ -48,6 +48,9 @@ void extents_release(struct extents *extents, const uint32_t *list, size_t count
 // extents of another size, is held too often, is promised to others, or where there is no memory.
 bool extents_claim(struct extents *extents, uint32_t extent, uint64_t bytes);
 
+// How often an extent is held, 0: it is free. A moment's value.
+uint32_t extents_holds(struct extents *extents, uint32_t extent);
+
 struct extents_usage {
     uint64_t capacity_bytes, used_bytes, used_extents;
 };

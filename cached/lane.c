@@ -178,6 +178,7 @@ static ice_status page_make(struct lane *lane, struct shard *shard, uint32_t pag
         if (extent != EXTENT_NONE)
             extents_release(server->extents, &extent, 1);
         lane->pages[page] = (struct page){0};
+        lane->lacks_room = true;
         return tier_serves(server) ? LANE_WAITS : ICE_POOL_FULL;
     }
     lane->pages[page].visited = 1;
@@ -201,7 +202,8 @@ static ice_status page_need(struct lane *lane, struct shard *shard, uint32_t pag
         return ICE_OK;
     if (lane_page_is_lost(lane, page))
         return ICE_PAGE_LOST;
-    tier_read(shard, lane, page);
+    if (!tier_read(shard, lane, page))
+        lane->lacks_room = true;
     return LANE_WAITS;
 }
 
@@ -302,97 +304,106 @@ static bool ensure_fresh(struct lane *lane, uint32_t capacity)
     return true;
 }
 
-// Makes every page of the places that is not there, and brings the others into memory. On failure none is kept.
-static ice_status make_pages(struct lane *lane, struct shard *shard, const struct index_place *places, uint32_t tokens)
+// Rows of places that lie in one page, from the first on.
+static uint32_t run_of(const struct index_place *places, uint32_t n)
 {
-    uint32_t page_tokens = (uint32_t)server_of(lane)->config->page_tokens;
-    if (!ensure_fresh(lane, tokens / page_tokens + 2))
-        return ICE_INDEX_FULL;
-    for (uint32_t i = 0; i < tokens; i++) {
-        const uint32_t page = places[i].page;
-        ice_status status;
-        if (page_is_used(lane, page)) {
-            status = page_need(lane, shard, page);
-        } else {
-            assert(lane->fresh_count < lane->fresh_capacity);
-            status = page_make(lane, shard, page, true);
-            if (status == ICE_OK)
-                lane->fresh_pages[lane->fresh_count++] = page;
-        }
-        if (status != ICE_OK) {
-            drop_fresh(lane, shard);
-            return status;
-        }
+    uint32_t run = 1;
+    while (run < n && places[run].page == places[0].page)
+        run++;
+    return run;
+}
+
+// The page of a prepared token, made where it is not there.
+static ice_status page_for(struct lane *lane, struct shard *shard, uint32_t page)
+{
+    if (page_is_used(lane, page))
+        return page_need(lane, shard, page);
+    assert(lane->fresh_count < lane->fresh_capacity);
+    const ice_status status = page_make(lane, shard, page, true);
+    if (status == ICE_OK)
+        lane->fresh_pages[lane->fresh_count++] = page;
+    return status;
+}
+
+static void store_rows(struct lane *lane, const struct lane_input *input, uint64_t from,
+                       const struct index_place *places, uint32_t n)
+{
+    const size_t bytes = lane->sequence->row_bytes;
+    for (uint32_t i = 0; i < n; i++) {
+        uint8_t *row = row_of(lane, places[i]);
+        memcpy(row, input->keys + (from + i) * input->stride_bytes, bytes);
+        memcpy(row + bytes, input->values + (from + i) * input->stride_bytes, bytes);
     }
-    for (uint32_t i = 0; i < tokens; i++) { // making the last of them may have pushed out an old one
-        if (!lane->pages[places[i].page].memory) {
-            drop_fresh(lane, shard);
-            return LANE_WAITS;
+}
+
+// Stores what the index has taken in, page by page, each as soon as it is in memory: no two of them need be there at
+// the same time. `skip`: tokens of the input before the prepared ones.
+static ice_status store_prepared(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
+{
+    struct index_place places[64];
+    while (lane->stored_tokens < lane->prepared_tokens) {
+        const uint32_t done = lane->stored_tokens, n = min_u32(lane->prepared_tokens - done, 64);
+        index_append_places(lane->index, input->first + skip + done, n, places);
+        for (uint32_t i = 0, run; i < n; i += run) {
+            run = run_of(places + i, n - i);
+            const ice_status status = page_for(lane, shard, places[i].page);
+            if (status != ICE_OK)
+                return status;
+            tier_change(shard, lane, places[i].page);
+            store_rows(lane, input, (uint64_t)skip + done + i, places + i, run);
+            lane->stored_tokens += run;
         }
     }
     return ICE_OK;
 }
 
-static void write_rows(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip,
-                       const struct index_place *places)
+static ice_status prepare_index(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
 {
-    const size_t bytes = lane->sequence->row_bytes;
-    uint32_t changed = UINT32_MAX;
-    for (uint32_t i = 0; i < input->tokens - skip; i++) {
-        if (places[i].page != changed)
-            tier_change(shard, lane, changed = places[i].page);
-        uint8_t *row = row_of(lane, places[i]);
-        memcpy(row, input->keys + (skip + i) * input->stride_bytes, bytes);
-        memcpy(row + bytes, input->values + (skip + i) * input->stride_bytes, bytes);
-    }
-}
-
-static ice_status prepare_rest(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
-{
-    uint32_t tokens = input->tokens - skip;
+    const uint32_t tokens = input->tokens - skip, page_tokens = (uint32_t)server_of(lane)->config->page_tokens;
     struct index_place *places =
         shard_scratch(shard, (void **)&shard->places, &shard->places_bytes, tokens * sizeof *places);
     if (!places)
         return ICE_NO_MEMORY;
     ice_status status = ensure_index(lane);
+    if (status == ICE_OK && !ensure_fresh(lane, tokens / page_tokens + 2))
+        status = ICE_INDEX_FULL;
     if (status != ICE_OK)
         return status;
     const uint8_t *keys = input->keys + skip * input->stride_bytes;
     status = status_of(index_append_prepare(lane->index, keys, input->stride_bytes, tokens, places));
-    if (status != ICE_OK)
-        return status;
-    status = make_pages(lane, shard, places, tokens);
-    if (status != ICE_OK) {
-        index_append_drop(lane->index);
-        return status;
-    }
-    write_rows(lane, shard, input, skip, places);
-    lane->prepared_tokens = tokens;
-    return ICE_OK;
+    if (status == ICE_OK)
+        lane->prepared_tokens = tokens;
+    return status;
 }
 
 ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lane_input *input)
 {
-    assert(lane->prepared_tokens == 0 && lane->fresh_count == 0);
-    uint64_t length = lane_length(lane);
+    const uint64_t length = lane_length(lane);
     if (input->first > length)
         return ICE_POSITION_GAP;
-    uint64_t overlap = length - input->first;
-    uint32_t skip = overlap < input->tokens ? (uint32_t)overlap : input->tokens;
-    ice_status status = compare_stored(lane, shard, input, skip);
-    if (status == ICE_OK && skip < input->tokens)
-        status = prepare_rest(lane, shard, input, skip);
-    if (status != LANE_WAITS)
-        lane->compared_tokens = 0;
+    const uint64_t overlap = length - input->first;
+    const uint32_t skip = overlap < input->tokens ? (uint32_t)overlap : input->tokens;
+    ice_status status = ICE_OK;
+    lane->lacks_room = false;
+    if (lane->prepared_tokens == 0) {
+        status = compare_stored(lane, shard, input, skip);
+        if (status == ICE_OK && skip < input->tokens)
+            status = prepare_index(lane, shard, input, skip);
+    }
+    if (status == ICE_OK)
+        status = store_prepared(lane, shard, input, skip);
+    if (status != ICE_OK && status != LANE_WAITS)
+        lane_drop(lane, shard);
     return status;
 }
 
 void lane_commit(struct lane *lane, struct shard *shard)
 {
-    lane->fresh_count = 0;
+    assert(lane->stored_tokens == lane->prepared_tokens);
+    lane->fresh_count = lane->compared_tokens = 0;
     if (lane->prepared_tokens == 0)
         return;
-    lane->prepared_tokens = 0;
+    lane->prepared_tokens = lane->stored_tokens = 0;
     index_append_commit(lane->index);
     shard_lane_due(shard, lane);
 }
@@ -402,7 +413,7 @@ void lane_drop(struct lane *lane, struct shard *shard)
     lane->compared_tokens = 0;
     if (lane->prepared_tokens == 0)
         return;
-    lane->prepared_tokens = 0;
+    lane->prepared_tokens = lane->stored_tokens = 0;
     drop_fresh(lane, shard);
     index_append_drop(lane->index);
 }

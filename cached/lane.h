@@ -41,7 +41,9 @@ struct lane {
     uint32_t page_capacity;
     uint32_t *fresh_pages; // pages made by the prepared append
     uint32_t fresh_count, fresh_capacity;
-    uint32_t prepared_tokens;
+    uint32_t prepared_tokens;         // that the index has taken in, of which
+    uint32_t stored_tokens;           // so many have their rows: fewer while the append waits for pages or room
+    bool lacks_room;                  // what waited last did so for room, not for the disk
     bool plan_runs;                   // a plan is pending and being carried out:
     uint32_t plan_frames, plan_moves; // so many of its new pages have frames, so many of its moves are done
     uint32_t *pinned_pages;           // kept in memory for the build: the rows that it was given, its plan's new pages
@@ -66,8 +68,10 @@ struct lane_input {
 #define LANE_WAITS ((ice_status)0x7fff)
 
 // Compares what overlaps with stored tokens, checks and stores the rest. On success the lane holds a prepared append
-// (maybe an empty one) until lane_commit or lane_drop. On failure nothing has changed. LANE_WAITS also instead of
-// ICE_POOL_FULL, as long as pages can leave for the disk.
+// (maybe an empty one) until lane_commit or lane_drop. On failure nothing has changed. LANE_WAITS, also instead of
+// ICE_POOL_FULL as long as pages can leave for the disk: call again with the same input, which goes on where this call
+// stopped, or lane_drop. What has been stored by then may leave for the disk again, so that an append of any length
+// gets through a pool of a few pages.
 ICE_MUST_CHECK ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lane_input *input);
 void lane_commit(struct lane *lane, struct shard *shard);
 void lane_drop(struct lane *lane, struct shard *shard);

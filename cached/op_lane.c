@@ -466,8 +466,8 @@ static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
         return;
     }
     if (phase == PHASE_PREPARE && awake && status != ICE_OK)
-        lane_drop(part->lane, shard); // forgets how far a prepare that waited had come
-    finish(part, status != LANE_WAITS ? status : awake ? ICE_POOL_FULL : ICE_TIMEOUT);
+        lane_drop(part->lane, shard); // as far as a prepare that waited had come
+    finish(part, status != LANE_WAITS ? status : awake && part->lane->lacks_room ? ICE_POOL_FULL : ICE_TIMEOUT);
 }
 
 void op_lane_run(struct task *task, void *thread)

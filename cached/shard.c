@@ -209,24 +209,27 @@ static uint64_t wait_of(struct shard *shard, bool busy)
     return until_ns > now_ns ? until_ns - now_ns : 1;
 }
 
+bool shard_round(struct shard *shard, bool may_wait)
+{
+    bool stopped;
+    bool build = can_build(shard);
+    go_on_with_waiting(shard); // first: what has come must not be pushed out again
+    bool sweeps = tier_balance(shard);
+    go_on_with_images(shard);
+    tier_submit(shard);
+    const uint64_t wait_ns = may_wait ? wait_of(shard, build || sweeps) : 0;
+    struct task *task = task_queue_pop(&shard->queue, wait_ns, &stopped);
+    if (task)
+        task->run(task, shard);
+    else if (!stopped && build)
+        build_slice(shard);
+    return task || !stopped;
+}
+
 static void *shard_main(void *argument)
 {
-    struct shard *shard = argument;
-    for (;;) {
-        bool stopped;
-        bool build = can_build(shard);
-        go_on_with_waiting(shard); // first: what has come must not be pushed out again
-        bool sweeps = tier_balance(shard);
-        go_on_with_images(shard);
-        tier_submit(shard);
-        struct task *task = task_queue_pop(&shard->queue, wait_of(shard, build || sweeps), &stopped);
-        if (task)
-            task->run(task, shard);
-        else if (stopped)
-            break;
-        else if (build)
-            build_slice(shard);
-    }
+    while (shard_round(argument, true))
+        ;
     return NULL;
 }
 
@@ -242,7 +245,7 @@ static void scratch_release(void *owner, void *memory, size_t bytes)
     env->release(env, memory, bytes);
 }
 
-int shard_start(struct server *server, struct shard *shard, uint32_t index)
+int shard_init(struct server *server, struct shard *shard, uint32_t index)
 {
     *shard = (struct shard){.server = server, .index = index, .look_again_ns = UINT64_MAX};
     int error = tier_init(shard);
@@ -256,9 +259,19 @@ int shard_start(struct server *server, struct shard *shard, uint32_t index)
     task_queue_init(&shard->queue);
     arena_init(&shard->arena, server->env);
     const struct index_allocator allocator = {scratch_acquire, scratch_release, server->env};
-    error = index_search_create(&allocator, &shard->search) != INDEX_OK
-                ? ENOMEM
-                : pthread_create(&shard->thread, NULL, shard_main, shard);
+    if (index_search_create(&allocator, &shard->search) != INDEX_OK) {
+        shard_fini(shard);
+        return -ENOMEM;
+    }
+    return 0;
+}
+
+int shard_start(struct server *server, struct shard *shard, uint32_t index)
+{
+    int error = shard_init(server, shard, index);
+    if (error)
+        return error;
+    error = pthread_create(&shard->thread, NULL, shard_main, shard);
     if (error) {
         shard_fini(shard);
         return -error;

@@ -40,8 +40,12 @@ struct shard {
     uint64_t look_again_ns; // the earliest of their deadlines
 };
 
-// 0 or -errno.
+// 0 or -errno. init makes a shard without a thread, whose rounds somebody else calls.
+int shard_init(struct server *server, struct shard *shard, uint32_t index);
 int shard_start(struct server *server, struct shard *shard, uint32_t index);
+// What the thread does over and over: goes on with what waits, then runs one task or a slice of clustering. False: the
+// queue is empty and stopped.
+bool shard_round(struct shard *shard, bool may_wait);
 void shard_stop(struct shard *shard); // runs what is queued, joins
 void shard_fini(struct shard *shard); // after all I/O has ended
 // Shard thread: the lane may have clustering to do.

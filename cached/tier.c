@@ -18,16 +18,6 @@
 #define LOW_SHARE  32u // of the pool is kept free: evicting begins below 1/32
 #define HIGH_SHARE 16u // and ends at 1/16
 
-struct page_io {
-    struct disk_request request;
-    struct page_io *next; // among the free, or the done
-    struct shard *shard;
-    struct lane *lane; // NULL: the page is gone
-    uint32_t page, extent;
-    uint64_t checksum; // wanted, or written
-    bool matches;      // what was read
-};
-
 // The extent is part of it, so that another extent's bytes are found out too.
 static uint64_t checksum_of(const void *memory, size_t bytes, uint32_t extent)
 {

@@ -26,7 +26,6 @@
 #define TIER_SCAN_MAX   1024u // pages that one call looks at for something to evict: 0.1 to 0.2 ms
 
 struct lane;
-struct page_io;
 struct server;
 struct shard;
 
@@ -57,6 +56,17 @@ struct tier_book {
     uint32_t older, newer; // TIER_NONE at the ends
 };
 #define TIER_NONE UINT32_MAX
+
+// A page on its way, its memory in the request.
+struct page_io {
+    struct disk_request request;
+    struct page_io *next; // among the free, or the done
+    struct shard *shard;
+    struct lane *lane; // NULL: the page is gone
+    uint32_t page, extent;
+    uint64_t checksum; // wanted, or written
+    bool matches;      // what was read
+};
 
 struct tier {
     uint32_t oldest, newest, hand; // books

@@ -125,6 +125,14 @@ refused:
     return status;
 }
 
+void index_append_places(const struct index *index, uint64_t first, uint32_t n, struct index_place *places)
+{
+    assert(index->preparing && first >= index->length && first + n <= (uint64_t)index->length + index->prepared);
+    for (uint32_t i = 0; i < n; i++) {
+        places[i] = dci_place_of(index, (uint32_t)first + i);
+    }
+}
+
 void index_append_commit(struct index *index)
 {
     assert(index->preparing);

@@ -112,12 +112,15 @@ static void io_done(struct disk_request *request)
     if (request->op == DISK_READ && request->result == 0)
         io->matches = checksum_of(request->memory, request->bytes, io->extent) == io->checksum;
     pthread_mutex_lock(&tier->lock);
+    struct shard *shard = io->shard; // which may take the page_io back once the lock is free
     const bool first = !tier->done;
     io->next = tier->done;
     tier->done = io;
-    if (first)
-        task_queue_push(&io->shard->queue, TASK_DECODE, &tier->done_task);
     pthread_mutex_unlock(&tier->lock);
+    // Not under the lock, which the shard wants as soon as it runs. The task is not in the queue: it runs once for each
+    // time that something is done again, and empties the list.
+    if (first)
+        task_queue_push(&shard->queue, TASK_DECODE, &tier->done_task);
 }
 
 static struct page_io *io_take(struct tier *tier)

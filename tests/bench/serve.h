@@ -102,7 +102,8 @@ struct serve_room { // what it may use
 struct serve_stats {
     uint64_t pages, pool_bytes; // of all sequences; in memory
     uint64_t pages_read, retrieves;
-    bool direct; // past the page cache
+    uint64_t cpu_ns; // of the process
+    bool direct;     // past the page cache
 };
 // `work` holds its sockets and log, `disk` its spill file; both end in `number`. program: NULL: beside this one.
 bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const char *work, const char *disk,

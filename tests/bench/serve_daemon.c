@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define READY_WAIT_NS (60ull * 1000000000u)
@@ -102,6 +103,17 @@ bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const 
     return process_start(&daemon->process, arguments, daemon->log) && wait_ready(daemon);
 }
 
+// 0 where the kernel does not say.
+static uint64_t cpu_ns_of(pid_t pid)
+{
+    clockid_t clock;
+    struct timespec time = {0};
+    if (clock_getcpuclockid(pid, &clock) == 0) {
+        (void)clock_gettime(clock, &time);
+    }
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
 bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out)
 {
     Icecache__Wire__Reply *reply;
@@ -111,6 +123,7 @@ bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out)
     }
     const Icecache__Wire__StatsReply *stats = reply->stats;
     *out = (struct serve_stats){
+        .cpu_ns = cpu_ns_of(daemon->process.pid),
         .retrieves = stats->retrieves,
         .pages_read = stats->spill != NULL ? stats->spill->pages_read : 0,
         .direct = stats->spill != NULL && stats->spill->direct,

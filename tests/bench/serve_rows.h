@@ -19,7 +19,7 @@ struct serve_set {
     uint32_t tokens, workers;
     double ram_cap; // 0: none
     bool builds;
-    struct samples p50, p99, p999, mean, queue, search, fetch, copy, wire, per_s, slowest, kept, resident;
+    struct samples p50, p99, p999, mean, queue, search, fetch, copy, wire, per_s, slowest, kept, resident, cpu_us;
     struct samples pages_read, device_p50, device_p99, over_device, mean_over_device;
     double bytes_moved; // by one retrieve
     uint64_t retrieves, partial, wrong_rows;

@@ -171,6 +171,7 @@ static void *shard_main(void *argument)
         go_on_with_waiting(shard); // first: what has come must not be pushed out again
         bool sweeps = tier_balance(shard);
         go_on_with_images(shard);
+        tier_submit(shard);
         struct task *task = task_queue_pop(&shard->queue, wait_of(shard, build || sweeps), &stopped);
         if (task)
             task->run(task, shard);

@@ -149,7 +149,16 @@ static void io_start(struct shard *shard, struct page_io *io, enum disk_op op, s
         .op = op, .offset = extent_offset(page->extent), .memory = memory, .bytes = bytes, .done = io_done};
     page->flags |= op == DISK_READ ? PAGE_READING : PAGE_WRITING;
     shard->tier.writes += op == DISK_WRITE;
-    disk_submit(shard->server->disk, &io->request);
+    io->request.next = shard->tier.asked;
+    shard->tier.asked = &io->request;
+}
+
+void tier_submit(struct shard *shard)
+{
+    struct disk_request *asked = shard->tier.asked;
+    shard->tier.asked = NULL;
+    if (asked)
+        disk_submit(shard->server->disk, asked);
 }
 
 static void read_ended(struct page_io *io, struct page *page)
@@ -439,6 +448,7 @@ int tier_init(struct shard *shard)
 void tier_fini(struct shard *shard)
 {
     struct tier *tier = &shard->tier;
+    assert(!tier->asked);
     if (tier->ios)
         end_all(shard);
     shard->server->env->release(shard->server->env, tier->ios, TIER_IO_MAX * sizeof *tier->ios);

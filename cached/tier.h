@@ -60,8 +60,9 @@ struct tier {
     uint32_t oldest, newest, hand; // books
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
-    uint32_t writes; // in flight
-    bool starved;    // something waits for room; look again soon
+    uint32_t writes;            // in flight
+    struct disk_request *asked; // a chain that the disk does not have yet
+    bool starved;               // something waits for room; look again soon
     struct task done_task, relief_task;
     _Atomic bool relief_asked;
     pthread_mutex_t lock;
@@ -96,6 +97,9 @@ void tier_change(struct shard *shard, struct lane *lane, uint32_t page);
 bool tier_read(struct shard *shard, struct lane *lane, uint32_t page);
 // Starts writing a dirty page. False: it cannot be now (no room for it on the disk, or too much is on its way).
 bool tier_write(struct shard *shard, struct lane *lane, uint32_t page);
+// Hands what was started since the last call to the disk, in one piece: one wake-up of its thread and one system call
+// for the pages of a selection. After each task, and before the shard sleeps.
+void tier_submit(struct shard *shard);
 // Keeps some of the pool free. One slice; true where more is to be done at once.
 bool tier_balance(struct shard *shard);
 

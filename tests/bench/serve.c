@@ -67,7 +67,7 @@ static struct serve_room room_of(const struct serve *serve, uint32_t sequences, 
     const uint64_t landing = (uint64_t)job->layers * job->kv_heads * serve_slots(job) * 3 * serve_row_bytes(job);
     const uint64_t pool = cap > 0 && cap < 1 ? (uint64_t)(cap * (double)serve->all_bytes) : 2 * bytes + (16u << 20);
     return (struct serve_room){
-        .pool_bytes = (pool + POOL_STEP - 1) / POOL_STEP * POOL_STEP,
+        .pool_bytes = pool < POOL_STEP ? POOL_STEP : (pool + POOL_STEP / 2) / POOL_STEP * POOL_STEP,
         .index_bytes = keys * INDEX_BYTES + (64u << 20),
         .shared_bytes = (sequences + 1) * (landing + SHARED_SPARE),
         .spill_bytes = 4 * bytes + (64u << 20),

@@ -31,7 +31,8 @@ struct stage {
     struct serve_daemon daemon;
     struct process workers[SERVE_WORKERS_MAX], builder;
     uint32_t worker_count;
-    double cap; // 0: none
+    double cap;     // 0: none
+    double ready_s; // from the first append until no clustering was due, the slowest worker's
 };
 
 struct serve {
@@ -85,7 +86,7 @@ static bool start_worker(struct serve *serve, struct stage *stage, struct proces
     return process_start_role(process, "worker", NULL) && process_write(process, &job, sizeof job);
 }
 
-static bool wait_worker(const struct process *process, bool builds, const struct stage *stage)
+static bool wait_worker(const struct process *process, bool builds, struct stage *stage)
 {
     struct serve_answer answer;
     if (!process_read(process, &answer, sizeof answer)) {
@@ -95,6 +96,8 @@ static bool wait_worker(const struct process *process, bool builds, const struct
         (void)fprintf(stderr, "icecache-bench: serve: share %g: clustering has not ended, up to token %u it has\n",
                       stage->cap, answer.indexed);
     }
+    const double s = 1e-9 * (double)(answer.ended_ns - answer.begun_ns);
+    stage->ready_s = s > stage->ready_s ? s : stage->ready_s;
     return true;
 }
 
@@ -178,6 +181,7 @@ static bool run_set(struct serve *serve, struct stage *stage, struct serve_set *
             return false;
         }
     }
+    set->ready_s = stage->ready_s;
     samples_add(&set->resident,
                 (double)round.after.pool_bytes / (double)(round.after.pages * serve_frame_bytes(&serve->job)));
     return serve_set_add(set, &round);
@@ -203,6 +207,8 @@ static struct stage *stage_of(struct serve *serve, uint32_t set)
 // A round that is not counted warms the pools up, then each round goes through all sets, none always the first.
 static bool run_rounds(struct serve *serve)
 {
+    (void)fprintf(stderr, "icecache-bench: serve: %s: everything is clustered, %u rounds\n", serve->data,
+                  serve->options->rounds);
     for (uint32_t s = 0; s < serve->stage_count; s++) {
         struct serve_round round = {0};
         if (!run_workers(serve, &serve->stages[s], serve->workers_max, &round)) {

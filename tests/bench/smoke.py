@@ -24,7 +24,8 @@ COPY_KEYS = {"path", "bytes", "pieces", "us", "gb_per_s"}
 SPILL_KEYS = {"engine", "op", "depth", "page_bytes", "pages_per_s", "pages_per_s_min", "pages_per_s_max",
               "cpu_us_per_page", "p50_us", "p99_us"}
 SERVE_KEYS = {"method", "data", "tokens", "workers", "sequences", "class", "building", "retrieve_us", "phase_us", "per_s",
-              "bytes_moved", "resident_share", "slowest_over_mean", "kept_share", "daemon_cpu_us", "partial", "wrong_rows"}
+              "bytes_moved", "resident_share", "slowest_over_mean", "ready_s", "kept_share", "daemon_cpu_us",
+              "partial", "wrong_rows"}
 SERVE_BASES = ["raw-zmq", "ring", "memcpy"]
 TREES = ("tree", "tree-promotion")
 SEARCH_RATIOS = {"tree_over_i8_at_0.95", "tree_over_best_peer_at_0.95", "tree_over_i8_at_share_0.98"}
@@ -177,7 +178,7 @@ def check_serve(result, workers, heads, slot_bytes):
         check(set(phases) == {"queue", "search", "fetch", "copy", "wire"}, f"phases: {phases}")
         check(0 < phases["search"] < row["retrieve_us"]["p50_max"] and phases["wire"] > 0, f"phases: {phases}")
         check(1 <= row["slowest_over_mean"] <= row["workers"] and 0 < row["kept_share"] < 1, f"serve: {row}")
-        check(row["daemon_cpu_us"] > 0, f"serve: {row}")
+        check(row["daemon_cpu_us"] > 0 and 0 < row["ready_s"] < 60, f"serve: {row}")
     (ratio,) = result["ratios"].values()
     check(ratio["overhead_over_raw_zmq"] > 0, f"ratios of serve: {ratio}")
     return rows, ratio

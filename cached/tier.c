@@ -397,7 +397,7 @@ static void leave_to_io(struct shard *shard, struct lane *lane, uint32_t number)
             return;
         }
     }
-    assert(!"a page on its way has a page_io");
+    assert(false && "a page on its way has a page_io");
 }
 
 void tier_forget(struct shard *shard, struct lane *lane, uint32_t number)

@@ -290,21 +290,26 @@ static uint32_t extent_take(struct extents *extents, struct class *class, uint32
     return index * SLAB_UNITS + place * class->units;
 }
 
+// With the lock.
+static uint32_t acquire(struct extents *extents, struct extents_reservation *reservation, uint64_t bytes)
+{
+    struct class *class = class_of(extents, bytes);
+    const bool promised = class && reservation && reservation->rest > 0;
+    if (!class || (!promised && !can_take(extents, class, class->free == 0)))
+        return EXTENT_NONE;
+    if (class->free == 0)
+        slab_add(extents, class, extents->free_slab);
+    if (promised) {
+        reservation->rest--;
+        class->promised--;
+    }
+    return extent_take(extents, class, class->partial, first_free(extents->slabs[class->partial].book));
+}
+
 uint32_t extents_acquire(struct extents *extents, struct extents_reservation *reservation, uint64_t bytes)
 {
-    uint32_t extent = EXTENT_NONE;
     pthread_mutex_lock(&extents->lock);
-    struct class *class = class_of(extents, bytes);
-    bool promised = class && reservation && reservation->rest > 0;
-    if (class && (promised || can_take(extents, class, class->free == 0))) {
-        if (class->free == 0)
-            slab_add(extents, class, extents->free_slab);
-        extent = extent_take(extents, class, class->partial, first_free(extents->slabs[class->partial].book));
-        if (promised) {
-            reservation->rest--;
-            class->promised--;
-        }
-    }
+    const uint32_t extent = acquire(extents, reservation, bytes);
     pthread_mutex_unlock(&extents->lock);
     return extent;
 }
@@ -376,6 +381,18 @@ void extents_release(struct extents *extents, const uint32_t *list, size_t count
         if (list[i] != EXTENT_NONE)
             extent_release(extents, list[i]);
     pthread_mutex_unlock(&extents->lock);
+}
+
+uint32_t extents_own(struct extents *extents, uint32_t extent, uint64_t bytes)
+{
+    uint32_t place = 0, own = extent;
+    pthread_mutex_lock(&extents->lock);
+    if (slab_of(extents, extent, &place)->book->holds[place] > 1) {
+        own = acquire(extents, NULL, bytes);
+        extent_release(extents, extent);
+    }
+    pthread_mutex_unlock(&extents->lock);
+    return own;
 }
 
 static bool claim(struct extents *extents, uint32_t extent, uint64_t bytes)

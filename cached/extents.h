@@ -44,6 +44,9 @@ uint32_t extents_acquire(struct extents *extents, struct extents_reservation *re
 // Holds or gives up each of `count` extents once more; EXTENT_NONE entries are skipped.
 void extents_hold(struct extents *extents, const uint32_t *list, size_t count);
 void extents_release(struct extents *extents, const uint32_t *list, size_t count);
+// An extent of the caller alone in place of one that it holds: the same where nobody else holds it, else another, taken
+// without a promise; EXTENT_NONE where there is none. The hold is given up then.
+uint32_t extents_own(struct extents *extents, uint32_t extent, uint64_t bytes);
 // Start-up: takes an extent that a sealed prefix names, or holds it once more. False where it lies outside, across the
 // extents of another size, is held too often, is promised to others, or where there is no memory.
 bool extents_claim(struct extents *extents, uint32_t extent, uint64_t bytes);

@@ -63,6 +63,7 @@ struct image_save {
     struct op_lane *part; // NULL: none
     struct image *image;  // NULL: pages are still being written
     uint32_t page;        // pages below are clean
+    bool settles;         // a lane of the same request has waited for its clustering already
     uint64_t settle_until_ns;
     uint64_t at; // bytes of the image that are in pieces
     uint64_t tree_bytes;

@@ -239,9 +239,7 @@ bool image_load_step(struct shard *shard)
     struct image_buffer *buffer = &load->buffers[load->next_feed % IMAGE_BUFFERS];
     if (goes_on && load->next_feed < load->next_read && buffer->read) {
         buffer->read = false;
-        load->lane->building = true; // its memory is promised to nobody
         load->status = feed_piece(load, buffer);
-        load->lane->building = false;
     }
     if (load->lane && load->status == ICE_OK && load->next_feed < load->image->piece_count) {
         read_ahead(load, shard);

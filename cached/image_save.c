@@ -13,7 +13,7 @@
 #include <assert.h>
 #include <string.h>
 
-#define SETTLE_NS       (10ull * 1000000000u) // after which a lane is saved with the tail that it has
+#define SETTLE_NS       (10ull * 1000000000u) // after which a request's lanes are saved with the tails that they have
 #define PIECES_PER_STEP 2u
 
 enum { HEADER_BYTES = 32, ENTRY_BYTES = 16 };
@@ -124,8 +124,9 @@ static bool settles(struct image_save *save, struct shard *shard)
 {
     struct lane *lane = save->part->lane;
     const uint64_t now_ns = env_now_ns(shard->server->env);
-    if (save->settle_until_ns == 0)
+    if (!save->settles) // all lanes of a request have that time together
         save->settle_until_ns = now_ns + SETTLE_NS;
+    save->settles = true;
     if (lane->due && now_ns < save->settle_until_ns) {
         shard_look_again(shard, now_ns + SERVER_STARVED_RETRY_NS);
         return true;
@@ -212,6 +213,8 @@ static void end(struct image_save *save, struct shard *shard)
         image_destroy(shard->server, save->image);
     save->part = NULL;
     save->image = NULL;
+    const struct op_lane *next = shard->images.saves;
+    save->settles = save->settles && next && next->op == part->op;
     op_lane_finish(part, shard, status);
 }
 
@@ -228,18 +231,22 @@ static void take_next(struct images *images)
     save->image = NULL;
     save->status = ICE_OK;
     save->page = save->next_piece = 0;
-    save->settle_until_ns = save->at = 0;
+    save->at = 0;
 }
 
-void images_save(struct shard *shard, struct op_lane *part)
+static void queue_push(struct images *images, struct op_lane *part)
 {
-    struct images *images = &shard->images;
     part->parked_next = NULL;
     if (images->saves_tail)
         images->saves_tail->parked_next = part;
     else
         images->saves = part;
     images->saves_tail = part;
+}
+
+void images_save(struct shard *shard, struct op_lane *part)
+{
+    queue_push(&shard->images, part);
     shard->images_due = true;
 }
 
@@ -273,8 +280,24 @@ static bool advance(struct image_save *save, struct shard *shard)
     return !done && save->flying < IMAGE_BUFFERS;
 }
 
+// Who waits behind another sequence's lane and is not wanted any more ends at once.
+static void end_cancelled(struct shard *shard)
+{
+    struct images *images = &shard->images;
+    struct op_lane *part = images->saves;
+    images->saves = images->saves_tail = NULL;
+    for (struct op_lane *next; part; part = next) {
+        next = part->parked_next;
+        if (atomic_load_explicit(&part->op->cancelled, memory_order_relaxed))
+            op_lane_finish(part, shard, ICE_UNKNOWN_SESSION);
+        else
+            queue_push(images, part);
+    }
+}
+
 bool image_save_step(struct shard *shard)
 {
+    end_cancelled(shard);
     take_next(&shard->images);
     return shard->images.save.part && advance(&shard->images.save, shard);
 }

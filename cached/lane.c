@@ -6,23 +6,13 @@
 // Invariants: a page is in the table from the moment the index names it (prepare, plan) until its last row is gone; it
 // is in memory, or on the disk (tier.h). An append or plan that fails gives its pages back before it returns, so the
 // lane is as it was.
-#include "cached/lane.h"
+#include "cached/lane_pages.h"
 
 #include "cached/log.h"
 #include "cached/server.h"
 
 #include <assert.h>
 #include <string.h>
-
-static struct server *server_of(const struct lane *lane)
-{
-    return lane->sequence->server;
-}
-
-static size_t token_bytes(const struct lane *lane)
-{
-    return 2 * lane->sequence->row_bytes;
-}
 
 static uint32_t min_u32(uint32_t a, uint32_t b)
 {
@@ -51,9 +41,9 @@ static bool may_grow(struct server *server)
 static void *index_acquire(void *owner, size_t bytes)
 {
     struct lane *lane = owner;
-    struct server *server = server_of(lane);
+    struct server *server = lane_server(lane);
     struct arena *arena = &server->shards[lane->shard].arena;
-    struct reservation *promised = lane->building ? NULL : &lane->sequence->index_promised;
+    struct reservation *promised = lane->appending ? &lane->sequence->index_promised : NULL;
     const size_t taken = arena_block_bytes(arena, bytes);
     if (arena_grows(arena, bytes) && budget_rest(&server->index_budget, promised) < taken && !may_grow(server))
         return NULL;
@@ -71,7 +61,7 @@ static void *index_acquire(void *owner, size_t bytes)
 static void index_release(void *owner, void *memory, size_t bytes)
 {
     struct lane *lane = owner;
-    struct server *server = server_of(lane);
+    struct server *server = lane_server(lane);
     struct arena *arena = &server->shards[lane->shard].arena;
     if (!memory)
         return;
@@ -149,24 +139,18 @@ static bool ensure_page_table(struct lane *lane, uint32_t page)
     return true;
 }
 
-static bool page_is_used(const struct lane *lane, uint32_t page)
-{
-    return page < lane->page_capacity && lane->pages[page].flags & PAGE_USED;
-}
-
 bool lane_page_is_lost(const struct lane *lane, uint32_t page)
 {
     return lane->pages[page].flags & PAGE_LOST;
 }
 
-// Memory for a new page and, where there is a disk, its extent.
-static ice_status page_make(struct lane *lane, struct shard *shard, uint32_t page, bool promised)
+ice_status lane_page_make(struct lane *lane, struct shard *shard, uint32_t page, bool promised)
 {
-    struct server *server = server_of(lane);
+    struct server *server = lane_server(lane);
     struct sequence *sequence = lane->sequence;
     if (!ensure_page_table(lane, page))
         return ICE_INDEX_FULL;
-    assert(!page_is_used(lane, page));
+    assert(!lane_page_is_used(lane, page));
     uint32_t extent = EXTENT_NONE;
     if (tier_serves(server)) {
         extent = extents_acquire(server->extents, promised ? &sequence->extents_promised : NULL, sequence->frame_bytes);
@@ -186,17 +170,16 @@ static ice_status page_make(struct lane *lane, struct shard *shard, uint32_t pag
     return ICE_OK;
 }
 
-static void page_drop(struct lane *lane, struct shard *shard, uint32_t page)
+void lane_page_drop(struct lane *lane, struct shard *shard, uint32_t page)
 {
-    assert(page_is_used(lane, page));
+    assert(lane_page_is_used(lane, page));
     tier_forget(shard, lane, page);
     atomic_fetch_sub_explicit(&lane->sequence->page_count, 1, memory_order_relaxed);
 }
 
-// Brings a page into memory. ICE_OK: it is there; LANE_WAITS: it is on its way, or will be; ICE_PAGE_LOST.
-static ice_status page_need(struct lane *lane, struct shard *shard, uint32_t page)
+ice_status lane_page_need(struct lane *lane, struct shard *shard, uint32_t page)
 {
-    assert(page_is_used(lane, page));
+    assert(lane_page_is_used(lane, page));
     lane->pages[page].visited = 1;
     if (lane->pages[page].memory)
         return ICE_OK;
@@ -205,44 +188,6 @@ static ice_status page_need(struct lane *lane, struct shard *shard, uint32_t pag
     if (!tier_read(shard, lane, page))
         lane->lacks_room = true;
     return LANE_WAITS;
-}
-
-static uint8_t *row_of(const struct lane *lane, struct index_place place)
-{
-    assert(place.page < lane->page_capacity && lane->pages[place.page].memory);
-    return lane->pages[place.page].memory + place.row * token_bytes(lane);
-}
-
-// Pages that must stay in memory through several tasks of the build.
-static bool pin_room(struct lane *lane, uint32_t more)
-{
-    const uint32_t wanted = lane->pinned_count + more;
-    if (wanted <= lane->pinned_capacity)
-        return true;
-    const uint32_t capacity = wanted + wanted / 2;
-    uint32_t *pages = index_acquire(lane, capacity * sizeof *pages);
-    if (!pages)
-        return false;
-    if (lane->pinned_pages)
-        memcpy(pages, lane->pinned_pages, lane->pinned_count * sizeof *pages);
-    index_release(lane, lane->pinned_pages, lane->pinned_capacity * sizeof *pages);
-    lane->pinned_pages = pages;
-    lane->pinned_capacity = capacity;
-    return true;
-}
-
-static void pin(struct lane *lane, uint32_t page)
-{
-    assert(lane->pinned_count < lane->pinned_capacity);
-    lane->pages[page].pins++;
-    lane->pinned_pages[lane->pinned_count++] = page;
-}
-
-static void unpin_all(struct lane *lane)
-{
-    for (uint32_t i = 0; i < lane->pinned_count; i++)
-        lane->pages[lane->pinned_pages[i]].pins--;
-    lane->pinned_count = 0;
 }
 
 // ---- append ----
@@ -264,12 +209,12 @@ static ice_status compare_stored(struct lane *lane, struct shard *shard, const s
         ice_status status = ICE_OK;
         index_locate(lane->index, input->first + done, n, places);
         for (uint32_t i = 0; i < n; i++) {
-            const ice_status page = page_need(lane, shard, places[i].page);
+            const ice_status page = lane_page_need(lane, shard, places[i].page);
             if (status == ICE_OK || page == ICE_PAGE_LOST)
                 status = page; // all that are missing are read at once
             if (status != ICE_OK)
                 continue;
-            const uint8_t *row = row_of(lane, places[i]);
+            const uint8_t *row = lane_row(lane, places[i]);
             const size_t offset = (done + i) * input->stride_bytes;
             if (memcmp(row, input->keys + offset, bytes) != 0 ||
                 memcmp(row + bytes, input->values + offset, bytes) != 0)
@@ -285,7 +230,7 @@ static ice_status compare_stored(struct lane *lane, struct shard *shard, const s
 static void drop_fresh(struct lane *lane, struct shard *shard)
 {
     for (uint32_t i = 0; i < lane->fresh_count; i++)
-        page_drop(lane, shard, lane->fresh_pages[i]);
+        lane_page_drop(lane, shard, lane->fresh_pages[i]);
     lane->fresh_count = 0;
 }
 
@@ -316,10 +261,10 @@ static uint32_t run_of(const struct index_place *places, uint32_t n)
 // The page of a prepared token, made where it is not there.
 static ice_status page_for(struct lane *lane, struct shard *shard, uint32_t page)
 {
-    if (page_is_used(lane, page))
-        return page_need(lane, shard, page);
+    if (lane_page_is_used(lane, page))
+        return lane_page_need(lane, shard, page);
     assert(lane->fresh_count < lane->fresh_capacity);
-    const ice_status status = page_make(lane, shard, page, true);
+    const ice_status status = lane_page_make(lane, shard, page, true);
     if (status == ICE_OK)
         lane->fresh_pages[lane->fresh_count++] = page;
     return status;
@@ -330,7 +275,7 @@ static void store_rows(struct lane *lane, const struct lane_input *input, uint64
 {
     const size_t bytes = lane->sequence->row_bytes;
     for (uint32_t i = 0; i < n; i++) {
-        uint8_t *row = row_of(lane, places[i]);
+        uint8_t *row = lane_row(lane, places[i]);
         memcpy(row, input->keys + (from + i) * input->stride_bytes, bytes);
         memcpy(row + bytes, input->values + (from + i) * input->stride_bytes, bytes);
     }
@@ -359,7 +304,7 @@ static ice_status store_prepared(struct lane *lane, struct shard *shard, const s
 
 static ice_status prepare_index(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
 {
-    const uint32_t tokens = input->tokens - skip, page_tokens = (uint32_t)server_of(lane)->config->page_tokens;
+    const uint32_t tokens = input->tokens - skip, page_tokens = (uint32_t)lane_server(lane)->config->page_tokens;
     struct index_place *places =
         shard_scratch(shard, (void **)&shard->places, &shard->places_bytes, tokens * sizeof *places);
     if (!places)
@@ -385,6 +330,7 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
     const uint32_t skip = overlap < input->tokens ? (uint32_t)overlap : input->tokens;
     ice_status status = ICE_OK;
     lane->lacks_room = false;
+    lane->appending = true;
     if (lane->prepared_tokens == 0) {
         status = compare_stored(lane, shard, input, skip);
         if (status == ICE_OK && skip < input->tokens)
@@ -392,6 +338,7 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
     }
     if (status == ICE_OK)
         status = store_prepared(lane, shard, input, skip);
+    lane->appending = false;
     if (status != ICE_OK && status != LANE_WAITS)
         lane_drop(lane, shard);
     return status;
@@ -426,7 +373,7 @@ void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t
         uint32_t n = tokens - done < 64 ? tokens - done : 64;
         index_locate(lane->index, first + done, n, places);
         for (uint32_t i = 0; i < n; i++, done++) {
-            const uint8_t *row = row_of(lane, places[i]);
+            const uint8_t *row = lane_row(lane, places[i]);
             memcpy(keys + done * bytes, row, bytes);
             memcpy(values + done * bytes, row + bytes, bytes);
         }
@@ -439,11 +386,9 @@ static void free_tables(struct lane *lane)
 {
     index_release(lane, lane->pages, lane->page_capacity * sizeof *lane->pages);
     index_release(lane, lane->fresh_pages, lane->fresh_capacity * sizeof *lane->fresh_pages);
-    index_release(lane, lane->pinned_pages, lane->pinned_capacity * sizeof *lane->pinned_pages);
     lane->pages = NULL;
     lane->fresh_pages = NULL;
-    lane->pinned_pages = NULL;
-    lane->page_capacity = lane->fresh_capacity = lane->pinned_capacity = 0;
+    lane->page_capacity = lane->fresh_capacity = 0;
 }
 
 ice_status lane_need(struct lane *lane, struct shard *shard)
@@ -470,18 +415,18 @@ ice_status lane_need(struct lane *lane, struct shard *shard)
 void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *image)
 {
     shard_lane_forget(shard, lane);
-    unpin_all(lane);
+    lane_release_rows(lane);
     index_destroy(lane->index);
     lane->index = NULL;
     for (uint32_t page = 0; page < lane->page_capacity; page++) {
-        if (page_is_used(lane, page))
+        if (lane_page_is_used(lane, page))
             tier_forget(shard, lane, page); // the image holds the extents too
     }
     free_tables(lane);
     lane->image = image;
     lane->image_is_prefix = false;
     lane->state = LANE_ASLEEP;
-    atomic_fetch_add_explicit(&server_of(lane)->tier_stats.asleep, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&lane_server(lane)->tier_stats.asleep, 1, memory_order_relaxed);
 }
 
 void lane_attach(struct lane *lane, struct image *image)
@@ -491,7 +436,7 @@ void lane_attach(struct lane *lane, struct image *image)
     lane->image_is_prefix = true;
     lane->state = LANE_ASLEEP;
     atomic_store_explicit(&lane->indexed, image->indexed < length ? image->indexed : length, memory_order_relaxed);
-    atomic_fetch_add_explicit(&server_of(lane)->tier_stats.asleep, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&lane_server(lane)->tier_stats.asleep, 1, memory_order_relaxed);
 }
 
 ice_status lane_load_begin(struct lane *lane, uint64_t bytes, struct index_load **out)
@@ -517,13 +462,13 @@ ice_status lane_load_end(struct lane *lane, struct index_load *load)
 ice_status lane_load_page(struct lane *lane, uint32_t page, uint32_t extent, uint64_t checksum)
 {
     if (!lane->index || page >= index_page_bound(lane->index) || index_page_rows(lane->index, page) == 0 ||
-        page_is_used(lane, page))
+        lane_page_is_used(lane, page))
         return ICE_PAGE_LOST;
     if (!ensure_page_table(lane, page))
         return ICE_INDEX_FULL;
     lane->pages[page] = (struct page){.checksum = checksum, .extent = extent, .flags = PAGE_USED | PAGE_CLEAN};
     if (lane->image_is_prefix)
-        extents_hold(server_of(lane)->extents, &extent, 1);
+        extents_hold(lane_server(lane)->extents, &extent, 1);
     return ICE_OK;
 }
 
@@ -533,8 +478,8 @@ static void undo_waking(struct lane *lane)
     index_destroy(lane->index);
     lane->index = NULL;
     for (uint32_t page = 0; page < lane->page_capacity; page++) {
-        if (page_is_used(lane, page) && lane->image_is_prefix)
-            extents_release(server_of(lane)->extents, &lane->pages[page].extent, 1);
+        if (lane_page_is_used(lane, page) && lane->image_is_prefix)
+            extents_release(lane_server(lane)->extents, &lane->pages[page].extent, 1);
     }
     free_tables(lane);
 }
@@ -551,7 +496,7 @@ static ice_status cut_to_attached(struct lane *lane, struct shard *shard)
         return ICE_INDEX_FULL;
     index_truncate(lane->index, length, released, &count);
     for (uint32_t i = 0; i < count; i++)
-        page_drop(lane, shard, released[i]);
+        lane_page_drop(lane, shard, released[i]);
     index_release(lane, released, bound * sizeof *released);
     return ICE_OK;
 }
@@ -560,7 +505,7 @@ static uint32_t used_pages(const struct lane *lane)
 {
     uint32_t count = 0;
     for (uint32_t page = 0; page < lane->page_capacity; page++)
-        count += page_is_used(lane, page);
+        count += lane_page_is_used(lane, page);
     return count;
 }
 
@@ -575,7 +520,7 @@ static bool is_waited_for(const struct lane *lane, const struct shard *shard)
 
 void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
 {
-    struct server *server = server_of(lane);
+    struct server *server = lane_server(lane);
     assert(lane->state == LANE_WAKING);
     if (status == ICE_OK && lane->image_is_prefix) {
         atomic_fetch_add_explicit(&lane->sequence->page_count, used_pages(lane), memory_order_relaxed);
@@ -611,12 +556,12 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
 
 static void destroy_awake(struct lane *lane, struct shard *shard)
 {
-    unpin_all(lane);
+    lane_release_rows(lane);
     index_destroy(lane->index);
     lane->index = NULL;
     for (uint32_t page = 0; page < lane->page_capacity; page++) {
-        if (page_is_used(lane, page))
-            page_drop(lane, shard, page);
+        if (lane_page_is_used(lane, page))
+            lane_page_drop(lane, shard, page);
     }
     free_tables(lane);
 }
@@ -627,7 +572,7 @@ void lane_destroy(struct lane *lane, struct shard *shard)
         destroy_awake(lane, shard);
         return;
     }
-    struct server *server = server_of(lane);
+    struct server *server = lane_server(lane);
     if (lane->state == LANE_WAKING)
         images_forget(shard, lane);
     undo_waking(lane);
@@ -638,165 +583,4 @@ void lane_destroy(struct lane *lane, struct shard *shard)
     lane->image = NULL;
     lane->state = LANE_AWAKE;
     atomic_fetch_sub_explicit(&server->tier_stats.asleep, 1, memory_order_relaxed);
-}
-
-// ---- clustering ----
-
-// A page that clustering needs is lost: the lane stays as it is, its tail is scanned.
-static enum lane_work give_up(struct lane *lane)
-{
-    lane->damaged = true;
-    return LANE_IDLE;
-}
-
-static void plan_unmake_pages(struct lane *lane, struct shard *shard, const struct index_plan *plan)
-{
-    while (lane->plan_frames > 0) { // what was pinned last is the plan's
-        const uint32_t page = plan->new_pages[--lane->plan_frames];
-        lane->pages[page].pins--;
-        lane->pinned_count--;
-        page_drop(lane, shard, page);
-    }
-}
-
-// A slice of making the plan's new pages. False where there is no room: then all that were made are gone again.
-static bool plan_make_pages(struct lane *lane, struct shard *shard, const struct index_plan *plan)
-{
-    uint32_t until = min_u32(plan->new_page_count, lane->plan_frames + SERVER_PLAN_PAGES);
-    bool room = pin_room(lane, until - lane->plan_frames);
-    while (room && lane->plan_frames < until) {
-        const uint32_t page = plan->new_pages[lane->plan_frames];
-        room = page_make(lane, shard, page, false) == ICE_OK;
-        if (room) {
-            pin(lane, page);
-            lane->plan_frames++;
-        }
-    }
-    if (!room)
-        plan_unmake_pages(lane, shard, plan);
-    return room;
-}
-
-// A slice of the plan's copies. Pages that are not in memory are read first; false while they are missing.
-static ice_status plan_copy_rows(struct lane *lane, struct shard *shard, const struct index_plan *plan)
-{
-    size_t bytes = token_bytes(lane);
-    uint32_t rows = bytes < SERVER_MOVE_BYTES ? (uint32_t)(SERVER_MOVE_BYTES / bytes) : 1;
-    uint32_t until = min_u32(plan->move_count, lane->plan_moves + rows);
-    ice_status status = ICE_OK;
-    for (uint32_t i = lane->plan_moves; i < until; i++) {
-        const struct index_move *move = &plan->moves[i];
-        const ice_status from = page_need(lane, shard, move->from.page), to = page_need(lane, shard, move->to.page);
-        if (from == ICE_PAGE_LOST || to == ICE_PAGE_LOST)
-            return ICE_PAGE_LOST;
-        if (from != ICE_OK || to != ICE_OK)
-            status = LANE_WAITS; // all that are missing are read at once
-        if (status != ICE_OK)
-            continue;
-        tier_change(shard, lane, move->to.page);
-        memcpy(row_of(lane, move->to), row_of(lane, move->from), bytes);
-        lane->plan_moves++;
-    }
-    return status;
-}
-
-static void plan_commit(struct lane *lane, struct shard *shard, const struct index_plan *plan)
-{
-    unpin_all(lane);
-    // Released pages go right before the commit, on the same thread: nothing reads them in between.
-    for (uint32_t i = 0; i < plan->released_page_count; i++)
-        page_drop(lane, shard, plan->released_pages[i]);
-    index_plan_commit(lane->index);
-    lane->plan_runs = false;
-    lane->plan_frames = lane->plan_moves = 0;
-    atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
-}
-
-// A slice of the pending plan: pages first, then rows, at last the commit. A plan that finds no room is dropped, with
-// the rows that the index was given for it: they are not looked at again.
-static enum lane_work plan_step(struct lane *lane, struct shard *shard)
-{
-    struct index_plan plan;
-    index_plan_get(lane->index, &plan);
-    if (lane->plan_frames < plan.new_page_count) {
-        if (plan_make_pages(lane, shard, &plan))
-            return LANE_MORE;
-        lane_drop_plan(lane, shard);
-        return LANE_STALLED;
-    }
-    if (lane->plan_moves < plan.move_count) {
-        const ice_status status = plan_copy_rows(lane, shard, &plan);
-        return status == ICE_PAGE_LOST ? give_up(lane) : status == LANE_WAITS ? LANE_FETCHES : LANE_MORE;
-    }
-    if (lane->gathers > 0)
-        return LANE_STALLED; // selections that wait for pages name places of the tree as it is
-    plan_commit(lane, shard, &plan);
-    return LANE_MORE;
-}
-
-// Hands the index the rows that it has asked for: all of them, or none yet. They stay in memory until its plan is done.
-static enum lane_work rows_step(struct lane *lane, struct shard *shard)
-{
-    const uint32_t *pages;
-    uint32_t count;
-    index_rows_get(lane->index, &pages, &count);
-    const void **rows = index_acquire(lane, count * sizeof *rows);
-    ice_status status = rows && pin_room(lane, count) ? ICE_OK : ICE_INDEX_FULL;
-    for (uint32_t i = 0; rows && status != ICE_PAGE_LOST && i < count; i++) {
-        const ice_status page = page_need(lane, shard, pages[i]);
-        rows[i] = lane->pages[pages[i]].memory;
-        status = page == ICE_OK ? status : page;
-    }
-    if (status == ICE_OK) {
-        for (uint32_t i = 0; i < count; i++)
-            pin(lane, pages[i]);
-        index_rows_give(lane->index, rows, token_bytes(lane));
-    }
-    index_release(lane, rows, count * sizeof *rows);
-    if (status == LANE_WAITS)
-        return LANE_FETCHES;
-    return status == ICE_OK ? LANE_MORE : status == ICE_PAGE_LOST ? give_up(lane) : LANE_STALLED;
-}
-
-void lane_drop_plan(struct lane *lane, struct shard *shard)
-{
-    if (!lane->plan_runs)
-        return;
-    struct index_plan plan;
-    index_plan_get(lane->index, &plan);
-    plan_unmake_pages(lane, shard, &plan);
-    unpin_all(lane);
-    index_plan_drop(lane->index);
-    lane->plan_runs = false;
-    lane->plan_moves = 0;
-}
-
-static enum lane_work build_step(struct lane *lane, struct shard *shard)
-{
-    if (lane->saving)
-        return LANE_STALLED;
-    if (lane->plan_runs)
-        return plan_step(lane, shard);
-    switch (index_build_step(lane->index, SERVER_BUILD_UNITS)) {
-    case INDEX_BUILD_IDLE:
-        return LANE_IDLE;
-    case INDEX_BUILD_MORE:
-        return LANE_MORE;
-    case INDEX_BUILD_ROWS:
-        return rows_step(lane, shard);
-    case INDEX_BUILD_PLAN:
-        lane->plan_runs = true;
-        return LANE_MORE;
-    default:
-        unpin_all(lane);
-        return LANE_STALLED;
-    }
-}
-
-enum lane_work lane_build(struct lane *lane, struct shard *shard)
-{
-    lane->building = true;
-    enum lane_work work = build_step(lane, shard);
-    lane->building = false;
-    return work;
 }

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 struct image;
+struct lane_rows;
 struct sequence;
 struct shard;
 
@@ -33,7 +34,7 @@ struct lane {
     struct image *image;     // asleep or waking
     ice_status wake_failure; // why the last waking failed, until somebody has heard of it
     struct lane *wake_next;  // among those that wait to wake
-    bool building;           // memory taken now is the build's, not the running append's
+    bool appending;          // memory taken now is the running append's, which has been promised some
     bool fetching;           // its clustering waits for pages
     bool due;                // linked in the shard's list of lanes with clustering to do
     struct index *index;     // made at the first append
@@ -46,11 +47,11 @@ struct lane {
     bool lacks_room;                  // what waited last did so for room, not for the disk
     bool plan_runs;                   // a plan is pending and being carried out:
     uint32_t plan_frames, plan_moves; // so many of its new pages have frames, so many of its moves are done
-    uint32_t *pinned_pages;           // kept in memory for the build: the rows that it was given, its plan's new pages
-    uint32_t pinned_count, pinned_capacity;
-    uint32_t compared_tokens; // of a prepare that waits: so many overlapping tokens are known to be equal
-    uint32_t gathers;         // of this lane that wait for pages: no plan is committed meanwhile
-    bool damaged;             // a page that clustering needs is lost: it goes on without clustering
+    struct lane_rows *rows;           // copies that the index works with
+    bool copying;                     // the newest of which is not complete
+    uint32_t compared_tokens;         // of a prepare that waits: so many overlapping tokens are known to be equal
+    uint32_t gathers;                 // of this lane that wait for pages: no plan is committed meanwhile
+    bool damaged;                     // a page that clustering needs is lost: it goes on without clustering
     struct lane *due_previous, *due_next;
     _Atomic uint64_t indexed; // mirror of index_indexed for statistics
 };

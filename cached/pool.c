@@ -1,6 +1,7 @@
 // The page pool. Invariants, under the lock: every slab is either in the arena's free list or belongs to one class;
 // sum over classes of the slabs that their promises would still need <= free slabs, so a promised frame is always
-// there. Free frames of a slab are linked through their own first bytes; fresh ones are counted by a bump index.
+// there. A slab that is given up (pool_want) belongs to its class, but its free frames are in no count and no list.
+// Free frames of a slab are linked through their own first bytes; fresh ones are counted by a bump index.
 //
 // Growth: acquire and release are O(1) plus a pass over the classes in use (at most 64, usually 1) where promises
 // exist.
@@ -12,7 +13,10 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define NO_SLAB UINT32_MAX
+#define NO_SLAB   POOL_SLAB_NONE
+#define NO_CLASS  UINT32_MAX
+#define LOOKED_AT 1024u // slabs, for one to give up
+#define WANTS_MAX 4096u // calls after which another slab is tried: a frame does not leave
 
 struct slab {
     uint32_t class_index;
@@ -42,6 +46,12 @@ struct pool {
     struct class classes[POOL_CLASSES_MAX];
     _Atomic uint64_t used_bytes; // also read without the lock
     uint64_t used_frames;
+    // A slab on its way from one class to another. Its free frames count for no class.
+    _Atomic uint32_t given_up; // also read without the lock
+    uint32_t wanted_by, wants; // class
+    uint32_t cursor;           // slabs before it were looked at last
+    uint32_t kept_for;         // class that one of the free slabs is kept for, until
+    uint64_t kept_until_ns;
 };
 
 int pool_create(struct env *env, const struct pool_regions *regions, struct pool **out)
@@ -58,6 +68,8 @@ int pool_create(struct env *env, const struct pool_regions *regions, struct pool
     pool->regions = *regions;
     pool->slabs = slabs;
     pool->free_slabs = count;
+    pool->given_up = NO_SLAB;
+    pool->wanted_by = pool->kept_for = NO_CLASS;
     for (uint32_t i = 0; i < count; i++)
         slabs[i].next = i + 1 < count ? i + 1 : NO_SLAB;
     pthread_mutex_init(&pool->lock, NULL);
@@ -84,7 +96,7 @@ static struct class *class_of(struct pool *pool, uint64_t frame_bytes)
         struct class *class = &pool->classes[i];
         if (class->frame_bytes == frame_bytes)
             return class;
-        if (class->slabs == 0 && class->promised == 0)
+        if (class->slabs == 0 && class->promised == 0 && i != pool->wanted_by && i != pool->kept_for)
             unused = class;
     }
     if (!unused && pool->class_count < POOL_CLASSES_MAX)
@@ -176,6 +188,13 @@ static void slab_add(struct pool *pool, struct class *class)
     partial_push(pool, class, index);
 }
 
+// May somebody without a promise take a free slab for the class?
+static bool may_add_slab(const struct pool *pool, const struct class *class)
+{
+    const bool kept = pool->kept_for != NO_CLASS && class != &pool->classes[pool->kept_for];
+    return pool->free_slabs > slabs_promised(pool) + kept;
+}
+
 static void *frame_take(struct pool *pool, struct class *class)
 {
     uint32_t index = class->partial;
@@ -199,11 +218,12 @@ void *pool_acquire(struct pool *pool, struct pool_reservation *reservation, uint
     pthread_mutex_lock(&pool->lock);
     struct class *class = class_of(pool, frame_bytes);
     bool promised = class && reservation && reservation->rest_frames > 0;
-    bool allowed = class && (promised || class->free_frames > class->promised ||
-                             (pool->free_slabs > slabs_promised(pool) && pool->free_slabs > 0));
+    bool allowed = class && (promised || class->free_frames > class->promised || may_add_slab(pool, class));
     if (allowed) {
         if (class->free_frames == 0 || (!promised && class->free_frames <= class->promised))
             slab_add(pool, class);
+        if (pool->kept_for == class - pool->classes)
+            pool->kept_for = NO_CLASS;
         frame = frame_take(pool, class);
         if (promised) {
             reservation->rest_frames--;
@@ -214,6 +234,15 @@ void *pool_acquire(struct pool *pool, struct pool_reservation *reservation, uint
     return frame;
 }
 
+// The last frame of a slab that was given up has come back: it is a free one, for those who want it.
+static void give_up_ended(struct pool *pool)
+{
+    pool->kept_for = pool->wanted_by;
+    pool->kept_until_ns = env_now_ns(pool->env) + POOL_KEEP_NS;
+    pool->wanted_by = NO_CLASS;
+    atomic_store_explicit(&pool->given_up, NO_SLAB, memory_order_relaxed);
+}
+
 void pool_release(struct pool *pool, void *frame)
 {
     pthread_mutex_lock(&pool->lock);
@@ -222,22 +251,95 @@ void pool_release(struct pool *pool, void *frame)
     struct slab *slab = &pool->slabs[index];
     struct class *class = &pool->classes[slab->class_index];
     assert(slab->used > 0);
-    if (slab->used == class->frames_per_slab)
+    const bool given_up = index == pool->given_up;
+    if (slab->used == class->frames_per_slab && !given_up)
         partial_push(pool, class, index);
     memcpy(frame, &slab->free_frames, sizeof frame);
     slab->free_frames = frame;
-    class->free_frames++;
+    class->free_frames += !given_up;
     pool->used_frames--;
     atomic_fetch_sub_explicit(&pool->used_bytes, class->frame_bytes, memory_order_relaxed);
-    if (--slab->used == 0) {
+    if (--slab->used == 0 && !given_up) {
         partial_remove(pool, class, index);
         class->free_frames -= class->frames_per_slab;
+    }
+    if (slab->used == 0) {
         class->slabs--;
         slab->next = pool->free_slab;
         pool->free_slab = index;
         pool->free_slabs++;
+        if (given_up)
+            give_up_ended(pool);
     }
     pthread_mutex_unlock(&pool->lock);
+}
+
+// ---- from one size to another ----
+
+// The slab with the fewest frames in use of those that are looked at, which another class can do without.
+static uint32_t slab_to_give_up(struct pool *pool, const struct class *wanted)
+{
+    const uint32_t count = pool->regions.slab_count;
+    uint32_t best = NO_SLAB;
+    for (uint32_t i = 0; i < count && i < LOOKED_AT; i++) {
+        const uint32_t index = pool->cursor;
+        const struct slab *slab = &pool->slabs[index];
+        pool->cursor = index + 1 < count ? index + 1 : 0;
+        if (slab->used == 0 || slab->class_index == (uint32_t)(wanted - pool->classes))
+            continue; // free slabs have no frames in use
+        const struct class *class = &pool->classes[slab->class_index];
+        const bool spared = class->free_frames - (class->frames_per_slab - slab->used) >= class->promised;
+        if (spared && (best == NO_SLAB || slab->used < pool->slabs[best].used))
+            best = index;
+    }
+    return best;
+}
+
+static void give_up(struct pool *pool, uint32_t index, const struct class *wanted)
+{
+    struct slab *slab = &pool->slabs[index];
+    struct class *class = &pool->classes[slab->class_index];
+    if (slab->used < class->frames_per_slab)
+        partial_remove(pool, class, index);
+    class->free_frames -= class->frames_per_slab - slab->used;
+    pool->wanted_by = (uint32_t)(wanted - pool->classes);
+    pool->wants = 0;
+    atomic_store_explicit(&pool->given_up, index, memory_order_relaxed);
+}
+
+// It stays what it was.
+static void take_back(struct pool *pool)
+{
+    struct slab *slab = &pool->slabs[pool->given_up];
+    struct class *class = &pool->classes[slab->class_index];
+    class->free_frames += class->frames_per_slab - slab->used;
+    if (slab->used < class->frames_per_slab)
+        partial_push(pool, class, pool->given_up);
+    pool->wanted_by = NO_CLASS;
+    atomic_store_explicit(&pool->given_up, NO_SLAB, memory_order_relaxed);
+}
+
+void pool_want(struct pool *pool, uint64_t frame_bytes)
+{
+    const uint64_t now_ns = env_now_ns(pool->env);
+    pthread_mutex_lock(&pool->lock);
+    const struct class *class = class_of(pool, frame_bytes);
+    if (pool->kept_for != NO_CLASS && now_ns >= pool->kept_until_ns)
+        pool->kept_for = NO_CLASS; // nobody came for it
+    if (pool->given_up != NO_SLAB && ++pool->wants > WANTS_MAX)
+        take_back(pool);
+    const bool waits = class && class->free_frames <= class->promised && !may_add_slab(pool, class);
+    if (waits && pool->given_up == NO_SLAB && pool->kept_for == NO_CLASS) {
+        const uint32_t index = slab_to_give_up(pool, class);
+        if (index != NO_SLAB)
+            give_up(pool, index, class);
+    }
+    pthread_mutex_unlock(&pool->lock);
+}
+
+uint32_t pool_given_up(struct pool *pool)
+{
+    return atomic_load_explicit(&pool->given_up, memory_order_relaxed);
 }
 
 uint64_t pool_capacity_bytes(const struct pool *pool)

@@ -13,6 +13,9 @@
 
 #define POOL_CLASSES_MAX 64u // distinct frame sizes: 16 head_dims x 3 dtypes at one page size is below it
 
+#define POOL_SLAB_NONE   UINT32_MAX
+#define POOL_KEEP_NS     20000000u
+
 struct pool;
 
 // A holder's promise of frames of one size. Zero-initialised by its owner; guarded by the pool's lock.
@@ -31,6 +34,12 @@ void pool_unreserve(struct pool *pool, struct pool_reservation *reservation, uin
 // NULL where the pool is full (or all the rest is promised to others). reservation may be NULL. Not zeroed.
 void *pool_acquire(struct pool *pool, struct pool_reservation *reservation, uint64_t frame_bytes);
 void pool_release(struct pool *pool, void *frame);
+// Somebody whose frames can leave waits for a frame of this size, and slabs of other sizes are all there is: one of
+// those is to be given up. It hands out no frames any more, and when its last one has come back it is this size's for
+// POOL_KEEP_NS. Called again and again while none is there, also where this size has what it needs.
+void pool_want(struct pool *pool, uint64_t frame_bytes);
+// The slab whose frames are to leave, POOL_SLAB_NONE: none. A moment's value, without the lock.
+uint32_t pool_given_up(struct pool *pool);
 uint64_t pool_capacity_bytes(const struct pool *pool);
 // What could still be taken, promises included, if it were of the right size. A moment's value, without the lock.
 uint64_t pool_free_bytes(struct pool *pool);

@@ -141,7 +141,7 @@ bool server_take_disk(struct server *server)
     }
     error = extents_create(env, params.bytes, &server->extents);
     const uint64_t books = pool_capacity_bytes(server->pool) / EXTENT_UNIT;
-    server->books = error ? NULL : env->acquire(env, books * sizeof *server->books);
+    server->books = error ? NULL : env_acquire_zeroed(env, books * sizeof *server->books);
     if (error || !server->books) {
         log_error("no memory for the book of the spill file: ask for less --spill-bytes or --pool-bytes");
         return false;

@@ -54,12 +54,18 @@ static void order_enter(struct shard *shard, struct lane *lane, uint32_t page)
     if (!books)
         return;
     const uint32_t number = book_of(shard->server, page_of(lane, page)->memory);
-    books[number] = (struct tier_book){lane, page, tier->newest, TIER_NONE};
+    struct tier_book *book = &books[number];
+    book->lane = lane;
+    book->page = page;
+    book->older = tier->newest;
+    book->newer = TIER_NONE;
+    atomic_store_explicit(&book->owner, shard->index + 1, memory_order_relaxed);
     if (tier->newest != TIER_NONE)
         books[tier->newest].newer = number;
     else
         tier->oldest = number;
     tier->newest = number;
+    tier->count++;
     atomic_fetch_add_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
 }
 
@@ -70,7 +76,8 @@ static void order_leave(struct shard *shard, const uint8_t *memory)
     if (!books)
         return;
     const uint32_t number = book_of(shard->server, memory);
-    const struct tier_book *book = &books[number];
+    struct tier_book *book = &books[number];
+    atomic_store_explicit(&book->owner, 0, memory_order_relaxed);
     if (tier->hand == number)
         tier->hand = book->newer;
     if (book->older != TIER_NONE)
@@ -81,6 +88,7 @@ static void order_leave(struct shard *shard, const uint8_t *memory)
         books[book->newer].older = book->older;
     else
         tier->newest = book->older;
+    tier->count--;
     atomic_fetch_sub_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
 }
 
@@ -198,6 +206,22 @@ static bool room_is_low(const struct server *server, uint32_t share)
     return pool_free_bytes(server->pool) < pool_capacity_bytes(server->pool) / share;
 }
 
+bool tier_is_short(const struct server *server)
+{
+    return room_is_low(server, HIGH_SHARE);
+}
+
+static uint64_t slab_of(const struct server *server, const uint8_t *memory)
+{
+    return pool_offset(server->pool, memory) / POOL_SLAB_BYTES;
+}
+
+static bool is_given_up(const struct server *server, const uint8_t *memory)
+{
+    const uint32_t slab = pool_given_up(server->pool);
+    return slab != POOL_SLAB_NONE && slab == slab_of(server, memory);
+}
+
 static void write_ended(struct page_io *io, struct page *page)
 {
     struct server *server = io->shard->server;
@@ -215,7 +239,7 @@ static void write_ended(struct page_io *io, struct page *page)
         return;
     page->flags |= PAGE_CLEAN;
     page->checksum = io->checksum;
-    if (!page->visited && page->pins == 0 && room_is_low(server, HIGH_SHARE)) {
+    if (is_given_up(server, page->memory) || (!page->visited && room_is_low(server, HIGH_SHARE))) {
         drop_memory(io->shard, io->lane, page);
         atomic_fetch_add_explicit(&server->tier_stats.pages_evicted, 1, memory_order_relaxed);
     }
@@ -336,7 +360,7 @@ static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
         page->visited = 0;
         return false;
     }
-    if (page->pins > 0 || page->flags & PAGE_WRITING)
+    if (page->flags & PAGE_WRITING)
         return false;
     if (page->flags & PAGE_CLEAN) {
         drop_memory(shard, lane, page);
@@ -347,20 +371,36 @@ static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
     return false;
 }
 
-// Moves the hand until `wanted` frames are free or enough was looked at. Returns how many.
+// Moves the hand until `wanted` frames are free or enough was looked at: one lap at most, so that what is used between
+// two calls stays, however few pages the shard has. Returns how many.
 static uint32_t sweep(struct shard *shard, uint32_t wanted)
 {
     struct tier *tier = &shard->tier;
+    const uint32_t most = tier->count < TIER_SCAN_MAX ? tier->count : TIER_SCAN_MAX;
     uint32_t freed = 0;
-    for (uint32_t seen = 0; seen < TIER_SCAN_MAX && freed < wanted; seen++) {
+    for (uint32_t seen = 0; seen < most && freed < wanted; seen++) {
         const uint32_t number = tier->hand != TIER_NONE ? tier->hand : tier->oldest;
         if (number == TIER_NONE)
             break;
-        const struct tier_book book = shard->server->books[number];
-        tier->hand = book.newer; // also where the page goes: then it is the one behind it
-        freed += evict(shard, book.lane, book.page);
+        const struct tier_book *book = &shard->server->books[number];
+        tier->hand = book->newer; // also where the page goes: then it is the one behind it
+        freed += evict(shard, book->lane, book->page);
     }
     return freed;
+}
+
+// Pages of the shard that lie in the slab that frames of another size wait for leave it, used or not.
+static void empty_slab(struct shard *shard)
+{
+    struct server *server = shard->server;
+    const uint32_t slab = pool_given_up(server->pool), units = (uint32_t)(POOL_SLAB_BYTES / EXTENT_UNIT);
+    for (uint32_t i = 0; slab != POOL_SLAB_NONE && i < units; i++) {
+        struct tier_book *book = &server->books[slab * units + i];
+        if (atomic_load_explicit(&book->owner, memory_order_relaxed) != shard->index + 1)
+            continue;
+        page_of(book->lane, book->page)->visited = 0;
+        evict(shard, book->lane, book->page);
+    }
 }
 
 // Other shards hold most of the pool: each sweeps its own pages.
@@ -378,15 +418,16 @@ static void run_relief(struct task *task, void *thread)
     (void)task;
     struct shard *shard = thread;
     atomic_store_explicit(&shard->tier.relief_asked, false, memory_order_release);
+    empty_slab(shard);
     tier_balance(shard);
 }
 
 bool tier_balance(struct shard *shard)
 {
     struct server *server = shard->server;
-    if (!tier_serves(server) || !room_is_low(server, LOW_SHARE))
-        return false;
-    return sweep(shard, 64) > 0 && room_is_low(server, HIGH_SHARE);
+    struct tier *tier = &shard->tier;
+    tier->balances = tier_serves(server) && room_is_low(server, tier->balances ? HIGH_SHARE : LOW_SHARE);
+    return tier->balances && sweep(shard, 64) > 0;
 }
 
 uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reservation *promised)
@@ -398,6 +439,11 @@ uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reser
     for (int i = 0; i < 4 && !memory; i++) {
         if (sweep(shard, 8) > 0)
             memory = pool_acquire(server->pool, promised, bytes);
+    }
+    if (!memory) {
+        pool_want(server->pool, bytes);
+        empty_slab(shard);
+        memory = pool_acquire(server->pool, promised, bytes);
     }
     if (!memory) {
         shard->tier.starved = true;
@@ -429,9 +475,7 @@ void tier_change(struct shard *shard, struct lane *lane, uint32_t number)
         return;
     page->flags &= (uint8_t)~PAGE_CLEAN;
     // A sealed prefix may hold the extent too: what it holds stays as it is.
-    struct extents *extents = shard->server->extents;
-    extents_release(extents, &page->extent, 1);
-    page->extent = extents_acquire(extents, NULL, frame_bytes_of(lane));
+    page->extent = extents_own(shard->server->extents, page->extent, frame_bytes_of(lane));
 }
 
 // The page is on its way: what it has becomes its page_io's.

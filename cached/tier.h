@@ -34,7 +34,6 @@ struct page {
     uint8_t *memory;   // NULL: not in memory
     uint64_t checksum; // of what the extent holds; clean pages only
     uint32_t extent;   // EXTENT_NONE: none, the memory is the only place
-    uint16_t pins;     // uses through several tasks, which keep it in memory
     uint8_t flags;     // enum page_flag
     uint8_t visited;   // used since the hand came by
 };
@@ -51,9 +50,10 @@ enum page_flag {
 
 // A place of the pool in the order of its shard. One for each EXTENT_UNIT of the pool, of which a frame uses its first.
 struct tier_book {
-    struct lane *lane;
+    struct lane *lane; // the owner's, as the rest
     uint32_t page;
-    uint32_t older, newer; // TIER_NONE at the ends
+    uint32_t older, newer;  // TIER_NONE at the ends
+    _Atomic uint32_t owner; // 1 + the shard in whose order it is, 0: none; any thread reads it
 };
 #define TIER_NONE UINT32_MAX
 
@@ -70,6 +70,8 @@ struct page_io {
 
 struct tier {
     uint32_t oldest, newest, hand; // books
+    uint32_t count;                // of pages in the order
+    bool balances;                 // keeps evicting until enough is free
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
     uint32_t in_flight, writes;                       // ios in use; those that write
@@ -96,6 +98,9 @@ ICE_MUST_CHECK int tier_init(struct shard *shard);
 void tier_fini(struct shard *shard);
 // There is a disk and it works.
 bool tier_serves(const struct server *server);
+
+// So little of the pool is free that pages leave as soon as they can.
+bool tier_is_short(const struct server *server);
 
 // Memory of a frame, which the caller owns. As tier_take_frame, but of no page.
 uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reservation *promised);

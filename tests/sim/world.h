@@ -1,0 +1,137 @@
+// The daemon's shards without threads: real lanes, trees, pool, extents, images and operations, over a clock and a disk
+// that the test moves. The test is the reactor: it admits requests, takes their ends, and knows what every sequence
+// must hold.
+#ifndef ICECACHE_TEST_SIM_WORLD_H
+#define ICECACHE_TEST_SIM_WORLD_H
+
+// clang-format off
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+// clang-format on
+#include "cached/gather.h"
+#include "cached/server.h"
+#include "gpu/store.h"
+#include "proto/dtype.h"
+#include "sim_disk.h"
+
+#define WORLD_SEQUENCES 6u
+#define WORLD_HEADS     2u // KV heads of the one layer: lanes of a sequence
+#define WORLD_SHARDS    2u
+#define WORLD_SEALS     3u
+#define WORLD_OPS       12u
+#define WORLD_TOKENS    1600u
+#define WORLD_HOGS      1024u
+
+struct rng {
+    uint64_t state;
+};
+
+static inline uint64_t rng_next(struct rng *rng)
+{
+    uint64_t x = (rng->state += 0x9e3779b97f4a7c15u);
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+static inline uint32_t rng_below(struct rng *rng, uint32_t bound)
+{
+    return (uint32_t)(rng_next(rng) % bound);
+}
+
+static inline bool rng_chance(struct rng *rng, uint32_t in)
+{
+    return rng_below(rng, in) == 0;
+}
+
+struct seal {
+    bool used;
+    uint32_t attached, head_dim;
+    uint64_t tokens;
+    struct image *images[WORLD_HEADS];
+    uint8_t *keys, *values; // [head][WORLD_TOKENS] rows
+};
+
+struct member { // a sequence
+    bool open, closing, writer;
+    uint32_t readers;
+    struct sequence sequence;
+    struct lane lanes[WORLD_HEADS];
+    struct sequence_reaper reapers[WORLD_SHARDS];
+    uint64_t length;      // committed
+    uint64_t promised_to; // of an append in parts under way: its end; 0: none
+    struct seal *seal;    // that it was attached to
+    uint8_t *keys, *values;
+    struct work *sleep;
+};
+
+struct work { // an operation
+    bool used;
+    struct op op;
+    struct op_lane lanes[WORLD_HEADS];
+    struct member *member;
+    struct session session;
+    struct landing landing;
+    uint32_t rows[1];
+    uint64_t first_queries[1];
+    uint8_t *staging, *slots; // slots: [head][K, V][WORLD_TOKENS] rows
+    uint32_t *positions;      // [head][WORLD_TOKENS]
+    uint32_t counts[WORLD_HEADS];
+    uint64_t length; // what the sequence held when it began
+};
+
+struct world_shape {
+    uint32_t shards, page_tokens, slabs;
+    uint32_t frames; // of the smaller size, that are left of the first slab; 0: all
+    uint64_t spill_bytes, index_bytes;
+    uint32_t head_dims[2];              // of sequences; equal: one size of pages
+    uint32_t read_faults, write_faults; // one in so many; 0: none
+    bool patient;                       // the clock makes no leaps: no deadline of an append or a read may pass
+};
+
+struct world {
+    struct world_shape shape;
+    struct rng rng;
+    struct env env;
+    struct config config;
+    struct server server;
+    struct shard shards[WORLD_SHARDS];
+    struct sim_disk disk;
+    struct member members[WORLD_SEQUENCES];
+    struct seal seals[WORLD_SEALS];
+    struct work works[WORLD_OPS];
+    void *hogs[WORLD_HOGS];
+    uint32_t hog_count;
+    uint64_t steps, ended, failed, partial, lost, next_content;
+    uint64_t kinds[OP_SLEEP + 1]; // ended well
+};
+
+extern uint64_t world_now_ns;
+
+void world_init(struct world *world, const struct world_shape *shape, uint64_t seed);
+void world_fini(struct world *world);
+void world_open(struct world *world, struct member *member, struct seal *seal, uint64_t tokens);
+void world_close(struct world *world, struct member *member);
+void world_unseal(struct world *world, struct seal *seal);
+// Begins a request where the member admits it. The kinds choose their arguments at random.
+void world_request(struct world *world, struct member *member, enum op_kind kind);
+void world_take_ends(struct world *world);
+bool world_is_idle(const struct world *world); // no request, no closing
+// Looks at every invariant (check.c).
+void world_check(struct world *world);
+
+static inline size_t member_row_bytes(const struct member *member)
+{
+    return member->sequence.row_bytes;
+}
+
+// Where a row of the model lies in one of the arrays [head][WORLD_TOKENS].
+static inline uint8_t *model_row(uint8_t *rows, const struct member *member, uint32_t head, uint64_t position)
+{
+    return rows + ((uint64_t)head * WORLD_TOKENS + position) * member_row_bytes(member);
+}
+
+#endif

@@ -464,11 +464,11 @@ static void hangs_at_the_end(void **state)
     load_open(&worker, daemon);
     load_history(&history, 0);
     load_seal(&ledger, &worker, 0, 60);
-    assert_ok(attach(&worker, 0, 60));
     load_open(&sealing, daemon);
     sealing.sequence = sequence_open(sealing.client, &load_shape);
     append(&sealing, &history, 0, 320);
-    atomic_store(&sick->hangs, true);
+    atomic_store(&sick->hangs, true); // before the attach, which lets the lanes wake
+    assert_ok(attach(&worker, 0, 60));
     retrieve_init(&retrieve, &worker, &history, 1, 959, 1);
     retrieve_ends(&retrieve, 100, 16, 64);
     retrieve.options.deadline_us = 200000;

@@ -194,7 +194,8 @@ ice_status gather_start(struct op_lane *part, struct shard *shard, const struct 
     const uint64_t now_ns = env_now_ns(shard->server->env);
     *gather =
         (struct gather){.part = part, .bytes = bytes, .plan = *plan, .slots = slots, .waiting_capacity = capacity};
-    memcpy(gather->selected, plan->selected, plan->selected_count * sizeof *plan->selected);
+    if (plan->selected_count > 0)
+        memcpy(gather->selected, plan->selected, plan->selected_count * sizeof *plan->selected);
     gather->plan.selected = gather->selected;
     gather->waiting = (struct gather_token *)(gather->selected + plan->selected_count);
     gather->deadline_ns = part->op->kind == OP_RETRIEVE ? part->op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;

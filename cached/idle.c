@@ -3,7 +3,10 @@
 //
 // Asleep sooner where the memory for trees runs short: then whoever has been idle for longest, from SERVER_IDLE_MIN_NS
 // on. Growth: one pass over the sequences each SERVER_IDLE_LOOK_NS.
+#include "cached/log.h"
 #include "cached/server.h"
+
+#include <string.h>
 
 static bool may_sleep(const struct sequence *sequence)
 {
@@ -26,9 +29,21 @@ static bool memory_is_short(struct server *server)
     return budget_used(&server->index_budget) > server->index_budget.cap_bytes / 8 * 7;
 }
 
+static void say_disk_is_off(struct server *server)
+{
+    struct disk_usage usage;
+    if (server->disk_off_said || !server->disk || !disk_is_off(server->disk))
+        return;
+    server->disk_off_said = true;
+    disk_usage(server->disk, &usage);
+    log_error("the disk of %s is switched off: %s; pages that are only there are lost, all else goes on in memory",
+              server->config->spill_directory, strerror(-usage.off_error));
+}
+
 uint64_t idle_look(struct server *server, uint64_t now_ns)
 {
     const uint64_t after_ns = server->config->hibernate_ms * 1000000u;
+    say_disk_is_off(server);
     if (!tier_serves(server) || server->stopping)
         return UINT64_MAX;
     if (now_ns < server->idle_look_ns)

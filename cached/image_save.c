@@ -181,8 +181,14 @@ static void begin_image(struct image_save *save, struct shard *shard)
 {
     struct lane *lane = save->part->lane;
     uint32_t pages = 0;
-    for (uint32_t page = next_used_page(lane, 0); page < lane->page_capacity; page = next_used_page(lane, page + 1))
+    for (uint32_t page = next_used_page(lane, 0); page < lane->page_capacity; page = next_used_page(lane, page + 1)) {
         pages++;
+        // What sleeps may still be tried again when it wakes; a seal promises that all of it is there.
+        if (lane_page_is_lost(lane, page) && save->part->op->kind == OP_SEAL)
+            save->status = ICE_PAGE_LOST;
+    }
+    if (save->status != ICE_OK)
+        return;
     save->tree_bytes = lane->index ? index_image_bytes(lane->index) : 0;
     const uint64_t bytes = HEADER_BYTES + save->tree_bytes + (uint64_t)pages * ENTRY_BYTES;
     const uint32_t pieces = (uint32_t)((bytes + IMAGE_PIECE_BYTES - 1) / IMAGE_PIECE_BYTES);

@@ -140,9 +140,7 @@ static struct op *create_seal(struct server *server, struct session *session, co
     if (!sequence)
         return NULL;
     if (!tier_serves(server)) {
-        refuse(refusal, ICE_DISK_FAILED, "%s",
-               server->disk ? "the daemon's disk has failed and is switched off; see its log"
-                            : "the daemon has no disk; start icecached with --spill-dir");
+        refuse(refusal, ICE_DISK_FAILED, "%s", prefix_disk_text(server));
         return NULL;
     }
     ice_status status = wire_hashes_check(frames->vectors_bytes, sequence->block_tokens, &blocks, &error);

@@ -24,10 +24,21 @@ static ice_status need_disk(const struct server *server, struct wire_error *erro
 {
     if (tier_serves(server))
         return ICE_OK;
-    wire_error_set(error, ICE_DISK_FAILED, "%s",
-                   server->disk ? "the daemon's disk has failed and is switched off; see its log"
-                                : "the daemon has no disk; start icecached with --spill-dir");
+    wire_error_set(error, ICE_DISK_FAILED, "%s", prefix_disk_text(server));
     return ICE_DISK_FAILED;
+}
+
+const char *prefix_disk_text(const struct server *server)
+{
+    struct disk_usage usage;
+    if (!server->disk)
+        return "the daemon has no disk; start icecached with --spill-dir";
+    if (disk_is_off(server->disk))
+        return "the daemon's disk has failed and is switched off; see its log, mend the disk, restart icecached";
+    disk_usage(server->disk, &usage);
+    return usage.sync_failed ? "a sync of the daemon's spill file has failed, so that nothing can be made stable any "
+                               "more; see its log, mend the disk, restart icecached"
+                             : "the daemon's disk failed; see its log";
 }
 
 static void answer_error(struct server *server, struct session *session, const struct env_message *to,
@@ -95,8 +106,7 @@ static void sealed(struct completion *completion, struct server *server)
     } else {
         prefix_destroy(prefix);
     }
-    (void)server;
-    op_finish(op, status, status == ICE_DISK_FAILED ? "the manifest cannot be written; see the daemon's log" : NULL);
+    op_finish(op, status, status == ICE_DISK_FAILED ? prefix_disk_text(server) : NULL);
 }
 
 void op_sealed_lanes(struct op *op, ice_status status, const char *text)
@@ -105,7 +115,7 @@ void op_sealed_lanes(struct op *op, ice_status status, const char *text)
     const struct sequence *sequence = op->admissions[0].sequence;
     if (status != ICE_OK) {
         destroy_images(op);
-        op_finish(op, status, text);
+        op_finish(op, status, status == ICE_DISK_FAILED ? prefix_disk_text(server) : text);
         return;
     }
     struct prefix *prefix = prefix_create(server, &op->seal_identity, sequence->lane_count, op->blocks);

@@ -215,6 +215,8 @@ static void synced(struct disk_request *request)
 {
     struct prefix *prefix = (struct prefix *)((char *)request - offsetof(struct prefix, sync));
     if (request->result) {
+        log_error("the spill file cannot be synced: %s; nothing can be sealed until the next start",
+                  strerror(-request->result));
         prefix->status = ICE_DISK_FAILED;
         completion_post(&prefix->server->completions, &prefix->completion);
         return;
@@ -330,12 +332,12 @@ static void probe_done(struct disk_request *request)
 }
 
 // Is the spill file the one that the manifest speaks of? Reads one piece and looks at its checksum; all else is looked
-// at when it is needed.
-static bool piece_is_there(struct server *server, const struct image *image, uint8_t *memory)
+// at when it is needed. 0, -errno where it cannot be read, or -EBADMSG: it is another one.
+static int look_at_piece(struct server *server, const struct image *image, uint8_t *memory)
 {
     struct probe probe = {.lock = PTHREAD_MUTEX_INITIALIZER, .ended = PTHREAD_COND_INITIALIZER};
     if (image->piece_count == 0)
-        return false;
+        return -EBADMSG;
     const struct image_piece *piece = &image->pieces[image->piece_count - 1];
     probe.request = (struct disk_request){.op = DISK_READ,
                                           .offset = extent_offset(piece->extent),
@@ -347,8 +349,9 @@ static bool piece_is_there(struct server *server, const struct image *image, uin
     while (!probe.done) // the disk answers every request: a device that hangs is the operator's to see
         pthread_cond_wait(&probe.ended, &probe.lock);
     pthread_mutex_unlock(&probe.lock);
-    return probe.request.result == 0 &&
-           XXH3_64bits_withSeed(memory, IMAGE_PIECE_BYTES, piece->extent) == piece->checksum;
+    if (probe.request.result)
+        return probe.request.result;
+    return XXH3_64bits_withSeed(memory, IMAGE_PIECE_BYTES, piece->extent) == piece->checksum ? 0 : -EBADMSG;
 }
 
 struct loading {
@@ -391,8 +394,15 @@ static bool load_one(void *context, const char *name)
     bool whole = prefix != NULL;
     for (uint32_t i = 0; whole && i < prefix->lane_count; i++)
         whole = claim_image(server, prefix->images[i]);
-    if (whole && piece_is_there(server, prefix->images[0], loading->piece)) {
+    const int error = whole ? look_at_piece(server, prefix->images[0], loading->piece) : -EBADMSG;
+    if (error == 0) {
         prefix_list_add(prefix);
+        return true;
+    }
+    if (error != -EBADMSG) { // a disk that cannot be read today may be read after the next start
+        log_warn("what %s/%s names cannot be read: %s; it is left alone", server->config->spill_directory, name,
+                 strerror(-error));
+        unlisted_add(prefix);
         return true;
     }
     if (prefix)

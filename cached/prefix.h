@@ -97,6 +97,8 @@ void prefix_list_add(struct prefix *prefix);
 // failed before it is tried again. When the manifest is gone for good, or cannot be removed, prefix_removed is called.
 void prefix_remove(struct prefix *prefix);
 void prefix_removed(struct prefix *prefix, ice_status status); // op_prefix.c: answers the waiters
+// Why nothing can be sealed or attached to; static.
+const char *prefix_disk_text(const struct server *server);
 void prefix_attach(struct prefix *prefix, struct sequence *sequence);
 void prefix_detach(struct prefix *prefix);
 // Removes the one that has not been used for longest, where one is not attached. False: none.

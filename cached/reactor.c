@@ -198,6 +198,8 @@ static void end_sessions(struct server *server)
     while (server->session_count > 0) {
         if (server->gpus.used && env_now_ns(server->env) >= until_ns)
             server_abandon("what workers held is not given back");
+        if (server->disk && disk_hangs(server->disk))
+            server_abandon("the disk does not answer");
         one_round(server, &more);
     }
 }

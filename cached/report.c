@@ -102,7 +102,7 @@ static void fill_spill(struct server *server, Icecache__Wire__SpillStats *body)
     disk_usage(server->disk, &disk);
     extents_usage(server->extents, &extents);
     body->engine = (char *)disk.engine;
-    body->reason = (char *)disk.because;
+    body->reason = (char *)(disk.off ? strerrordesc_np(-disk.off_error) : disk.because);
     body->direct = disk.direct;
     body->off = disk.off;
     body->bytes = extents.used_bytes;

@@ -78,6 +78,7 @@ struct server {
     struct sequence *sequences[SERVER_HASH_BUCKETS];
     struct prefixes prefixes;
     struct op *room_waiting; // for sealed prefixes to go
+    bool disk_off_said;      // it has been logged
     uint64_t idle_look_ns;   // when sequences are looked at for sleep next
     struct server_stats stats;
 };

@@ -483,14 +483,11 @@ void tier_change(struct shard *shard, struct lane *lane, uint32_t number)
 // The page is on its way: what it has becomes its page_io's.
 static void leave_to_io(struct shard *shard, struct lane *lane, uint32_t number)
 {
-    for (uint32_t i = 0; i < TIER_IO_MAX; i++) {
-        struct page_io *io = &shard->tier.ios[i];
-        if (io->lane == lane && io->page == number) {
-            io->lane = NULL;
-            return;
-        }
-    }
-    assert(!"a page on its way has a page_io");
+    uint32_t i = 0;
+    while (i < TIER_IO_MAX && !(shard->tier.ios[i].lane == lane && shard->tier.ios[i].page == number))
+        i++;
+    assert(i < TIER_IO_MAX); // a page on its way has a page_io
+    shard->tier.ios[i].lane = NULL;
 }
 
 void tier_forget(struct shard *shard, struct lane *lane, uint32_t number)

@@ -31,7 +31,8 @@ struct stage {
     struct serve_daemon daemon;
     struct process workers[SERVE_WORKERS_MAX], builder;
     uint32_t worker_count;
-    double cap; // 0: none
+    double cap;     // 0: none
+    double ready_s; // from the first append until no clustering was due, the slowest worker's
 };
 
 struct serve {
@@ -67,7 +68,7 @@ static struct serve_room room_of(const struct serve *serve, uint32_t sequences, 
     const uint64_t landing = (uint64_t)job->layers * job->kv_heads * serve_slots(job) * 3 * serve_row_bytes(job);
     const uint64_t pool = cap > 0 && cap < 1 ? (uint64_t)(cap * (double)serve->all_bytes) : 2 * bytes + (16u << 20);
     return (struct serve_room){
-        .pool_bytes = (pool + POOL_STEP - 1) / POOL_STEP * POOL_STEP,
+        .pool_bytes = pool < POOL_STEP ? POOL_STEP : (pool + POOL_STEP / 2) / POOL_STEP * POOL_STEP,
         .index_bytes = keys * INDEX_BYTES + (64u << 20),
         .shared_bytes = (sequences + 1) * (landing + SHARED_SPARE),
         .spill_bytes = 4 * bytes + (64u << 20),
@@ -85,7 +86,7 @@ static bool start_worker(struct serve *serve, struct stage *stage, struct proces
     return process_start_role(process, "worker", NULL) && process_write(process, &job, sizeof job);
 }
 
-static bool wait_worker(const struct process *process, bool builds, const struct stage *stage)
+static bool wait_worker(const struct process *process, bool builds, struct stage *stage)
 {
     struct serve_answer answer;
     if (!process_read(process, &answer, sizeof answer)) {
@@ -95,6 +96,8 @@ static bool wait_worker(const struct process *process, bool builds, const struct
         (void)fprintf(stderr, "icecache-bench: serve: share %g: clustering has not ended, up to token %u it has\n",
                       stage->cap, answer.indexed);
     }
+    const double s = 1e-9 * (double)(answer.ended_ns - answer.begun_ns);
+    stage->ready_s = s > stage->ready_s ? s : stage->ready_s;
     return true;
 }
 
@@ -178,6 +181,7 @@ static bool run_set(struct serve *serve, struct stage *stage, struct serve_set *
             return false;
         }
     }
+    set->ready_s = stage->ready_s;
     samples_add(&set->resident,
                 (double)round.after.pool_bytes / (double)(round.after.pages * serve_frame_bytes(&serve->job)));
     return serve_set_add(set, &round);
@@ -203,6 +207,8 @@ static struct stage *stage_of(struct serve *serve, uint32_t set)
 // A round that is not counted warms the pools up, then each round goes through all sets, none always the first.
 static bool run_rounds(struct serve *serve)
 {
+    (void)fprintf(stderr, "icecache-bench: serve: %s: everything is clustered, %u rounds\n", serve->data,
+                  serve->options->rounds);
     for (uint32_t s = 0; s < serve->stage_count; s++) {
         struct serve_round round = {0};
         if (!run_workers(serve, &serve->stages[s], serve->workers_max, &round)) {

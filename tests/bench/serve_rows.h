@@ -22,6 +22,7 @@ struct serve_set {
     struct samples p50, p99, p999, mean, queue, search, fetch, copy, wire, per_s, slowest, kept, resident, cpu_us;
     struct samples pages_read, device_p50, device_p99, over_device, mean_over_device;
     double bytes_moved; // by one retrieve
+    double ready_s;
     uint64_t retrieves, partial, wrong_rows;
 };
 

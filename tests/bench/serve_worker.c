@@ -229,8 +229,12 @@ static bool run_steps(struct worker *worker, uint32_t steps)
 static bool serve_steps(struct worker *worker)
 {
     struct serve_order order;
-    if (!open_sequence(worker) || !append_prompt(worker) || !wait_idle(worker, false) ||
-        !parent_write(&worker->answer, sizeof worker->answer)) {
+    worker->answer.begun_ns = measure_ns();
+    if (!open_sequence(worker) || !append_prompt(worker) || !wait_idle(worker, false)) {
+        return false;
+    }
+    worker->answer.ended_ns = measure_ns();
+    if (!parent_write(&worker->answer, sizeof worker->answer)) {
         return false;
     }
     while (parent_read(&order, sizeof order)) {

@@ -1,6 +1,7 @@
 """Runs all commands at tiny sizes and checks that the contract's keys are there and plausible.
 
 usage: smoke.py ICECACHE_BENCH TRACE FAKE_CUDA"""
+import glob
 import json
 import os
 import shutil
@@ -22,6 +23,10 @@ STEP_KEYS = {"method", "budget", "cores", "search_ms", "gather_ms", "share", "sh
 COPY_KEYS = {"path", "bytes", "pieces", "us", "gb_per_s"}
 SPILL_KEYS = {"engine", "op", "depth", "page_bytes", "pages_per_s", "pages_per_s_min", "pages_per_s_max",
               "cpu_us_per_page", "p50_us", "p99_us"}
+SERVE_KEYS = {"method", "data", "tokens", "workers", "sequences", "class", "building", "retrieve_us", "phase_us", "per_s",
+              "bytes_moved", "resident_share", "slowest_over_mean", "ready_s", "kept_share", "daemon_cpu_us",
+              "partial", "wrong_rows"}
+SERVE_BASES = ["raw-zmq", "ring", "memcpy"]
 TREES = ("tree", "tree-promotion")
 SEARCH_RATIOS = {"tree_over_i8_at_0.95", "tree_over_best_peer_at_0.95", "tree_over_i8_at_share_0.98"}
 
@@ -151,6 +156,68 @@ def run_spill(bench):
     run(bench, "copy", "--depths", "1", wanted=2)  # spill's
 
 
+def check_serve_times(row):
+    times = row["retrieve_us"]
+    check(0 < times["p50_min"] <= times["p50"] <= times["p50_max"] and times["p50"] <= times["p99"] <= times["p999"],
+          f"times of serve: {row}")
+
+
+def check_serve(result, workers, heads, slot_bytes):
+    rows = [row for row in result["rows"] if row["method"] == "retrieve"]
+    bases = [row for row in result["rows"] if row["method"] != "retrieve"]
+    check([row["workers"] for row in rows] == workers, f"rows of serve: {rows}")
+    check([row["method"] for row in bases] == SERVE_BASES, f"baselines of serve: {bases}")
+    for row in bases:
+        check_serve_times(row)
+    for row in rows:
+        check(SERVE_KEYS <= row.keys(), f"serve lacks {SERVE_KEYS - row.keys()}")
+        check_serve_times(row)
+        check(row["wrong_rows"] == 0 and row["partial"] == 0 and row["per_s"] > 0, f"serve: {row}")
+        check(row["bytes_moved"] == heads * (16 + 64 + 64) * slot_bytes == bases[2]["bytes_moved"], f"bytes: {row}")
+        phases = row["phase_us"]
+        check(set(phases) == {"queue", "search", "fetch", "copy", "wire"}, f"phases: {phases}")
+        check(0 < phases["search"] < row["retrieve_us"]["p50_max"] and phases["wire"] > 0, f"phases: {phases}")
+        check(1 <= row["slowest_over_mean"] <= row["workers"] and 0 < row["kept_share"] < 1, f"serve: {row}")
+        check(row["daemon_cpu_us"] > 0 and 0 < row["ready_s"] < 60, f"serve: {row}")
+    (ratio,) = result["ratios"].values()
+    check(ratio["overhead_over_raw_zmq"] > 0, f"ratios of serve: {ratio}")
+    return rows, ratio
+
+
+# The less memory there is, the more pages are read; with all of them in memory none is.
+def check_serve_caps(rows, ratio, caps):
+    check([row["ram_cap"] for row in rows] == caps, f"shares of serve: {rows}")
+    check(rows[0]["resident_share"] == 1 and rows[0]["pages_read"] == 0, f"everything fits: {rows[0]}")
+    for before, row in zip(rows, rows[1:]):
+        check(row["pages_read"] > before["pages_read"] and row["resident_share"] < before["resident_share"], f"{rows}")
+        check(row["resident_share"] < row["ram_cap"] + 0.07, f"more in memory than there is room for: {row}")
+        check(row["phase_us"]["fetch"] > 0 and 0 < row["device_us"]["p50"] <= row["device_us"]["p99"], f"{row}")
+        of = ratio[f"ram_cap={row['ram_cap']:g}"]
+        check(of["retrieve_over_resident"] > 1 and of["retrieve_over_device"] > 0.5, f"ratios at a share: {of}")
+
+
+# Nothing is left behind, neither files nor processes.
+def run_serve(bench, trace):
+    before = set(glob.glob("/tmp/icecache-serve-*"))
+    small = ("serve", "--rounds", "1", "--steps", "4")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        where = ("--dir", folder)
+        rows, ratio = check_serve(run_json(bench, *small, *where, "--tokens", "1024", "--workers", "1,2"), [1, 1, 2, 2], 2, 512)
+        check([row["building"] for row in rows] == [False, True] * 2, f"rows of serve: {rows}")
+        check(ratio["p99_building_over_unloaded"] > 0 and "scaling_16" not in ratio, f"ratios of serve: {ratio}")
+        rows, ratio = check_serve(run_json(bench, *small, *where, "--trace", trace, "--ram-cap", "0.5,0.15"), [1] * 3, 2, 256)
+        check_serve_caps(rows, ratio, [1, 0.5, 0.15])
+        run(bench, *small, *where, "--daemon", "/nowhere/icecached", wanted=3)
+        run(bench, *small, *where, "--daemon", "/bin/false", wanted=3)
+        check(os.listdir(folder) == [], f"serve leaves {os.listdir(folder)}")
+    check(set(glob.glob("/tmp/icecache-serve-*")) <= before, "serve leaves its sockets")
+    run(bench, *small, "--workers", "1,2", "--ram-cap", "0.5", wanted=2)
+    run(bench, *small, "--ram-cap", "0", wanted=2)
+    run(bench, *small, "--tokens", "1024,2048", wanted=2)
+    run(bench, "serve", "--steps", "200", "--trace", trace, wanted=2)  # more than it has
+    run(bench, "search", "--workers", "1", wanted=2)  # serve's
+
+
 def main():
     bench, trace, fake_cuda = sys.argv[1:]
     copy = ("copy", "--rounds", "1", "--budget", "32,64")
@@ -162,6 +229,7 @@ def main():
         check_copy(run_json(bench, *copy), (*host, "cuda-link", "cuda-copy", "cuda-push"))
     run(bench, "copy", "--tokens", "512", wanted=2)  # of the others
     run_spill(bench)
+    run_serve(bench, trace)
     small = ("--rounds", "1", "--seeds", "1")
     search = run_json(bench, "search", *small, "--data", "attention,gauss", "--tokens", "1024", "--head-dim", "64",
                       "--query-heads", "1,2", "--queries", "4", "--budget", "32,64")

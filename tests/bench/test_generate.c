@@ -164,6 +164,74 @@ static void neighbours_share_clusters(void **state)
     data_fini(&data);
 }
 
+// Which tokens are among the 64 with the largest mass, summed over the heads.
+static void choose(const float *keys, uint32_t tokens, const float *queries, const struct generator_shape *shape,
+                   bool *chosen)
+{
+    double *mass = calloc(tokens, sizeof *mass), *sorted = malloc(tokens * sizeof *sorted);
+    double *logits = malloc(tokens * sizeof *logits);
+    assert_true(mass != NULL && sorted != NULL && logits != NULL);
+    for (uint32_t h = 0; h < shape->query_heads; h++) {
+        double sum = 0;
+        for (uint32_t i = 0; i < tokens; i++) {
+            double dot = 0;
+            for (uint32_t j = 0; j < shape->head_dim; j++) {
+                dot += (double)(keys[(size_t)i * shape->head_dim + j] * queries[h * shape->head_dim + j]);
+            }
+            logits[i] = exp(dot / sqrt(shape->head_dim) - 40);
+            sum += logits[i];
+        }
+        for (uint32_t i = 0; i < tokens; i++) {
+            mass[i] += logits[i] / sum;
+        }
+    }
+    memcpy(sorted, mass, tokens * sizeof *sorted);
+    qsort(sorted, tokens, sizeof *sorted, ascending);
+    for (uint32_t i = 0; i < tokens; i++) {
+        chosen[i] = mass[i] >= sorted[tokens - 64];
+    }
+    free(mass);
+    free(sorted);
+    free(logits);
+}
+
+// Adds the share of a step's best tokens that were those of the step before, and of 8 steps before.
+static void add_kept(bool steps, uint64_t seed, double *next, double *later)
+{
+    enum { TOKENS = 4096, STEPS = 48, DIM = 64 };
+    const struct generator_shape shape = {TOKENS, DIM, 4, STEPS, steps};
+    float *keys = malloc(sizeof(float) * TOKENS * DIM), *queries = malloc(sizeof(float) * STEPS * 4 * DIM);
+    bool *chosen = malloc((size_t)STEPS * TOKENS);
+    assert_true(keys != NULL && queries != NULL && chosen != NULL);
+    assert_true(generate_attention(&shape, seed, keys, queries));
+    for (uint32_t step = 0; step < STEPS; step++) {
+        const bool *now = chosen + (size_t)step * TOKENS;
+        choose(keys, TOKENS, queries + (size_t)step * 4 * DIM, &shape, chosen + (size_t)step * TOKENS);
+        for (uint32_t i = 0; i < TOKENS; i++) {
+            *next += step >= 1 && now[i] && *(now + i - TOKENS) ? 1.0 / 64 / (STEPS - 1) : 0;
+            *later += step >= 8 && now[i] && *(now + i - 8 * TOKENS) ? 1.0 / 64 / (STEPS - 8) : 0;
+        }
+    }
+    free(keys);
+    free(queries);
+    free(chosen);
+}
+
+// The longer the sequence, the less independent queries share; here it is a fifth.
+static void steps_resemble_each_other(void **state)
+{
+    (void)state;
+    double next = 0, later = 0, alone = 0, alone_later = 0;
+    for (uint64_t seed = 1; seed <= 6; seed++) {
+        add_kept(true, seed, &next, &later);
+        add_kept(false, seed, &alone, &alone_later);
+    }
+    print_message("kept: %.3f by the next step, %.3f by the 8th; %.3f and %.3f by independent queries\n", next / 6,
+                  later / 6, alone / 6, alone_later / 6);
+    assert_true(next > 1.3 * alone && next / 6 < 0.5);
+    assert_true(later < 0.75 * next && fabs(alone - alone_later) < 0.2 * alone);
+}
+
 static void gauss_has_no_structure(void **state)
 {
     (void)state;
@@ -204,6 +272,7 @@ int main(void)
         cmocka_unit_test(halves_round_trip),
         cmocka_unit_test(attention_is_attention_like),
         cmocka_unit_test(neighbours_share_clusters),
+        cmocka_unit_test(steps_resemble_each_other),
         cmocka_unit_test(gauss_has_no_structure),
         cmocka_unit_test(seeds_fix_the_data),
     };

@@ -103,11 +103,19 @@ void child_start(struct child *child, const char *const *arguments, const char *
         close(log);
 }
 
+size_t child_role_arguments(const char *role, const char **arguments)
+{
+    arguments[0] = "/proc/self/exe";
+    arguments[1] = ROLE_FLAG;
+    arguments[2] = role;
+    return 3;
+}
+
 void child_start_role(struct child *child, const char *const *arguments)
 {
-    const char *all[CHILD_ARGUMENTS_MAX + 3] = {"/proc/self/exe", ROLE_FLAG};
-    size_t count = 2;
-    for (; *arguments; arguments++) {
+    const char *all[CHILD_ARGUMENTS_MAX + 3] = {NULL};
+    size_t count = child_role_arguments(arguments[0], all);
+    for (arguments++; *arguments; arguments++) {
         assert_true(count < CHILD_ARGUMENTS_MAX);
         all[count++] = *arguments;
     }

@@ -34,6 +34,8 @@ struct child {
 
 // Starts a program. Its standard error goes to the log file, or where ours goes (NULL). Dies with this process.
 void child_start(struct child *child, const char *const *arguments, const char *log_path);
+// The beginning of arguments that start this program in a role; answers how many they are. The role's own follow.
+size_t child_role_arguments(const char *role, const char **arguments);
 // This program in the role named by arguments[0].
 void child_start_role(struct child *child, const char *const *arguments);
 // Waits for one line of its output; false at end of file. Fails the test at the deadline.

@@ -70,15 +70,23 @@ static bool is_ready(const struct daemon *daemon)
     return count == daemon->starts;
 }
 
-void daemon_start(struct daemon *daemon)
+void daemon_arguments(const struct daemon *daemon, const char *arguments[DAEMON_ARGUMENTS_MAX])
 {
-    const char *arguments[CHILD_ARGUMENTS_MAX + 4] = {daemon->program ? daemon->program : daemon_path(), "--socket-dir",
-                                                      daemon->sockets};
-    size_t count = 3;
+    size_t count = daemon->launcher ? child_role_arguments(daemon->launcher, arguments) : 0;
+    arguments[count++] = daemon->program ? daemon->program : daemon_path();
+    arguments[count++] = "--socket-dir";
+    arguments[count++] = daemon->sockets;
     for (const char *const *option = daemon->options; *option; option++) {
-        assert_true(count < CHILD_ARGUMENTS_MAX);
+        assert_true(count + 1 < DAEMON_ARGUMENTS_MAX);
         arguments[count++] = strcmp(*option, DAEMON_SPILL_FOLDER) == 0 ? daemon->spill : *option;
     }
+    arguments[count] = NULL;
+}
+
+void daemon_start(struct daemon *daemon)
+{
+    const char *arguments[DAEMON_ARGUMENTS_MAX];
+    daemon_arguments(daemon, arguments);
     assert_int_equal(daemon->child.pid, 0);
     daemon->starts++;
     child_start(&daemon->child, arguments, daemon->log);

@@ -9,6 +9,7 @@
 struct daemon {
     struct child child;
     const char *program;        // NULL: daemon_path()
+    const char *launcher;       // a role of this program that restricts itself and becomes the daemon; NULL: none
     const char *const *options; // NULL-terminated, behind --socket-dir; they leave --log-level at info or below
     uint32_t starts;
     char folder[64];  // temporary, removed at the end
@@ -33,6 +34,9 @@ int daemon_teardown(void **state);
     cmocka_unit_test_prestate_setup_teardown(function, daemon_setup_stopped, daemon_teardown,                          \
                                              (void *)(uintptr_t)daemon_default_options)
 
+#define DAEMON_ARGUMENTS_MAX (CHILD_ARGUMENTS_MAX + 8)
+// What it is started by, NULL-terminated.
+void daemon_arguments(const struct daemon *daemon, const char *arguments[DAEMON_ARGUMENTS_MAX]);
 void daemon_start(struct daemon *daemon); // until its log says that it is ready
 void daemon_stop(struct daemon *daemon);  // SIGTERM; it must exit 0, its log free of sanitizer reports
 void daemon_signal(const struct daemon *daemon, int signal);

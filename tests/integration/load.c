@@ -21,6 +21,7 @@ struct loader {
     struct worker worker;
     struct open_document open[SEQUENCES];
     uint32_t next_document;
+    uint32_t number; // what it seals has so many blocks modulo LOAD_WORKERS, so that others can tell whose it is
     uint64_t random;
     struct load_seal sealed[64]; // the last ones
     uint32_t sealed_count;
@@ -138,7 +139,8 @@ static void append(struct loader *loader, struct open_document *each)
     const uint64_t room = (LOAD_TOKENS_MAX - each->length) / 16;
     if (room == 0)
         return;
-    const uint64_t tokens = 16 * (1 + random_below(&loader->random, room));
+    const uint64_t blocks = each->length / 16 + 1 + random_below(&loader->random, room);
+    const uint64_t tokens = 16 * blocks - each->length;
     const struct ice_kv_source source = history_source(&each->history, ICE_ALL_LAYERS, each->length);
     uint64_t length = 0;
     need(ice_append(each->sequence, ICE_ALL_LAYERS, each->length, tokens, &source, 0, &length), "append");
@@ -157,7 +159,7 @@ static uint64_t look(struct loader *loader, const struct open_document *each)
 static void seal(struct loader *loader, const struct open_document *each)
 {
     static uint8_t hashes[LOAD_BLOCKS_MAX][ICE_HASH_BYTES];
-    if (each->length < 64)
+    if (each->length < 64 || each->length / 16 % LOAD_WORKERS != loader->number)
         return;
     struct ice_seal_result result;
     struct load_seal sealed = {.document = each->document, .blocks = (uint32_t)(each->length / 16)};
@@ -251,11 +253,12 @@ static void work(struct loader *loader)
 int load_role(int argc, char **argv)
 {
     static struct loader loader;
-    if (argc != 4)
+    if (argc != 5)
         return 2;
     setvbuf(stdout, NULL, _IOLBF, 0);
     loader.random = strtoull(argv[2], NULL, 10);
     loader.next_document = (uint32_t)strtoul(argv[3], NULL, 10);
+    loader.number = (uint32_t)strtoul(argv[4], NULL, 10);
     const struct ice_client_options options = {
         .socket_directory = argv[1], .name = "load", .deadline_us = TEST_DEADLINE_US, .staging_bytes = 4u << 20};
     const struct ice_landing_shape landing = landing_shape(&load_shape, 1, 256);

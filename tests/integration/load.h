@@ -33,11 +33,19 @@ struct load_ledger {
     uint32_t count;
 };
 
-// The role's arguments: sockets, seed, number of the first document.
+#define LOAD_WORKERS   2u    // at once: one seals and is given room while the other removes
+#define LOAD_DOCUMENTS 1000u // at most, of a worker in a round
+struct load {
+    struct child children[LOAD_WORKERS];
+};
+// The role's arguments: sockets, seed, number of the first document, of the worker.
 int load_role(int argc, char **argv);
-void load_start(struct child *child, const struct daemon *daemon, uint64_t seed, uint32_t first_document);
-// Enters all that the child has told until its end, which must be a good one.
-void load_end(struct load_ledger *ledger, struct child *child);
+void load_start(struct load *load, const struct daemon *daemon, uint64_t seed, uint32_t round);
+// Lets them work for a random time, which is longer, and of which there are fewer, under a sanitizer.
+void load_run(uint64_t *random, uint64_t most_us);
+uint32_t load_rounds(uint32_t scaled, uint32_t full);
+// Enters all that the workers have told until their ends, which must be good ones.
+void load_end(struct load_ledger *ledger, struct load *load);
 
 // What the daemon lists must be what the ledger says, up to what was not answered: that is entered one way or the
 // other. Each that is listed is attached to, read and asked as before; and nothing else has room in the spill file.
@@ -52,8 +60,5 @@ void load_seal(struct load_ledger *ledger, struct worker *worker, uint32_t docum
 void load_open(struct worker *worker, const struct daemon *daemon); // with a landing, without a sequence
 void load_hashes(uint32_t document, uint8_t hashes[LOAD_BLOCKS_MAX][ICE_HASH_BYTES]);
 void load_history(struct history *history, uint32_t document);
-
-// Bytes of the spill file that the manifests in a folder name, each place once.
-uint64_t manifests_bytes(const char *folder, uint32_t *count);
 
 #endif

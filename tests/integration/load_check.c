@@ -1,6 +1,8 @@
 // What a load was told, held against what a daemon has after its restart.
 #include "load.h"
 
+#include "manifests.h"
+
 #include <dirent.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -35,8 +37,9 @@ static void enter(struct load_ledger *ledger, const char *line)
         assert_true(ledger->count < LOAD_SEALS_MAX);
         ledger->seals[ledger->count++] = seal;
     } else if (sscanf(line, "sealed %" SCNu64 " %d", &id, &known) == 2) {
+        assert_true(ledger->count > 0);
         struct load_seal *last = &ledger->seals[ledger->count - 1];
-        assert_true(ledger->count > 0 && last->state == LOAD_SEALING);
+        assert_int_equal(last->state, LOAD_SEALING);
         last->id = id;
         last->state = LOAD_SEALED;
         if (known)
@@ -50,21 +53,48 @@ static void enter(struct load_ledger *ledger, const char *line)
     }
 }
 
-void load_start(struct child *child, const struct daemon *daemon, uint64_t seed, uint32_t first_document)
+void load_start(struct load *load, const struct daemon *daemon, uint64_t seed, uint32_t round)
 {
-    char seed_text[32], first_text[32];
-    snprintf(seed_text, sizeof seed_text, "%" PRIu64, seed);
-    snprintf(first_text, sizeof first_text, "%u", first_document);
-    const char *const arguments[] = {LOAD_ROLE, daemon->sockets, seed_text, first_text, NULL};
-    child_start_role(child, arguments);
+    for (uint32_t i = 0; i < LOAD_WORKERS; i++) {
+        char seed_text[32], first_text[32], number_text[32];
+        snprintf(seed_text, sizeof seed_text, "%" PRIu64, seed + i);
+        snprintf(first_text, sizeof first_text, "%u", (round * LOAD_WORKERS + i) * LOAD_DOCUMENTS);
+        snprintf(number_text, sizeof number_text, "%u", i);
+        const char *const arguments[] = {LOAD_ROLE, daemon->sockets, seed_text, first_text, number_text, NULL};
+        child_start_role(&load->children[i], arguments);
+    }
 }
 
-void load_end(struct load_ledger *ledger, struct child *child)
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define SLOWER 5u
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer) || __has_feature(address_sanitizer)
+#define SLOWER 5u
+#endif
+#endif
+#ifndef SLOWER
+#define SLOWER 1u
+#endif
+
+void load_run(uint64_t *random, uint64_t most_us)
+{
+    sleep_us(SLOWER * (50000 + random_below(random, most_us)));
+}
+
+uint32_t load_rounds(uint32_t scaled, uint32_t full)
+{
+    return scaled_count(SLOWER > 1 ? scaled / 2 : scaled, full);
+}
+
+// One after the other: the lines wait.
+void load_end(struct load_ledger *ledger, struct load *load)
 {
     char line[512];
-    while (child_read_line(child, line, sizeof line))
-        enter(ledger, line);
-    child_expect_exit(child, 0);
+    for (uint32_t i = 0; i < LOAD_WORKERS; i++) {
+        while (child_read_line(&load->children[i], line, sizeof line))
+            enter(ledger, line);
+        child_expect_exit(&load->children[i], 0);
+    }
 }
 
 // ---- what there is ----
@@ -92,14 +122,32 @@ static void list_prefixes(const struct daemon *daemon, struct listed *listed)
     json_decref(all);
 }
 
+static void take_at(struct listed *listed, uint32_t i)
+{
+    listed->ids[i] = listed->ids[--listed->count];
+    listed->tokens[i] = listed->tokens[listed->count];
+}
+
 static bool take(struct listed *listed, uint64_t id)
 {
     for (uint32_t i = 0; i < listed->count; i++) {
-        if (listed->ids[i] != id)
-            continue;
-        listed->ids[i] = listed->ids[--listed->count];
-        listed->tokens[i] = listed->tokens[listed->count];
-        return true;
+        if (listed->ids[i] == id) {
+            take_at(listed, i);
+            return true;
+        }
+    }
+    return false;
+}
+
+// Of a sealing that was not answered the id is not known, but how many tokens it has, which no other such one has.
+static bool take_unknown(struct listed *listed, struct load_seal *seal)
+{
+    for (uint32_t i = 0; i < listed->count; i++) {
+        if (listed->tokens[i] == seal->blocks * 16u) {
+            seal->id = listed->ids[i];
+            take_at(listed, i);
+            return true;
+        }
     }
     return false;
 }
@@ -109,30 +157,20 @@ static void settle(struct load_ledger *ledger, const struct daemon *daemon)
 {
     struct listed listed;
     list_prefixes(daemon, &listed);
-    for (uint32_t i = 0; i < ledger->count;) {
-        struct load_seal *seal = &ledger->seals[i];
-        if (seal->state == LOAD_SEALING) {
-            i++;
-            continue;
-        }
-        if (take(&listed, seal->id)) {
-            seal->state = LOAD_SEALED;
-            i++;
-            continue;
-        }
-        if (seal->state == LOAD_SEALED)
-            fail_msg("document %u, sealed with %u blocks as %016" PRIx64 ", is not there", seal->document, seal->blocks,
-                     seal->id);
-        drop(ledger, seal);
-    }
-    struct load_seal *last = &ledger->seals[ledger->count - 1];
-    if (ledger->count > 0 && last->state == LOAD_SEALING) {
-        if (listed.count == 1 && listed.tokens[0] == last->blocks * 16u) {
-            last->id = listed.ids[0];
-            last->state = LOAD_SEALED;
-            listed.count = 0;
-        } else {
-            drop(ledger, last);
+    for (int unknown = 0; unknown < 2; unknown++) { // at last those whose id is not known: what is left may be theirs
+        for (uint32_t i = 0; i < ledger->count;) {
+            struct load_seal *seal = &ledger->seals[i];
+            if ((seal->state == LOAD_SEALING) != unknown) {
+                i++;
+            } else if (unknown ? take_unknown(&listed, seal) : take(&listed, seal->id)) {
+                seal->state = LOAD_SEALED;
+                i++;
+            } else if (seal->state == LOAD_SEALED) {
+                fail_msg("document %u, sealed with %u blocks as %016" PRIx64 ", is not there", seal->document,
+                         seal->blocks, seal->id);
+            } else {
+                drop(ledger, seal);
+            }
         }
     }
     if (listed.count > 0)

@@ -36,12 +36,14 @@ struct sick_entry {
 struct sick {
     // Set by the test. Errors are -errno, 0: none.
     _Atomic int read_error, write_error;       // of all transfers of the data file
+    _Atomic uint32_t write_failures;           // so many are to come; UINT32_MAX: all
     _Atomic int sync_error;                    // of the next sync
     _Atomic int read_file_error, unlink_error; // of all
     _Atomic uint64_t bad_from, bad_until;      // places that cannot be read (-EIO)
     _Atomic bool hangs;                        // transfers and syncs do not return
     _Atomic bool shortens;                     // transfers move a part
     _Atomic uint32_t unlink_pause_us;          // before a file is unlinked
+    uint64_t close_wait_ns;                    // of the disk, set before the daemon starts; 0: as it is
     // Told by the daemon.
     _Atomic uint64_t reads, writes, syncs, hanging;
     // The journal, for a loss of power. Threads engine only.

@@ -6,6 +6,7 @@
 // file. Whatever the moment of a kill, the second file and the journal are all that a loss of power needs (power.c).
 #include "sick.h"
 
+#include "cached/disk.h"
 #include "cached/env_linux.h"
 
 #include <errno.h>
@@ -117,13 +118,23 @@ static void hang(void)
     atomic_fetch_sub(&sick->hanging, 1);
 }
 
+static int write_refusal(void)
+{
+    const int error = atomic_load(&sick->write_error);
+    uint32_t left = atomic_load(&sick->write_failures);
+    while (error && left > 0 && left < UINT32_MAX &&
+           !atomic_compare_exchange_weak(&sick->write_failures, &left, left - 1))
+        ;
+    return left > 0 ? error : 0;
+}
+
 // What the device says instead of moving bytes; 0: it moves them.
 static int refusal(bool is_write, uint64_t offset, uint64_t bytes)
 {
     atomic_fetch_add(is_write ? &sick->writes : &sick->reads, 1);
     if (atomic_load(&sick->hangs))
         hang();
-    const int error = atomic_load(is_write ? &sick->write_error : &sick->read_error);
+    const int error = is_write ? write_refusal() : atomic_load(&sick->read_error);
     if (error)
         return error;
     return !is_write && offset < atomic_load(&sick->bad_until) && offset + bytes > atomic_load(&sick->bad_from) ? -EIO
@@ -271,6 +282,16 @@ static int open_shared(const char *folder, const char *name)
     if (fd < 0)
         fail(path);
     return fd;
+}
+
+int __real_disk_open(struct env *env, const struct disk_params *params, struct disk **out, char *text, size_t capacity);
+int __wrap_disk_open(struct env *env, const struct disk_params *params, struct disk **out, char *text, size_t capacity);
+
+int __wrap_disk_open(struct env *env, const struct disk_params *params, struct disk **out, char *text, size_t capacity)
+{
+    struct disk_params others = *params;
+    others.close_wait_ns = sick ? sick->close_wait_ns : 0;
+    return __real_disk_open(env, &others, out, text, capacity);
 }
 
 void __real_env_linux_init(struct env *env);

@@ -22,7 +22,7 @@ static const char *const options[] = {"--pool-bytes",
                                       LOAD_HIBERNATION,
                                       NULL};
 
-enum { DOCUMENTS_PER_ROUND = 1000, KEEP = 6 };
+enum { KEEP = 6 };
 
 static void killed_at_any_moment(void **state)
 {
@@ -30,10 +30,10 @@ static void killed_at_any_moment(void **state)
     static struct load_ledger ledger;
     uint64_t random = random_seed("killed_at_any_moment");
     uint32_t seals = 0;
-    for (uint32_t round = 0, rounds = scaled_count(12, 200); round < rounds; round++) {
-        struct child load;
-        load_start(&load, daemon, random_next(&random), round * DOCUMENTS_PER_ROUND);
-        sleep_us(50000 + random_below(&random, 900000));
+    for (uint32_t round = 0, rounds = load_rounds(12, 200); round < rounds; round++) {
+        struct load load;
+        load_start(&load, daemon, random_next(&random), round);
+        load_run(&random, 900000);
         daemon_kill(daemon);
         load_end(&ledger, &load);
         daemon_start(daemon);

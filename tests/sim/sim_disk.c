@@ -105,3 +105,9 @@ void disk_usage(struct disk *disk, struct disk_usage *out)
     (void)disk;
     *out = (struct disk_usage){.engine = "simulated", .because = ""};
 }
+
+bool disk_hangs(struct disk *disk)
+{
+    (void)disk;
+    return false;
+}

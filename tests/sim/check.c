@@ -50,6 +50,14 @@ static void check_flags(const struct page *page)
     assert_true(page->memory || (flags & PAGE_CLEAN && page->extent != EXTENT_NONE));
 }
 
+static void note_page(struct seen *seen, const struct lane *lane, const struct page *page)
+{
+    seen->plans_reading += lane->plan_runs && page->flags & PAGE_READING;
+    seen->plans_spilling += lane->plan_runs && page->flags & PAGE_CHANGED;
+    seen->appends_spilling += lane->prepared_tokens > 0 && page->flags & PAGE_CHANGED;
+    seen->gathers_spilling += lane->gathers > 0 && page->flags & PAGE_WRITING;
+}
+
 // Returns its pages.
 static uint64_t check_lane(struct world *world, const struct lane *lane, struct sums *sums)
 {
@@ -63,6 +71,7 @@ static uint64_t check_lane(struct world *world, const struct lane *lane, struct 
         resident += page->memory != NULL;
         sums->reading += (page->flags & PAGE_READING) != 0;
         check_flags(page);
+        note_page(&world->seen, lane, page);
         if (!borrows)
             hold(sums, page->extent);
     }
@@ -71,7 +80,6 @@ static uint64_t check_lane(struct world *world, const struct lane *lane, struct 
     sums->resident[lane->shard] += resident;
     assert_true(lane->state == LANE_AWAKE || resident == 0);
     assert_true(lane->state != LANE_ASLEEP || !lane->index);
-    (void)world;
     // An attached lane's pages count when it has woken.
     return lane->state == LANE_AWAKE ? pages : borrows ? lane->image->page_count : 0;
 }
@@ -111,7 +119,7 @@ static void check_order(const struct world *world, const struct shard *shard, ui
 }
 
 // Returns how many frames are in the hands of I/O whose page is gone.
-static uint64_t check_ios(const struct shard *shard, struct sums *sums)
+static uint64_t check_ios(struct world *world, const struct shard *shard, struct sums *sums)
 {
     const struct tier *tier = &shard->tier;
     bool idle[TIER_IO_MAX] = {false};
@@ -127,6 +135,8 @@ static uint64_t check_ios(const struct shard *shard, struct sums *sums)
         writes += io->request.op == DISK_WRITE;
         if (!io->lane) {
             orphans++;
+            world->seen.drops_reading += io->request.op == DISK_READ;
+            world->seen.drops_writing += io->request.op == DISK_WRITE;
             hold(sums, io->extent);
             continue;
         }
@@ -210,7 +220,7 @@ void world_check(struct world *world)
         const struct shard *shard = &world->shards[i];
         hold_image(&sums, shard->images.save.image);
         check_order(world, shard, sums.resident[i]);
-        orphans += check_ios(shard, &sums);
+        orphans += check_ios(world, shard, &sums);
         resident += sums.resident[i];
         for (uint32_t io = 0; io < TIER_IO_MAX; io++)
             in_use += shard->tier.ios[io].lane != NULL;
@@ -218,6 +228,7 @@ void world_check(struct world *world)
     assert_int_equal(in_use, pages_on_their_way(world));
     check_gathers(world);
     check_extents(world, &sums);
+    world->seen.slabs_given_up += pool_given_up(world->server.pool) != POOL_SLAB_NONE;
     struct pool_usage usage;
     pool_usage(world->server.pool, &usage);
     assert_int_equal(usage.used_frames, world->hog_count + resident + sums.reading + orphans);

@@ -160,6 +160,19 @@ static void close_all(void)
 }
 
 static uint64_t totals[OP_SLEEP + 1], evicted, lost, partial;
+static struct seen seen;
+
+static void note_seen(void)
+{
+    const struct seen *from = &world.seen;
+    seen.plans_reading += from->plans_reading;
+    seen.plans_spilling += from->plans_spilling;
+    seen.appends_spilling += from->appends_spilling;
+    seen.gathers_spilling += from->gathers_spilling;
+    seen.drops_reading += from->drops_reading;
+    seen.drops_writing += from->drops_writing;
+    seen.slabs_given_up += from->slabs_given_up;
+}
 
 static void play(uint64_t seed, uint32_t steps)
 {
@@ -179,6 +192,7 @@ static void play(uint64_t seed, uint32_t steps)
     evicted += atomic_load(&world.server.tier_stats.pages_evicted);
     lost += world.lost;
     partial += world.partial;
+    note_seen();
     world_fini(&world);
 }
 
@@ -211,7 +225,16 @@ static void test_schedules(void **state)
         (unsigned long long)totals[OP_RETRIEVE], (unsigned long long)partial, (unsigned long long)totals[OP_APPEND],
         (unsigned long long)totals[OP_READ], (unsigned long long)totals[OP_SEAL], (unsigned long long)totals[OP_SLEEP],
         (unsigned long long)lost, (unsigned long long)evicted);
+    print_message("seen between two steps: plans that read %llu, that spill %llu, appends that spill %llu, selections "
+                  "that spill %llu, drops while reading %llu, while writing %llu, slabs given up %llu\n",
+                  (unsigned long long)seen.plans_reading, (unsigned long long)seen.plans_spilling,
+                  (unsigned long long)seen.appends_spilling, (unsigned long long)seen.gathers_spilling,
+                  (unsigned long long)seen.drops_reading, (unsigned long long)seen.drops_writing,
+                  (unsigned long long)seen.slabs_given_up);
     // The schedules came to what they are for.
+    assert_true(seen.plans_reading > 0 && seen.plans_spilling > 0 && seen.appends_spilling > 0 &&
+                seen.gathers_spilling > 0 && seen.drops_reading > 0 && seen.drops_writing > 0 &&
+                seen.slabs_given_up > 0);
     assert_true(totals[OP_RETRIEVE] > 0 && totals[OP_APPEND] > 0 && totals[OP_READ] > 0 && totals[OP_SEAL] > 0 &&
                 totals[OP_SLEEP] > 0 && lost > 0 && partial > 0 && evicted > 0);
 }

@@ -92,6 +92,17 @@ struct world_shape {
     bool patient;                       // the clock makes no leaps: no deadline of an append or a read may pass
 };
 
+// What the schedules have come to, in states between two steps.
+struct seen {
+    uint64_t plans_reading;    // a page of a lane is read whose plan is carried out
+    uint64_t plans_spilling;   // a page is being written that a plan has changed
+    uint64_t appends_spilling; // that an append has changed
+    uint64_t gathers_spilling; // that belongs to a lane of which a selection waits
+    uint64_t drops_reading;    // a page was dropped while it was read
+    uint64_t drops_writing;
+    uint64_t slabs_given_up;
+};
+
 struct world {
     struct world_shape shape;
     struct rng rng;
@@ -105,6 +116,7 @@ struct world {
     struct work works[WORLD_OPS];
     void *hogs[WORLD_HOGS];
     uint32_t hog_count;
+    struct seen seen;
     uint64_t steps, ended, failed, partial, lost, next_content;
     uint64_t kinds[OP_SLEEP + 1]; // ended well
 };

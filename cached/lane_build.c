@@ -15,6 +15,7 @@ struct lane_rows {
     struct lane_rows *next;
     size_t bytes;
     uint32_t count, missing;
+    bool is_spare;      // not the index's: see keep_page
     uint32_t *pages;    // [count]
     uint8_t *frames;    // [count]
     const void *rows[]; // [count]; NULL: not there yet
@@ -157,9 +158,27 @@ static const uint8_t *row_to_move(const struct lane *lane, struct index_place fr
     return NULL;
 }
 
+// Keeps a copy of a page that is moved from while the page that is moved to is read, in place of the one kept last:
+// where room is short the two need not be there at one time. A plan that was dropped has no other copies any more.
+static void keep_page(struct lane *lane, uint32_t page)
+{
+    const bool is_spare = lane->rows && lane->rows->is_spare;
+    if (!is_spare && !begin_copies(lane, &page, 1))
+        return;
+    struct lane_rows *rows = lane->rows;
+    lane->copying = false;
+    rows->is_spare = true;
+    rows->pages[0] = page;
+    rows->missing = 0;
+    rows->rows[0] =
+        memcpy(rows->frames, lane->pages[page].memory, lane_server(lane)->config->page_tokens * lane_token_bytes(lane));
+}
+
 // Brings what a move needs into memory.
 static ice_status need_move(struct lane *lane, struct shard *shard, const struct index_move *move)
 {
+    if (!lane->pages[move->to.page].memory && lane->pages[move->from.page].memory && tier_is_short(shard->server))
+        keep_page(lane, move->from.page);
     const ice_status to = lane_page_need(lane, shard, move->to.page);
     const ice_status from = row_to_move(lane, move->from) ? ICE_OK : lane_page_need(lane, shard, move->from.page);
     return from == ICE_PAGE_LOST || to == ICE_PAGE_LOST ? ICE_PAGE_LOST : from != ICE_OK ? from : to;

@@ -119,6 +119,14 @@ static void ask_for_missing(struct gather *gather, struct shard *shard)
     }
 }
 
+// A selected token's share of the attention; 0 for those at the ends, of which only the sum is known.
+static float mass_of(const struct gather *gather, uint32_t slot)
+{
+    const struct gather_plan *plan = &gather->plan;
+    const bool selected = slot >= plan->sinks && slot < plan->sinks + plan->selected_count;
+    return selected ? plan->selected[slot - plan->sinks].mass : 0;
+}
+
 // The deadline has passed: what is in memory now, in the first slots.
 static void cut_short(struct gather *gather)
 {
@@ -130,8 +138,10 @@ static void cut_short(struct gather *gather)
         n = resolve(lane, &gather->plan, slot, 64, tokens);
         for (uint32_t i = 0; i < n; i++) {
             const uint8_t *row = lane_token(lane, tokens[i].place, 2 * lane->sequence->row_bytes);
-            if (!row)
+            if (!row) {
+                part->mass -= mass_of(gather, tokens[i].slot);
                 continue;
+            }
             tokens[i].slot = count++;
             gather_put(part, &tokens[i], row);
         }
@@ -151,6 +161,7 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
         return false;
     if (status == LANE_WAITS && part->op->kind == OP_RETRIEVE) {
         cut_short(gather);
+        ask_for_missing(gather, shard); // whoever asks again finds more
         status = ICE_OK;
     } else if (status == LANE_WAITS) {
         status = ICE_TIMEOUT;
@@ -160,6 +171,16 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
     lane_release_memory(lane, gather, bytes);
     op_lane_finish(part, shard, status);
     return true;
+}
+
+static void queue_push(struct shard *shard, struct gather *gather)
+{
+    gather->next = NULL;
+    if (shard->gathers)
+        shard->gathers_tail->next = gather;
+    else
+        shard->gathers = gather;
+    shard->gathers_tail = gather;
 }
 
 ice_status gather_start(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
@@ -183,8 +204,7 @@ ice_status gather_start(struct op_lane *part, struct shard *shard, const struct 
     if (run(gather, shard, now_ns))
         return ICE_OK;
     ask_for_missing(gather, shard);
-    gather->next = shard->gathers;
-    shard->gathers = gather;
+    queue_push(shard, gather);
     shard_look_again(shard, gather->deadline_ns);
     return ICE_OK;
 }
@@ -198,8 +218,7 @@ uint64_t gather_all(struct shard *shard, uint64_t now_ns)
         struct gather *next = gather->next;
         if (!run(gather, shard, now_ns)) {
             next_ns = gather->deadline_ns < next_ns ? gather->deadline_ns : next_ns;
-            gather->next = shard->gathers;
-            shard->gathers = gather;
+            queue_push(shard, gather);
         }
         gather = next;
     }

@@ -36,7 +36,7 @@ struct gather_token {
 // Puts one token where it belongs; `row` is its K row and, behind it, its V row.
 void gather_put(const struct op_lane *part, const struct gather_token *token, const uint8_t *row);
 // Starts a gather for a part whose tokens are not all in memory. ICE_OK: it goes on behind this call and ends the part
-// by op_lane_finish (perhaps within the call); ICE_NO_MEMORY.
+// by op_lane_finish (perhaps within the call); ICE_INDEX_FULL.
 ICE_MUST_CHECK ice_status gather_start(struct op_lane *part, struct shard *shard, const struct gather_plan *plan);
 // Goes on with every gather of the shard. Returns when the next one must look at its deadline, UINT64_MAX: none.
 uint64_t gather_all(struct shard *shard, uint64_t now_ns);

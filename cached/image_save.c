@@ -137,14 +137,24 @@ static bool settles(struct image_save *save, struct shard *shard)
     return false;
 }
 
+static bool is_saved(const struct page *page)
+{
+    return !(page->flags & PAGE_USED) || page->flags & PAGE_CLEAN;
+}
+
 // Starts writing what is dirty. True while some of it is.
 static bool writes_pages(struct image_save *save, struct shard *shard)
 {
     struct lane *lane = save->part->lane;
     const uint32_t capacity = lane->page_capacity;
-    while (save->page < capacity &&
-           (!(lane->pages[save->page].flags & PAGE_USED) || lane->pages[save->page].flags & PAGE_CLEAN))
+    while (save->page < capacity && is_saved(&lane->pages[save->page])) {
+        // What is sealed is there for others; who only sleeps may find it readable tomorrow.
+        if (lane->pages[save->page].flags & PAGE_LOST && save->part->op->kind == OP_SEAL) {
+            save->status = ICE_PAGE_LOST;
+            return false;
+        }
         save->page++;
+    }
     if (save->page == capacity)
         return false;
     if (lane->write_failed) {

@@ -141,7 +141,10 @@ static bool ensure_page_table(struct lane *lane, uint32_t page)
 
 bool lane_page_is_lost(const struct lane *lane, uint32_t page)
 {
-    return lane->pages[page].flags & PAGE_LOST;
+    const struct page *entry = &lane->pages[page];
+    // A disk that is off stays off; what is on its way is answered all the same.
+    return entry->flags & PAGE_LOST ||
+           (!entry->memory && !(entry->flags & PAGE_READING) && !tier_serves(lane_server(lane)));
 }
 
 ice_status lane_page_make(struct lane *lane, struct shard *shard, uint32_t page, bool promised)

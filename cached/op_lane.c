@@ -443,8 +443,12 @@ static void park(struct op_lane *part, struct shard *shard, uint64_t now_ns)
         part->parked_until_ns = op->kind == OP_RETRIEVE && op->deadline_ns > now_ns ? op->deadline_ns
                                 : op->kind == OP_SEAL                               ? now_ns + SERVER_SEAL_WAIT_NS
                                                                                     : now_ns + SERVER_ROOM_WAIT_NS;
-    part->parked_next = shard->parked;
-    shard->parked = part;
+    part->parked_next = NULL;
+    if (shard->parked)
+        shard->parked_tail->parked_next = part;
+    else
+        shard->parked = part;
+    shard->parked_tail = part;
     shard_look_again(shard, part->parked_until_ns);
 }
 
@@ -467,7 +471,9 @@ static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
     }
     if (phase == PHASE_PREPARE && awake && status != ICE_OK)
         lane_drop(part->lane, shard); // as far as a prepare that waited had come
-    finish(part, status != LANE_WAITS ? status : awake && part->lane->lacks_room ? ICE_POOL_FULL : ICE_TIMEOUT);
+    if (status == LANE_WAITS)
+        status = cancelled ? ICE_UNKNOWN_SESSION : awake && part->lane->lacks_room ? ICE_POOL_FULL : ICE_TIMEOUT;
+    finish(part, status);
 }
 
 void op_lane_run(struct task *task, void *thread)

@@ -24,6 +24,7 @@ struct slab {
     uint32_t fresh;          // frames never handed out start here
     uint32_t previous, next; // list of the class's slabs with free frames, or the arena's free list (next only)
     void *free_frames;
+    uint64_t since_ns; // with its class
 };
 
 struct class
@@ -182,7 +183,7 @@ static void slab_add(struct pool *pool, struct class *class)
     struct slab *slab = &pool->slabs[index];
     pool->free_slab = slab->next;
     pool->free_slabs--;
-    *slab = (struct slab){.class_index = (uint32_t)(class - pool->classes)};
+    *slab = (struct slab){.class_index = (uint32_t)(class - pool->classes), .since_ns = env_now_ns(pool->env)};
     class->slabs++;
     class->free_frames += class->frames_per_slab;
     partial_push(pool, class, index);
@@ -276,8 +277,9 @@ void pool_release(struct pool *pool, void *frame)
 
 // ---- from one size to another ----
 
-// The slab with the fewest frames in use of those that are looked at, which another class can do without.
-static uint32_t slab_to_give_up(struct pool *pool, const struct class *wanted)
+// The slab with the fewest frames in use of those that are looked at, which another class can do without and has had
+// for a while: two sizes that are both in need get on by turns.
+static uint32_t slab_to_give_up(struct pool *pool, const struct class *wanted, uint64_t now_ns)
 {
     const uint32_t count = pool->regions.slab_count;
     uint32_t best = NO_SLAB;
@@ -285,7 +287,8 @@ static uint32_t slab_to_give_up(struct pool *pool, const struct class *wanted)
         const uint32_t index = pool->cursor;
         const struct slab *slab = &pool->slabs[index];
         pool->cursor = index + 1 < count ? index + 1 : 0;
-        if (slab->used == 0 || slab->class_index == (uint32_t)(wanted - pool->classes))
+        if (slab->used == 0 || slab->class_index == (uint32_t)(wanted - pool->classes) ||
+            now_ns < slab->since_ns + POOL_KEEP_NS)
             continue; // free slabs have no frames in use
         const struct class *class = &pool->classes[slab->class_index];
         const bool spared = class->free_frames - (class->frames_per_slab - slab->used) >= class->promised;
@@ -330,7 +333,7 @@ void pool_want(struct pool *pool, uint64_t frame_bytes)
         take_back(pool);
     const bool waits = class && class->free_frames <= class->promised && !may_add_slab(pool, class);
     if (waits && pool->given_up == NO_SLAB && pool->kept_for == NO_CLASS) {
-        const uint32_t index = slab_to_give_up(pool, class);
+        const uint32_t index = slab_to_give_up(pool, class, now_ns);
         if (index != NO_SLAB)
             give_up(pool, index, class);
     }

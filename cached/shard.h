@@ -32,9 +32,9 @@ struct shard {
     bool stalled;                     // no lane got memory in the last round
     uint64_t stalled_until_ns;
     struct tier tier;
-    struct gather *gathers; // wait for pages
-    struct op_lane *parked; // wait for pages or for room
-    bool woken;             // pages have come or room has been made since those were looked at
+    struct gather *gathers, *gathers_tail; // wait for pages, in the order in which they came
+    struct op_lane *parked, *parked_tail;  // wait for pages or for room, likewise
+    bool woken;                            // pages have come or room has been made since those were looked at
     struct images images;
     bool images_due;        // something of them may go on
     uint64_t look_again_ns; // the earliest of their deadlines

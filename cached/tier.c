@@ -383,6 +383,7 @@ static uint32_t sweep(struct shard *shard, uint32_t wanted)
         if (number == TIER_NONE)
             break;
         const struct tier_book *book = &shard->server->books[number];
+        tier->looked_at++;
         tier->hand = book->newer; // also where the page goes: then it is the one behind it
         freed += evict(shard, book->lane, book->page);
     }
@@ -426,6 +427,7 @@ bool tier_balance(struct shard *shard)
 {
     struct server *server = shard->server;
     struct tier *tier = &shard->tier;
+    tier->looked_at = 0;
     tier->balances = tier_serves(server) && room_is_low(server, tier->balances ? HIGH_SHARE : LOW_SHARE);
     return tier->balances && sweep(shard, 64) > 0;
 }
@@ -436,7 +438,7 @@ uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reser
     uint8_t *memory = pool_acquire(server->pool, promised, bytes);
     if (memory || !tier_serves(server))
         return memory;
-    for (int i = 0; i < 4 && !memory; i++) {
+    for (int i = 0; i < 4 && !memory && shard->tier.looked_at < TIER_ROUND_MAX; i++) {
         if (sweep(shard, 8) > 0)
             memory = pool_acquire(server->pool, promised, bytes);
     }

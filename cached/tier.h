@@ -25,6 +25,8 @@
 #define TIER_AHEAD_MAX  32u   // pages that are read ahead after one retrieve of a lane
 #define TIER_SCAN_MAX   1024u // pages that one call looks at for something to evict: 0.1 to 0.2 ms
 
+#define TIER_ROUND_MAX  8192u // and from which on a round of the shard looks at no more
+
 struct lane;
 struct server;
 struct shard;
@@ -71,6 +73,7 @@ struct page_io {
 struct tier {
     uint32_t oldest, newest, hand; // books
     uint32_t count;                // of pages in the order
+    uint32_t looked_at;            // pages in this round of the shard
     bool balances;                 // keeps evicting until enough is free
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
@@ -124,7 +127,7 @@ bool tier_write(struct shard *shard, struct lane *lane, uint32_t page);
 // Hands what was started since the last call to the disk, in one piece: one wake-up of its thread and one system call
 // for the pages of a selection. After each task, and before the shard sleeps.
 void tier_submit(struct shard *shard);
-// Keeps some of the pool free. One slice; true where more is to be done at once.
+// Keeps some of the pool free. One slice, in each round of the shard; true where more is to be done at once.
 bool tier_balance(struct shard *shard);
 
 #endif

@@ -191,7 +191,7 @@ static uint32_t worlds_wanted(void)
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     return 20;
 #else
-    return 60;
+    return 40;
 #endif
 }
 

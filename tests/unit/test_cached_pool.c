@@ -282,11 +282,73 @@ static void test_threads(void **state)
     pool_destroy(pool);
 }
 
+static uint64_t slab_of(struct pool *pool, const void *frame)
+{
+    return pool_offset(pool, frame) / POOL_SLAB_BYTES;
+}
+
+static uint64_t later_ns;
+
+static uint64_t now_later(struct env *unused)
+{
+    (void)unused;
+    return later_ns;
+}
+
+// Frames of one size hold all slabs. One that is wanted for another size hands out nothing more, and is kept for it.
+static void test_wanted(void **state)
+{
+    (void)state;
+    struct pool *pool = create(2 * POOL_SLAB_BYTES);
+    void *halves[4], *eighth;
+    env.now_ns = now_later;
+    later_ns = 1000;
+    for (int i = 0; i < 4; i++)
+        assert_non_null(halves[i] = pool_acquire(pool, NULL, HALF));
+    pool_want(pool, EIGHTH); // the slabs have only just become what they are
+    assert_int_equal(pool_given_up(pool), POOL_SLAB_NONE);
+    later_ns += POOL_KEEP_NS;
+    pool_release(pool, halves[3]);
+    pool_want(pool, HALF); // there is one
+    assert_int_equal(pool_given_up(pool), POOL_SLAB_NONE);
+    pool_want(pool, EIGHTH);
+    assert_int_equal(pool_given_up(pool), slab_of(pool, halves[2])); // the one with fewer in use
+    assert_null(pool_acquire(pool, NULL, HALF));
+    assert_null(pool_acquire(pool, NULL, EIGHTH));
+    pool_release(pool, halves[2]);
+    assert_int_equal(pool_given_up(pool), POOL_SLAB_NONE);
+    assert_null(pool_acquire(pool, NULL, HALF)); // kept for the other size
+    assert_non_null(eighth = pool_acquire(pool, NULL, EIGHTH));
+    assert_int_equal(used(pool), 2 * HALF + EIGHTH);
+    pool_release(pool, eighth);
+    assert_non_null(halves[2] = pool_acquire(pool, NULL, HALF)); // nobody wants it any more
+    pool_release(pool, halves[1]);
+    later_ns += POOL_KEEP_NS;
+    struct pool_reservation mine = {0};
+    assert_true(pool_reserve(pool, &mine, HALF, 2));
+    pool_want(pool, EIGHTH); // what is promised is not given up
+    assert_int_equal(pool_given_up(pool), POOL_SLAB_NONE);
+    pool_unreserve(pool, &mine, HALF);
+    pool_want(pool, EIGHTH);
+    assert_int_not_equal(pool_given_up(pool), POOL_SLAB_NONE);
+    pool_release(pool, halves[0]);
+    pool_release(pool, halves[2]);
+    later_ns += POOL_KEEP_NS;
+    pool_want(pool, EIGHTH); // who wanted it has not come: anybody may have it
+    for (int i = 0; i < 4; i++)
+        assert_non_null(halves[i] = pool_acquire(pool, NULL, HALF));
+    for (int i = 0; i < 4; i++)
+        pool_release(pool, halves[i]);
+    assert_int_equal(used(pool), 0);
+    pool_destroy(pool);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_capacity), cmocka_unit_test(test_exhaustion), cmocka_unit_test(test_promises),
-        cmocka_unit_test(test_classes),  cmocka_unit_test(test_random),     cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_capacity), cmocka_unit_test(test_exhaustion), cmocka_unit_test(test_wanted),
+        cmocka_unit_test(test_promises), cmocka_unit_test(test_classes),    cmocka_unit_test(test_random),
+        cmocka_unit_test(test_threads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -10,6 +10,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#define PRINTED_BYTES ((size_t)8 << 10)
+
 const char *const daemon_default_options[] = {
     "--pool-bytes", "64m", "--index-bytes", "64m", "--shared-bytes", "64m", "--shards", "2", "--log-level",
     "debug",        NULL,
@@ -52,9 +54,14 @@ static bool log_is_clean(const struct daemon *daemon)
 
 static void print_log(const struct daemon *daemon)
 {
-    static char text[1 << 16];
+    static char text[1 << 20];
     daemon_read_log(daemon, text, sizeof text);
-    print_error("---- log of icecached ----\n%s---- end ----\n", text);
+    const size_t bytes = strlen(text), shown = bytes < PRINTED_BYTES ? bytes : PRINTED_BYTES;
+    // In parts: there is a limit to what one call prints.
+    print_error("---- log of icecached%s ----\n", shown < bytes ? ", its end" : "");
+    for (size_t at = bytes - shown; at < bytes; at += 500)
+        print_error("%.500s", text + at);
+    print_error("---- end ----\n");
 }
 
 // ---- start ----

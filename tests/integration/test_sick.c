@@ -137,7 +137,16 @@ static void one_bad_place(void **state)
     expect_log(daemon, "cannot be read back from the spill file: Input/output error");
     for (int again = 0; again < 20; again++)
         assert_status(load_read(&worker, &history, 640, &equal), ICE_PAGE_LOST);
-    struct retrieve retrieve; // the other layer
+    struct retrieve retrieve; // of all of it
+    ice_landing *landing = landing_open(worker.client, &load_shape, 1, 640);
+    retrieve_init(&retrieve, &worker, &history, 1, 639, 1);
+    retrieve_ends(&retrieve, 560, 16, 64);
+    retrieve.options.landing = landing;
+    for (int again = 0; again < 3; again++)
+        assert_refused(ice_retrieve(worker.client, &retrieve.options, NULL), ICE_PAGE_LOST, "layer 1, KV head 1");
+    retrieve_fini(&retrieve);
+    ice_landing_close(landing);
+    // The other layer.
     retrieve_init(&retrieve, &worker, &history, 0, 639, 1);
     retrieve_ends(&retrieve, 100, 16, 64);
     assert_ok(ice_retrieve(worker.client, &retrieve.options, NULL));

@@ -300,7 +300,7 @@ static void pick(const struct manifest *manifest, uint64_t *random, struct place
 static void turn_bit(const struct daemon *daemon, uint64_t at, uint32_t bit)
 {
     char path[512];
-    uint8_t byte;
+    uint8_t byte = 0;
     snprintf(path, sizeof path, "%s/data", daemon->spill);
     const int fd = open(path, O_RDWR | O_CLOEXEC);
     assert_true(fd >= 0 && pread(fd, &byte, 1, (off_t)at) == 1);

@@ -19,7 +19,9 @@
 #include <stdint.h>
 
 #define IMAGE_PIECE_BYTES 65536u
-#define IMAGE_BUFFERS     4u // pieces on their way at once, of a shard and direction
+static const uint8_t image_magic[8] = {'I', 'C', 'E', 'L', 'A', 'N', 'E', '1'};
+
+#define IMAGE_BUFFERS 4u // pieces on their way at once, of a shard and direction
 
 struct lane;
 struct op_lane;

@@ -36,7 +36,7 @@ static ice_status begin_tree(struct image_load *load, struct lane *lane, const u
     const struct image *image = load->image;
     load->tree_bytes = get64(header + 8);
     load->page_count = get64(header + 16);
-    if (memcmp(header, "ICELANE1", 8) != 0 || load->page_count != image->page_count ||
+    if (memcmp(header, image_magic, sizeof image_magic) != 0 || load->page_count != image->page_count ||
         get64(header + 24) != image->tokens || load->tree_bytes > image->bytes ||
         HEADER_BYTES + load->tree_bytes + load->page_count * ENTRY_BYTES != image->bytes)
         return ICE_PAGE_LOST;

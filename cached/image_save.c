@@ -62,7 +62,7 @@ static size_t fill(struct image_save *save, const struct lane *lane, uint8_t *ou
 {
     size_t used = 0;
     if (save->at == 0) {
-        memcpy(out, "ICELANE1", 8);
+        memcpy(out, image_magic, sizeof image_magic);
         put64(out + 8, save->tree_bytes);
         put64(out + 16, save->image->page_count);
         put64(out + 24, save->image->tokens);

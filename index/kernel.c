@@ -38,8 +38,8 @@
 #define TABLE_SUM_MAX 125.0f
 
 // Is it the head_dim of many models, for which loops are unrolled? Neither that nor forced inlining under the
-// address sanitizer: compiling takes minutes then.
-#if defined(__SANITIZE_ADDRESS__)
+// address sanitizer, where compiling takes minutes then, nor where the compiler does not optimise and refuses it.
+#if defined(__SANITIZE_ADDRESS__) || !defined(__OPTIMIZE__)
 #define KERNEL_FIXED(n, dim) ((void)(dim), false)
 #define KERNEL_LEAST(n, dim) (n)
 #define KERNEL_INLINE

@@ -11,6 +11,9 @@
 // slab is taken.
 #include "cached/extents.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <assert.h>
 #include <errno.h>
 #include <pthread.h>
@@ -455,4 +458,9 @@ void extents_usage(struct extents *extents, struct extents_usage *out)
         .used_extents = extents->used_extents,
     };
     pthread_mutex_unlock(&extents->lock);
+}
+
+uint64_t extent_checksum(const void *memory, size_t bytes, uint32_t extent)
+{
+    return XXH3_64bits_withSeed(memory, bytes, extent);
 }

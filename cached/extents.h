@@ -59,6 +59,10 @@ struct extents_usage {
 };
 void extents_usage(struct extents *extents, struct extents_usage *out);
 
+// The sum by which whoever names an extent knows what it holds. The extent is part of it, so that another one's bytes
+// are found out too.
+uint64_t extent_checksum(const void *memory, size_t bytes, uint32_t extent);
+
 static inline uint64_t extent_offset(uint32_t extent)
 {
     return (uint64_t)extent * EXTENT_UNIT;

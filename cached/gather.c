@@ -1,8 +1,8 @@
 // Gathers that wait for pages, see gather.h. Belongs to the shard of the lane. A gather's memory is the shard's
 // arena's, counted as the index's.
 //
-// Invariant: while a lane has gathers, no plan of its tree is committed (lane.c), so that places stay what they are;
-// the sequence's admission keeps appends away.
+// Invariant: while a lane has gathers, no plan of its tree is committed (lane_build.c), so that places stay what they
+// are; the sequence's admission keeps appends away.
 #include "cached/gather.h"
 
 #include "cached/server.h"
@@ -71,11 +71,11 @@ bool gather_is_resident(const struct op_lane *part, const struct gather_plan *pl
 static ice_status take(struct gather *gather, struct gather_token token, bool waited)
 {
     struct lane *lane = gather->part->lane;
-    const struct page *page = &lane->pages[token.place.page];
+    struct page *page = &lane->pages[token.place.page];
     const uint8_t visited = page->visited;
     const uint8_t *row = lane_token(lane, token.place, 2 * lane->sequence->row_bytes);
     if (row && waited)
-        lane->pages[token.place.page].visited = visited;
+        page->visited = visited;
     if (row)
         gather_put(gather->part, &token, row);
     else if (lane_page_is_lost(lane, token.place.page))

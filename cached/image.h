@@ -19,6 +19,8 @@
 #include <stdint.h>
 
 #define IMAGE_PIECE_BYTES 65536u
+// Of the header, and of an entry of the table.
+enum { IMAGE_HEADER_BYTES = 32, IMAGE_ENTRY_BYTES = 16 };
 static const uint8_t image_magic[8] = {'I', 'C', 'E', 'L', 'A', 'N', 'E', '1'};
 
 #define IMAGE_BUFFERS 4u // pieces on their way at once, of a shard and direction

@@ -8,12 +8,7 @@
 #include "cached/log.h"
 #include "cached/server.h"
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include <string.h>
-
-enum { HEADER_BYTES = 32, ENTRY_BYTES = 16 };
 
 static uint32_t get32(const uint8_t *from)
 {
@@ -38,7 +33,7 @@ static ice_status begin_tree(struct image_load *load, struct lane *lane, const u
     load->page_count = get64(header + 16);
     if (memcmp(header, image_magic, sizeof image_magic) != 0 || load->page_count != image->page_count ||
         get64(header + 24) != image->tokens || load->tree_bytes > image->bytes ||
-        HEADER_BYTES + load->tree_bytes + load->page_count * ENTRY_BYTES != image->bytes)
+        IMAGE_HEADER_BYTES + load->tree_bytes + load->page_count * IMAGE_ENTRY_BYTES != image->bytes)
         return ICE_PAGE_LOST;
     return load->tree_bytes > 0 ? lane_load_begin(lane, load->tree_bytes, &load->tree) : ICE_OK;
 }
@@ -79,9 +74,9 @@ static ice_status feed(struct image_load *load, struct lane *lane, const uint8_t
 {
     ice_status status = ICE_OK;
     while (n > 0 && status == ICE_OK && load->at < load->image->bytes) {
-        const uint64_t tree_end = HEADER_BYTES + load->tree_bytes;
-        if (load->at < HEADER_BYTES) {
-            const uint8_t *header = collect(load, HEADER_BYTES, &bytes, &n);
+        const uint64_t tree_end = IMAGE_HEADER_BYTES + load->tree_bytes;
+        if (load->at < IMAGE_HEADER_BYTES) {
+            const uint8_t *header = collect(load, IMAGE_HEADER_BYTES, &bytes, &n);
             status = header ? begin_tree(load, lane, header) : ICE_OK;
         } else if (load->at < tree_end) {
             const size_t part = n < tree_end - load->at ? n : (size_t)(tree_end - load->at);
@@ -90,7 +85,7 @@ static ice_status feed(struct image_load *load, struct lane *lane, const uint8_t
             n -= part;
             load->at += part;
         } else {
-            const uint8_t *entry = collect(load, ENTRY_BYTES, &bytes, &n);
+            const uint8_t *entry = collect(load, IMAGE_ENTRY_BYTES, &bytes, &n);
             status = load->tree ? end_tree(load, lane) : ICE_OK;
             if (status == ICE_OK && entry)
                 status = take_entry(load, lane, entry);
@@ -146,7 +141,7 @@ static ice_status feed_piece(struct image_load *load, const struct image_buffer 
 {
     const struct image_piece *piece = &load->image->pieces[load->next_feed++];
     const uint8_t *memory = buffer->request.memory;
-    if (XXH3_64bits_withSeed(memory, IMAGE_PIECE_BYTES, piece->extent) != piece->checksum)
+    if (extent_checksum(memory, IMAGE_PIECE_BYTES, piece->extent) != piece->checksum)
         return ICE_PAGE_LOST;
     return feed(load, load->lane, memory, IMAGE_PIECE_BYTES);
 }

@@ -7,16 +7,11 @@
 
 #include "cached/server.h"
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include <assert.h>
 #include <string.h>
 
 #define SETTLE_NS       (10ull * 1000000000u) // after which a request's lanes are saved with the tails that they have
 #define PIECES_PER_STEP 2u
-
-enum { HEADER_BYTES = 32, ENTRY_BYTES = 16 };
 
 static void put32(uint8_t *to, uint32_t value)
 {
@@ -66,19 +61,19 @@ static size_t fill(struct image_save *save, const struct lane *lane, uint8_t *ou
         put64(out + 8, save->tree_bytes);
         put64(out + 16, save->image->page_count);
         put64(out + 24, save->image->tokens);
-        used = HEADER_BYTES;
+        used = IMAGE_HEADER_BYTES;
     }
-    while (used < room && save->at + used < HEADER_BYTES + save->tree_bytes) {
+    while (used < room && save->at + used < IMAGE_HEADER_BYTES + save->tree_bytes) {
         const size_t more = index_save_step(&save->tree, out + used, room - used);
         assert(more > 0);
         used += more;
     }
     // Entries may lie across two pieces: one that does is made twice, and cut.
-    const uint64_t table = HEADER_BYTES + save->tree_bytes;
+    const uint64_t table = IMAGE_HEADER_BYTES + save->tree_bytes;
     while (used < room && save->table_page < lane->page_capacity) {
-        uint8_t entry[ENTRY_BYTES];
+        uint8_t entry[IMAGE_ENTRY_BYTES];
         const struct page *page = &lane->pages[save->table_page];
-        const size_t skip = (save->at + used - table) % ENTRY_BYTES, left = ENTRY_BYTES - skip;
+        const size_t skip = (save->at + used - table) % IMAGE_ENTRY_BYTES, left = IMAGE_ENTRY_BYTES - skip;
         const size_t part = left < room - used ? left : room - used;
         put32(entry, save->table_page);
         put32(entry + 4, page->extent);
@@ -104,8 +99,7 @@ static void write_piece(struct shard *shard, struct image_buffer *buffer)
     const size_t bytes = fill(save, save->part->lane, memory, IMAGE_PIECE_BYTES);
     memset(memory + bytes, 0, IMAGE_PIECE_BYTES - bytes);
     save->at += bytes;
-    image->pieces[save->next_piece] =
-        (struct image_piece){XXH3_64bits_withSeed(memory, IMAGE_PIECE_BYTES, extent), extent};
+    image->pieces[save->next_piece] = (struct image_piece){extent_checksum(memory, IMAGE_PIECE_BYTES, extent), extent};
     image->piece_count = ++save->next_piece;
     buffer->busy = true;
     save->flying++;
@@ -147,14 +141,8 @@ static bool writes_pages(struct image_save *save, struct shard *shard)
 {
     struct lane *lane = save->part->lane;
     const uint32_t capacity = lane->page_capacity;
-    while (save->page < capacity && is_saved(&lane->pages[save->page])) {
-        // What is sealed is there for others; who only sleeps may find it readable tomorrow.
-        if (lane->pages[save->page].flags & PAGE_LOST && save->part->op->kind == OP_SEAL) {
-            save->status = ICE_PAGE_LOST;
-            return false;
-        }
+    while (save->page < capacity && is_saved(&lane->pages[save->page]))
         save->page++;
-    }
     if (save->page == capacity)
         return false;
     if (lane->write_failed) {
@@ -190,7 +178,7 @@ static void begin_image(struct image_save *save, struct shard *shard)
     if (save->status != ICE_OK)
         return;
     save->tree_bytes = lane->index ? index_image_bytes(lane->index) : 0;
-    const uint64_t bytes = HEADER_BYTES + save->tree_bytes + (uint64_t)pages * ENTRY_BYTES;
+    const uint64_t bytes = IMAGE_HEADER_BYTES + save->tree_bytes + (uint64_t)pages * IMAGE_ENTRY_BYTES;
     const uint32_t pieces = (uint32_t)((bytes + IMAGE_PIECE_BYTES - 1) / IMAGE_PIECE_BYTES);
     struct image *image = image_create(shard->server, pieces, pages);
     save->image = image;

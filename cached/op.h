@@ -4,14 +4,13 @@
 //   (reactor)
 //
 // Phases: APPEND = prepare, then commit or drop; RETRIEVE = search, or prepare, then commit and search, or drop; READ =
-// read. The shard that finishes a phase last starts the next one; the last phase's last shard hands the op to the
-// reactor, or to the copier of a GPU, which does so when the selections are there.
+// read; SEAL and SLEEP = save; WAKE = wake. The shard that finishes a phase last starts the next one; the last phase's
+// last shard hands the op to the reactor, or to the copier of a GPU, which does so when the selections are there.
 #ifndef ICECACHE_CACHED_OP_H
 #define ICECACHE_CACHED_OP_H
 
 #include "cached/completion.h"
 #include "cached/env.h"
-#include "cached/prefix.h"
 #include "cached/sequence.h"
 #include "cached/session.h"
 #include "cached/task_queue.h"
@@ -73,7 +72,6 @@ struct op {
     size_t held_bytes; // this op, its positions and its message, as the session counts them
     uint32_t slots_max;
     uint32_t blocks; // seal: hashes in the message's second frame
-    struct prefix_identity seal_identity;
 
     // Reactor only.
     struct op *session_previous, *session_next; // in flight

@@ -143,7 +143,7 @@ static struct op *create_seal(struct server *server, struct session *session, co
         refuse(refusal, ICE_DISK_FAILED, "%s", prefix_disk_text(server));
         return NULL;
     }
-    ice_status status = wire_hashes_check(frames->vectors_bytes, sequence->block_tokens, &blocks, &error);
+    ice_status status = wire_hashes_check(frames->vectors_bytes, sequence->identity.block_tokens, &blocks, &error);
     if (status != ICE_OK) {
         refuse(refusal, status, "%s", error.text);
         return NULL;
@@ -156,7 +156,6 @@ static struct op *create_seal(struct server *server, struct session *session, co
     op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
     op->layers = sequence->shape.layers;
     op->blocks = blocks;
-    op->seal_identity = sequence->identity;
     return op;
 }
 

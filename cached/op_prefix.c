@@ -55,7 +55,8 @@ static struct prefix *known_prefix(const struct op *op)
 {
     struct server *server = op->server;
     uint32_t blocks;
-    struct prefix *prefix = prefix_find(server, &op->seal_identity, (hashes_t)op->message.vectors, op->blocks, &blocks);
+    struct prefix *prefix =
+        prefix_find(server, &op->admissions[0].sequence->identity, (hashes_t)op->message.vectors, op->blocks, &blocks);
     return prefix && blocks == op->blocks && prefix->block_count == op->blocks ? prefix : NULL;
 }
 
@@ -63,7 +64,7 @@ ice_status op_check_seal(struct op *op, char *text, size_t capacity)
 {
     const struct sequence *sequence = op->admissions[0].sequence;
     const uint64_t length = sequence_length(sequence, 0, sequence->shape.layers);
-    const uint64_t tokens = (uint64_t)op->blocks * sequence->block_tokens;
+    const uint64_t tokens = (uint64_t)op->blocks * sequence->identity.block_tokens;
     if (tokens <= length)
         return ICE_OK;
     snprintf(text, capacity, "%u blocks are %llu tokens, the shortest layer has %llu; seal whole blocks that are there",
@@ -118,7 +119,7 @@ void op_sealed_lanes(struct op *op, ice_status status, const char *text)
         op_finish(op, status, status == ICE_DISK_FAILED ? prefix_disk_text(server) : text);
         return;
     }
-    struct prefix *prefix = prefix_create(server, &op->seal_identity, sequence->lane_count, op->blocks);
+    struct prefix *prefix = prefix_create(server, &sequence->identity, sequence->lane_count, op->blocks);
     if (!prefix || server->env->random(server->env, &prefix->id, sizeof prefix->id) != 0) {
         if (prefix)
             prefix_destroy(prefix);

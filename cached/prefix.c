@@ -1,7 +1,7 @@
 // The registry of sealed prefixes, see prefix.h. Manifests as bytes are in prefix_file.c.
 //
 // Growth: finding costs a bucket and, for each prefix that begins with the same block, a binary search over the chain
-// (a hash stands for all blocks before it). Memory: 16 bytes a block, 12 a piece of 64 KiB of tree, 4 a page.
+// (a hash stands for all blocks before it). Memory: 16 bytes a block, 16 a piece of 64 KiB of tree, 4 a page.
 #include "cached/prefix.h"
 
 #include "cached/log.h"
@@ -351,7 +351,7 @@ static int look_at_piece(struct server *server, const struct image *image, uint8
     pthread_mutex_unlock(&probe.lock);
     if (probe.request.result)
         return probe.request.result;
-    return XXH3_64bits_withSeed(memory, IMAGE_PIECE_BYTES, piece->extent) == piece->checksum ? 0 : -EBADMSG;
+    return extent_checksum(memory, IMAGE_PIECE_BYTES, piece->extent) == piece->checksum ? 0 : -EBADMSG;
 }
 
 struct loading {

@@ -228,7 +228,7 @@ void reply_op(struct op *op, ice_status status, const char *text)
         reply.read = &read;
     } else if (op->kind == OP_SEAL && status == ICE_OK) {
         seal.prefix_id = op->prefix_id;
-        seal.tokens = (uint64_t)op->blocks * op->admissions[0].sequence->block_tokens;
+        seal.tokens = (uint64_t)op->blocks * op->admissions[0].sequence->identity.block_tokens;
         seal.known = op->prefix_known;
         reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEAL;
         reply.seal = &seal;

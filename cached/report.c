@@ -55,7 +55,7 @@ static void fill_sequence(const struct sequence *sequence, Icecache__Wire__Seque
     row->session_id = sequence->session->id;
     row->pid = (uint32_t)sequence->session->pid;
     row->client_name = (char *)sequence->session->name;
-    row->name_space = (char *)sequence->name_space;
+    row->name_space = (char *)sequence->identity.name_space;
     row->indexed = UINT64_MAX;
     for (uint32_t layer = 0; layer < sequence->shape.layers; layer++) {
         uint64_t indexed = sequence_indexed(sequence, layer);

@@ -32,13 +32,7 @@ static uint32_t shard_of(const struct server *server, uint64_t id, uint32_t laye
 
 static void init_identity(struct sequence *sequence, const Icecache__Wire__SequenceOpen *message, uint64_t tokens_max)
 {
-    // wire_request_decode has filled in the defaults of namespace, tp_size and block_tokens.
-    strncpy(sequence->name_space, message->name_space, sizeof sequence->name_space - 1);
-    memcpy(sequence->model_digest, message->model_digest.data, message->model_digest.len);
-    sequence->model_digest_bytes = message->model_digest.len;
-    sequence->tp_rank = message->tp_rank;
-    sequence->tp_size = message->tp_size;
-    sequence->block_tokens = message->block_tokens;
+    prefix_identity_of(sequence->server, message, &sequence->identity);
     sequence->shape = (struct wire_shape){
         .layers = message->layers,
         .kv_heads = message->kv_heads,
@@ -107,7 +101,6 @@ ice_status sequence_open(struct server *server, struct session *session, const I
     init_identity(sequence, message, server->config->tokens_max);
     sequence->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
     sequence->seed = server->config->seed;
-    prefix_identity_of(server, message, &sequence->identity);
     sequence->frame_bytes = server_frame_bytes(server, sequence->row_bytes);
     init_lanes(server, sequence);
     session_hold(session);

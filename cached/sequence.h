@@ -37,15 +37,11 @@ struct sequence {
     uint64_t id;
     struct server *server;
     struct session *session;
-    char name_space[WIRE_NAME_BYTES_MAX + 1];
-    uint8_t model_digest[WIRE_DIGEST_BYTES_MAX];
-    size_t model_digest_bytes;
-    uint32_t tp_rank, tp_size, block_tokens;
+    struct prefix_identity identity; // namespace, model, ranks, shape as a sealed prefix has them
     struct wire_shape shape;
     float scale;
     uint64_t tokens_max;
-    uint64_t seed; // of its trees
-    struct prefix_identity identity;
+    uint64_t seed;            // of its trees
     uint64_t attached_tokens; // the sealed prefix it began with
     size_t row_bytes;         // one K or V row
     uint64_t frame_bytes;     // a page in memory and, with a disk, in its extent: then a multiple of DISK_ALIGN

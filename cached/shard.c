@@ -1,7 +1,8 @@
 // Shard threads. A shard's lanes, scratch and list of due lanes belong to its thread; the queue is the only way in.
 //
 // Clustering runs only when the queue is empty, one slice at a time, so a decode request waits for one slice at most.
-// The lane at the head of the due list is finished before the next begins: memory for a build in progress is held once.
+// The lane at the head of the due list is finished before the next begins, so that memory for a build in progress is
+// held once; where it waits for pages, a few behind it go on meanwhile (fetching_max).
 #include "cached/shard.h"
 
 #include "cached/gather.h"

@@ -8,21 +8,12 @@
 #include "cached/log.h"
 #include "cached/server.h"
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
 
 #define LOW_SHARE  32u // of the pool is kept free: evicting begins below 1/32
 #define HIGH_SHARE 16u // and ends at 1/16
-
-// The extent is part of it, so that another extent's bytes are found out too.
-static uint64_t checksum_of(const void *memory, size_t bytes, uint32_t extent)
-{
-    return XXH3_64bits_withSeed(memory, bytes, extent);
-}
 
 static uint64_t frame_bytes_of(const struct lane *lane)
 {
@@ -127,7 +118,7 @@ static void io_done(struct disk_request *request)
     struct page_io *io = (struct page_io *)((char *)request - offsetof(struct page_io, request));
     struct tier *tier = &io->shard->tier;
     if (request->op == DISK_READ && request->result == 0)
-        io->matches = checksum_of(request->memory, request->bytes, io->extent) == io->checksum;
+        io->matches = extent_checksum(request->memory, request->bytes, io->extent) == io->checksum;
     pthread_mutex_lock(&tier->lock);
     struct shard *shard = io->shard; // which may take the page_io back once the lock is free
     const bool first = !tier->done;
@@ -164,7 +155,7 @@ static void io_start(struct shard *shard, struct page_io *io, enum disk_op op, s
     struct page *page = page_of(lane, number);
     const uint32_t bytes = (uint32_t)frame_bytes_of(lane);
     *io = (struct page_io){.shard = shard, .lane = lane, .page = number, .extent = page->extent};
-    io->checksum = op == DISK_READ ? page->checksum : checksum_of(memory, bytes, page->extent);
+    io->checksum = op == DISK_READ ? page->checksum : extent_checksum(memory, bytes, page->extent);
     io->request = (struct disk_request){
         .op = op, .offset = extent_offset(page->extent), .memory = memory, .bytes = bytes, .done = io_done};
     page->flags |= op == DISK_READ ? PAGE_READING : PAGE_WRITING;

@@ -24,8 +24,7 @@
 #define TIER_WRITES_MAX 128u  // of them, so that reads always find some
 #define TIER_AHEAD_MAX  32u   // pages that are read ahead after one retrieve of a lane
 #define TIER_SCAN_MAX   1024u // pages that one call looks at for something to evict: 0.1 to 0.2 ms
-
-#define TIER_ROUND_MAX  8192u // and from which on a round of the shard looks at no more
+#define TIER_ROUND_MAX  8192u // that one round of the shard looks at, over all its calls
 
 struct lane;
 struct server;

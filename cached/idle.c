@@ -58,7 +58,7 @@ uint64_t idle_look(struct server *server, uint64_t now_ns)
                 continue;
             if (after_ns > 0 && now_ns - each->used_ns >= after_ns) {
                 op_sleep_sequence(server, each);
-                return now_ns; // the lists may have changed: one at a time
+                return server->idle_look_ns; // the lists may have changed: one at a look
             }
             if (!longest || each->used_ns < longest->used_ns)
                 longest = each;

@@ -288,9 +288,10 @@ ICE_CHECKED ice_status ice_prefix_lookup(ice_client *client, const struct ice_se
 // be retrieved and read, and it goes on with ice_append at position *tokens_out. What is appended stays its own; the
 // prefix is not copied and lives, removed or not, until no sequence is attached to it. deadline_us 0 is the client's
 // default, but at least a minute. ICE_UNKNOWN_PREFIX: no sealed prefix begins like this; open a sequence and append the
-// tokens instead. ICE_DISK_FAILED: the daemon has no disk, or it has failed. ICE_INDEX_FULL: no memory for the sequence.
-// Its trees are read behind the call: what the disk has lost of them, or has no memory, is told to the request that
-// needs it (ICE_PAGE_LOST, ICE_INDEX_FULL). *out is the caller's until ice_sequence_close, written on success only.
+// tokens instead. ICE_DISK_FAILED: the daemon has no disk, or it has failed. ICE_INDEX_FULL: no memory for the
+// sequence. Its trees are read behind the call: what the disk has lost of them, or has no memory, is told to the
+// request that needs it (ICE_PAGE_LOST, ICE_INDEX_FULL). *out is the caller's until ice_sequence_close, written on
+// success only.
 ICE_CHECKED ice_status ice_sequence_attach(ice_client *client, const struct ice_sequence_options *options,
                                            const void *hashes, size_t count, uint64_t tokens_max, uint64_t deadline_us,
                                            ice_sequence **out, uint64_t *tokens_out);

@@ -70,24 +70,6 @@ static void look(struct worker *worker, const struct history *history, uint64_t 
     }
 }
 
-static void check_content(const struct worker *worker, const struct history *history, uint64_t first, uint64_t n)
-{
-    const size_t bytes = shape_row_bytes(&shape);
-    const uint64_t rows = n * shape.kv_heads;
-    uint8_t *keys = malloc(rows * bytes), *values = malloc(rows * bytes);
-    assert_true(keys && values);
-    const struct ice_kv_target target = {keys, values, rows * bytes, rows * bytes, 0, bytes, n * bytes};
-    for (uint32_t layer = 0; layer < shape.layers; layer++) {
-        assert_ok(ice_read(worker->sequence, layer, first, n, &target, 0));
-        for (uint32_t head = 0; head < shape.kv_heads; head++) {
-            assert_memory_equal(keys + head * n * bytes, history_key(history, layer, head, first), n * bytes);
-            assert_memory_equal(values + head * n * bytes, history_value(history, layer, head, first), n * bytes);
-        }
-    }
-    free(keys);
-    free(values);
-}
-
 // A client with a landing, and no sequence.
 static void open_client(struct worker *worker, const struct daemon *daemon)
 {
@@ -126,7 +108,7 @@ static void seal_history(const struct daemon *daemon, struct history *history, u
     // It goes on as before, and the sealed part stays what it is.
     worker_append(&worker, history, SEALED, 300);
     worker_wait_idle(&worker);
-    check_content(&worker, history, 0, SEALED + 300);
+    worker_check_content(&worker, history, 0, SEALED + 300);
     worker_close(&worker);
 }
 
@@ -145,10 +127,10 @@ static void expect_attached(const struct daemon *daemon, const struct history *h
     assert_memory_equal(again, digests, sizeof again);
     sequence_wait_idle(worker.sequence, &info);
     assert_int_equal(info.build_us, 0); // nothing was clustered again
-    check_content(&worker, history, 0, SEALED);
+    worker_check_content(&worker, history, 0, SEALED);
     worker_append(&worker, history, SEALED, 300);
     worker_wait_idle(&worker);
-    check_content(&worker, history, 0, SEALED + 300);
+    worker_check_content(&worker, history, 0, SEALED + 300);
     look(&worker, history, SEALED + 300, again);
     worker_close(&worker);
 }
@@ -232,10 +214,10 @@ static void a_part_of_it(void **state)
         const uint64_t length = limits[i] / 16 * 16;
         open_client(&worker, daemon);
         attach(&worker, hashes, BLOCKS, limits[i], length);
-        check_content(&worker, &history, 0, length);
+        worker_check_content(&worker, &history, 0, length);
         history_create(&other, &shape, LENGTH, 41); // the same beginning
         worker_append(&worker, &other, length, 700 < LENGTH - length ? 700 : LENGTH - length);
-        check_content(&worker, &other, 0, length);
+        worker_check_content(&worker, &other, 0, length);
         worker_close(&worker);
         history_destroy(&other);
     }
@@ -363,7 +345,7 @@ static void sleeps_and_wakes(void **state)
             assert_memory_equal(again, digests, sizeof again);
         } else if (round == 1) {
             worker_append(&worker, &history, LENGTH, 200);
-            check_content(&worker, &history, 0, LENGTH + 200);
+            worker_check_content(&worker, &history, 0, LENGTH + 200);
         }
     }
     worker_close(&worker); // asleep

@@ -35,24 +35,6 @@ static const char *const small_disk[] = {"--pool-bytes",
 
 static const struct shape shape = {2, 2, 4, 64, ICE_BF16};
 
-static void check_read(const struct worker *worker, const struct history *history, uint64_t first, uint64_t n)
-{
-    const size_t bytes = shape_row_bytes(&worker->shape);
-    const uint64_t tokens = n * worker->shape.kv_heads;
-    for (uint32_t layer = 0; layer < worker->shape.layers; layer++) {
-        uint8_t *keys = malloc(tokens * bytes), *values = malloc(tokens * bytes);
-        assert_true(keys && values);
-        const struct ice_kv_target target = {keys, values, tokens * bytes, tokens * bytes, 0, bytes, n * bytes};
-        assert_ok(ice_read(worker->sequence, layer, first, n, &target, 0));
-        for (uint32_t head = 0; head < worker->shape.kv_heads; head++) {
-            assert_memory_equal(keys + head * n * bytes, history_key(history, layer, head, first), n * bytes);
-            assert_memory_equal(values + head * n * bytes, history_value(history, layer, head, first), n * bytes);
-        }
-        free(keys);
-        free(values);
-    }
-}
-
 static uint64_t retrieve_digest(struct worker *worker, const struct history *history, uint32_t layer, uint64_t first,
                                 uint32_t budget, bool ride)
 {
@@ -83,14 +65,14 @@ static void larger_than_the_pool(void **state)
         retrieve_digest(&worker, &history, 0, first + 4095, 100, false);
     }
     worker_wait_idle(&worker);
-    check_read(&worker, &history, 0, LENGTH);
-    check_read(&worker, &history, 5000, 100);
+    worker_check_content(&worker, &history, 0, LENGTH);
+    worker_check_content(&worker, &history, 5000, 100);
     for (uint64_t step = 0; step < STEPS; step++) {
         for (uint32_t layer = 0; layer < shape.layers; layer++)
             retrieve_digest(&worker, &history, layer, LENGTH + step, 64 + (uint32_t)step, true);
     }
     worker_append(&worker, &history, LENGTH - 1000, 1000); // again: compared with what is on the disk
-    check_read(&worker, &history, LENGTH - 10, 10 + STEPS);
+    worker_check_content(&worker, &history, LENGTH - 10, 10 + STEPS);
     struct retrieve retrieve;
     retrieve_init(&retrieve, &worker, &history, 1, LENGTH - 1, 1);
     retrieve_ends(&retrieve, LENGTH - 80, 16, 64);
@@ -147,7 +129,7 @@ static void refuses_what_does_not_fit(void **state)
     ice_sequence *other = sequence_open(worker.client, &shape);
     assert_status(ice_append(other, ICE_ALL_LAYERS, 0, 2500, &source, 0, &length), ICE_SPILL_FULL);
     assert_int_equal(length, 0);
-    check_read(&worker, &history, 0, 2000);
+    worker_check_content(&worker, &history, 0, 2000);
     ice_sequence_close(worker.sequence);
     worker.sequence = NULL;
     for (uint64_t until = now_us() + TEST_DEADLINE_US;

@@ -100,6 +100,24 @@ void worker_append(const struct worker *worker, const struct history *history, u
     assert_true(length >= first + n);
 }
 
+void worker_check_content(const struct worker *worker, const struct history *history, uint64_t first, uint64_t n)
+{
+    const size_t bytes = shape_row_bytes(&worker->shape);
+    const uint64_t rows = n * worker->shape.kv_heads;
+    uint8_t *keys = malloc(rows * bytes), *values = malloc(rows * bytes);
+    assert_true(keys && values);
+    const struct ice_kv_target target = {keys, values, rows * bytes, rows * bytes, 0, bytes, n * bytes};
+    for (uint32_t layer = 0; layer < worker->shape.layers; layer++) {
+        assert_ok(ice_read(worker->sequence, layer, first, n, &target, 0));
+        for (uint32_t head = 0; head < worker->shape.kv_heads; head++) {
+            assert_memory_equal(keys + head * n * bytes, history_key(history, layer, head, first), n * bytes);
+            assert_memory_equal(values + head * n * bytes, history_value(history, layer, head, first), n * bytes);
+        }
+    }
+    free(keys);
+    free(values);
+}
+
 void sequence_wait_idle(ice_sequence *sequence, struct ice_sequence_info *info)
 {
     uint64_t until = now_us() + TEST_DEADLINE_US;

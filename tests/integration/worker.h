@@ -38,6 +38,8 @@ void worker_open(struct worker *worker, const char *sockets, const struct shape 
 void worker_close(struct worker *worker); // handles one by one, then the client
 // Appends tokens first .. first+n-1 to all layers.
 void worker_append(const struct worker *worker, const struct history *history, uint64_t first, uint64_t n);
+// Reads tokens first .. first+n-1 of all layers back: bit for bit those of the history.
+void worker_check_content(const struct worker *worker, const struct history *history, uint64_t first, uint64_t n);
 // Waits until no clustering is due; the sequence must be indexed as far as that goes.
 void sequence_wait_idle(ice_sequence *sequence, struct ice_sequence_info *info);
 void worker_wait_idle(const struct worker *worker);

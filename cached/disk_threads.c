@@ -19,6 +19,12 @@ struct threads {
     uint32_t idle; // guarded by the disk's lock
 };
 
+// The memory may change meanwhile, as it may under a ring: what was written then is not counted on (PAGE_CHANGED).
+static int64_t write_as_it_is(struct disk *disk, const uint8_t *memory, uint32_t bytes, uint64_t offset)
+{
+    return disk->env->pwrite(disk->env, disk->file.fd, memory, bytes, offset);
+}
+
 static int64_t move(struct disk *disk, const struct disk_transfer *transfer)
 {
     struct env *env = disk->env;
@@ -30,7 +36,7 @@ static int64_t move(struct disk *disk, const struct disk_transfer *transfer)
     case DISK_READ:
         return env->pread(env, disk->file.fd, memory, bytes, offset);
     case DISK_WRITE:
-        return env->pwrite(env, disk->file.fd, memory, bytes, offset);
+        return write_as_it_is(disk, memory, bytes, offset);
     default:
         return env->sync_file(env, disk->file.fd);
     }

@@ -17,7 +17,7 @@ struct gather {
     size_t bytes;
     uint64_t deadline_ns;
     struct gather_plan plan;
-    uint32_t slots, next_slot; // next_slot: first that has not been looked at
+    uint32_t next_number; // of the first token that has not been looked at
     uint32_t waiting_count, waiting_capacity;
     struct gather_token *waiting;     // [waiting_capacity], behind the selected
     struct index_selected selected[]; // the plan's
@@ -28,35 +28,66 @@ static uint32_t slots_of(const struct gather_plan *plan)
     return plan->sinks + plan->selected_count + plan->window;
 }
 
-// The tokens of up to `n` slots from `slot` on; returns how many.
-static uint32_t resolve(const struct lane *lane, const struct gather_plan *plan, uint32_t slot, uint32_t n,
+// The tokens of up to `n` numbers from `number` on, of one part of the plan; returns how many. Their slots are not set.
+static uint32_t resolve(const struct lane *lane, const struct gather_plan *plan, uint32_t number, uint32_t n,
                         struct gather_token *tokens)
 {
     struct index_place places[64];
-    const uint32_t window_slot = plan->sinks + plan->selected_count;
-    uint64_t position = slot < plan->sinks ? slot : plan->window_from + slot - window_slot;
-    uint32_t until = slot < plan->sinks ? plan->sinks : slot < window_slot ? window_slot : window_slot + plan->window;
-    n = n < until - slot ? n : until - slot;
+    const uint32_t window = plan->sinks + plan->selected_count;
+    uint64_t position = number < plan->sinks ? number : plan->window_from + number - window;
+    uint32_t until = number < plan->sinks ? plan->sinks : number < window ? window : window + plan->window;
+    n = n < until - number ? n : until - number;
     n = n < 64 ? n : 64;
-    if (slot >= plan->sinks && slot < window_slot) {
+    if (number >= plan->sinks && number < window) {
         for (uint32_t i = 0; i < n; i++) {
-            const struct index_selected *selected = &plan->selected[slot + i - plan->sinks];
-            tokens[i] = (struct gather_token){slot + i, selected->position, selected->place};
+            const struct index_selected *selected = &plan->selected[number + i - plan->sinks];
+            tokens[i] = (struct gather_token){.position = selected->position, .place = selected->place};
         }
         return n;
     }
     index_locate(lane->index, position, n, places);
     for (uint32_t i = 0; i < n; i++)
-        tokens[i] = (struct gather_token){slot + i, (uint32_t)(position + i), places[i]};
+        tokens[i] = (struct gather_token){.position = (uint32_t)(position + i), .place = places[i]};
     return n;
+}
+
+static bool is_kept(const struct gather_plan *plan, uint32_t number)
+{
+    return plan->cell && plan->cell->entries[number].is_kept;
+}
+
+static uint32_t slot_of(const struct gather_plan *plan, uint32_t number)
+{
+    return plan->cell ? plan->cell->entries[number].slot : number;
+}
+
+uint32_t gather_next(const struct lane *lane, const struct gather_plan *plan, uint32_t *number, uint32_t n,
+                     struct gather_token *tokens)
+{
+    const uint32_t slots = slots_of(plan);
+    uint32_t count = 0;
+    while (count < n && *number < slots) {
+        if (is_kept(plan, *number)) {
+            ++*number;
+            continue;
+        }
+        struct gather_token *some = tokens + count;
+        const uint32_t resolved = resolve(lane, plan, *number, n - count, some);
+        for (uint32_t i = 0; i < resolved; i++, ++*number) {
+            if (is_kept(plan, *number))
+                continue;
+            tokens[count] = some[i];
+            tokens[count++].slot = slot_of(plan, *number);
+        }
+    }
+    return count;
 }
 
 bool gather_is_resident(const struct op_lane *part, const struct gather_plan *plan)
 {
     const struct lane *lane = part->lane;
     struct gather_token tokens[64];
-    for (uint32_t slot = 0, slots = slots_of(plan), n; slot < slots; slot += n) {
-        n = resolve(lane, plan, slot, 64, tokens);
+    for (uint32_t number = 0, n; (n = gather_next(lane, plan, &number, 64, tokens)) > 0;) {
         for (uint32_t i = 0; i < n; i++) {
             if (!lane->pages[tokens[i].place.page].memory)
                 return false;
@@ -96,16 +127,17 @@ static ice_status copy_resident(struct gather *gather)
         if (status != ICE_OK)
             return status;
     }
-    while (gather->next_slot < gather->slots && gather->waiting_count < gather->waiting_capacity) {
+    while (gather->waiting_count < gather->waiting_capacity) {
         struct gather_token tokens[64];
         const uint32_t room = gather->waiting_capacity - gather->waiting_count;
-        const uint32_t n = resolve(lane, &gather->plan, gather->next_slot, room, tokens);
+        const uint32_t n = gather_next(lane, &gather->plan, &gather->next_number, room < 64 ? room : 64, tokens);
+        if (n == 0)
+            break;
         for (uint32_t i = 0; i < n; i++) {
             const ice_status status = take(gather, tokens[i], false);
             if (status != ICE_OK)
                 return status;
         }
-        gather->next_slot += n;
     }
     return gather->waiting_count > 0 ? LANE_WAITS : ICE_OK;
 }
@@ -120,33 +152,43 @@ static void ask_for_missing(struct gather *gather, struct shard *shard)
 }
 
 // A selected token's share of the attention; 0 for those at the ends, of which only the sum is known.
-static float mass_of(const struct gather *gather, uint32_t slot)
+static float mass_of(const struct gather_plan *plan, uint32_t number)
 {
-    const struct gather_plan *plan = &gather->plan;
-    const bool selected = slot >= plan->sinks && slot < plan->sinks + plan->selected_count;
-    return selected ? plan->selected[slot - plan->sinks].mass : 0;
+    const bool selected = number >= plan->sinks && number < plan->sinks + plan->selected_count;
+    return selected ? plan->selected[number - plan->sinks].mass : 0;
 }
 
-// The deadline has passed: what is in memory now, in the first slots.
-static void cut_short(struct gather *gather)
+static const uint8_t *row_in_memory(struct lane *lane, const struct gather_token *token)
 {
+    return lane_token(lane, token->place, 2 * lane->sequence->row_bytes);
+}
+
+// The deadline has passed: what is in the landing or in memory now, in slots of its own.
+static void cut_short(struct gather *gather, struct shard *shard)
+{
+    const struct gather_plan *plan = &gather->plan;
     struct op_lane *part = gather->part;
     struct lane *lane = part->lane;
-    uint32_t count = 0;
-    for (uint32_t slot = 0, n; slot < gather->slots; slot += n) {
-        struct gather_token tokens[64];
-        n = resolve(lane, &gather->plan, slot, 64, tokens);
-        for (uint32_t i = 0; i < n; i++) {
-            const uint8_t *row = lane_token(lane, tokens[i].place, 2 * lane->sequence->row_bytes);
-            if (!row) {
-                part->mass -= mass_of(gather, tokens[i].slot);
-                continue;
-            }
-            tokens[i].slot = count++;
-            gather_put(part, &tokens[i], row);
+    const uint32_t slots = slots_of(plan);
+    struct gather_token token;
+    bool *have_row = (bool *)shard->record; // it was large enough for the plan, which no longer needs it
+    uint32_t *scratch = shard->record + slots;
+    for (uint32_t i = 0; i < slots; i++)
+        have_row[i] = resolve(lane, plan, i, 1, &token) == 1 && lane->pages[token.place.page].memory;
+    record_cut(plan->cell, have_row, scratch);
+    part->count = 0;
+    for (uint32_t i = 0; i < slots; i++) {
+        if (slot_of(plan, i) == RECORD_NO_SLOT) {
+            part->mass -= mass_of(plan, i);
+            continue;
         }
+        part->count++;
+        if (is_kept(plan, i))
+            continue;
+        (void)resolve(lane, plan, i, 1, &token);
+        token.slot = slot_of(plan, i);
+        gather_put(part, &token, row_in_memory(lane, &token));
     }
-    part->count = count;
     part->partial = true;
 }
 
@@ -160,7 +202,7 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
     if (status == LANE_WAITS && now_ns < gather->deadline_ns)
         return false;
     if (status == LANE_WAITS && part->op->kind == OP_RETRIEVE) {
-        cut_short(gather);
+        cut_short(gather, shard);
         ask_for_missing(gather, shard); // whoever asks again finds more
         status = ICE_OK;
     } else if (status == LANE_WAITS) {
@@ -192,14 +234,13 @@ ice_status gather_start(struct op_lane *part, struct shard *shard, const struct 
     if (!gather)
         return ICE_INDEX_FULL;
     const uint64_t now_ns = env_now_ns(shard->server->env);
-    *gather =
-        (struct gather){.part = part, .bytes = bytes, .plan = *plan, .slots = slots, .waiting_capacity = capacity};
+    *gather = (struct gather){.part = part, .bytes = bytes, .plan = *plan, .waiting_capacity = capacity};
     if (plan->selected_count > 0)
         memcpy(gather->selected, plan->selected, plan->selected_count * sizeof *plan->selected);
     gather->plan.selected = gather->selected;
     gather->waiting = (struct gather_token *)(gather->selected + plan->selected_count);
     gather->deadline_ns = part->op->kind == OP_RETRIEVE ? part->op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;
-    part->count = gather->slots;
+    part->count = slots;
     part->lane->gathers++;
     if (run(gather, shard, now_ns))
         return ICE_OK;

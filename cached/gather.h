@@ -5,6 +5,7 @@
 #ifndef ICECACHE_CACHED_GATHER_H
 #define ICECACHE_CACHED_GATHER_H
 
+#include "gpu/record.h"
 #include "index/index.h"
 #include "proto/status.h"
 
@@ -15,19 +16,21 @@
 // together, the less often a page is read.
 #define GATHER_BATCH 8192u
 
+struct lane;
 struct op_lane;
 struct shard;
 
-// Slots 0 .. slots-1: positions 0 .. sinks-1, then the selected, then positions window_from on.
+// The tokens of a plan, by number: positions 0 .. sinks-1, then the selected, then positions window_from on.
 struct gather_plan {
     uint32_t sinks;
     uint32_t selected_count;
     const struct index_selected *selected; // borrowed during the call
     uint64_t window_from;                  // a read's first position: sinks and selected_count are 0
     uint32_t window;
+    struct record_cell *cell; // entry i: where token i goes; NULL: to slot i
 };
 
-// A slot and the token that goes there.
+// A token and the slot that it goes to.
 struct gather_token {
     uint32_t slot, position;
     struct index_place place;
@@ -40,7 +43,11 @@ void gather_put(const struct op_lane *part, const struct gather_token *token, co
 ICE_MUST_CHECK ice_status gather_start(struct op_lane *part, struct shard *shard, const struct gather_plan *plan);
 // Goes on with every gather of the shard. Returns when the next one must look at its deadline, UINT64_MAX: none.
 uint64_t gather_all(struct shard *shard, uint64_t now_ns);
-// Are all pages of these tokens in memory?
+// The next tokens of a plan that have to be copied, from number *number on, which moves behind them: at most n, fewer
+// only at the end.
+uint32_t gather_next(const struct lane *lane, const struct gather_plan *plan, uint32_t *number, uint32_t n,
+                     struct gather_token *tokens);
+// Are all their pages in memory?
 bool gather_is_resident(const struct op_lane *part, const struct gather_plan *plan);
 
 #endif

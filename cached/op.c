@@ -353,7 +353,7 @@ struct op_totals op_totals(const struct op *op)
         totals.fetch_ns = part->fetch_ns > totals.fetch_ns ? part->fetch_ns : totals.fetch_ns;
         totals.copy_ns = part->copy_ns > totals.copy_ns ? part->copy_ns : totals.copy_ns;
         totals.partial |= part->partial;
-        totals.bytes_moved += (uint64_t)part->count * 2 * part->lane->sequence->row_bytes;
+        totals.bytes_moved += (uint64_t)part->moved * 2 * part->lane->sequence->row_bytes;
     }
     totals.queue_ns = begun_ns - op->received_ns;
     totals.copy_ns += op->push_ns;

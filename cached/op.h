@@ -31,6 +31,8 @@ struct op_lane {
     bool prepared;
     bool partial;
     uint32_t count;      // slots filled
+    uint32_t changed;    // tokens that the landing did not hold before
+    uint32_t moved;      // tokens that were copied
     uint32_t *positions; // of the slots, where the worker asked for them in the reply
     float mass;
     uint64_t indexed, version;
@@ -60,6 +62,7 @@ struct op {
     struct landing *landing; // held
     uint32_t queries, query_dtype, budget, sinks, window;
     bool holds_ends, append, page_wise;
+    bool resend; // nothing of the selection is taken to be in the landing
     float coverage;
     uint32_t sequence_count;
     struct admission *admissions; // [sequence_count]

@@ -174,15 +174,13 @@ static struct index_query make_query(const struct op_lane *part, const float *qu
     };
 }
 
-static void put_in_slot(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint32_t position,
+static void put_in_slot(const struct op_lane *part, const struct gpu_target *target, const struct gather_token *token,
                         const uint8_t *row)
 {
     size_t bytes = part->lane->sequence->row_bytes;
-    target->store(target->keys + slot * bytes, row, bytes);
-    target->store(target->values + slot * bytes, row + bytes, bytes);
-    target->positions[slot] = position;
-    if (part->positions)
-        part->positions[slot] = position;
+    target->store(target->keys + token->slot * bytes, row, bytes);
+    target->store(target->values + token->slot * bytes, row + bytes, bytes);
+    target->positions[token->slot] = token->position;
 }
 
 static void target_of(const struct op_lane *part, struct gpu_target *target)
@@ -197,7 +195,7 @@ void gather_put(const struct op_lane *part, const struct gather_token *token, co
     if (part->op->kind == OP_RETRIEVE) {
         struct gpu_target target;
         target_of(part, &target);
-        put_in_slot(part, &target, token->slot, token->position, row);
+        put_in_slot(part, &target, token, row);
         return;
     }
     const size_t bytes = part->lane->sequence->row_bytes;
@@ -208,57 +206,68 @@ void gather_put(const struct op_lane *part, const struct gather_token *token, co
     memcpy(keys + side, row + bytes, bytes);
 }
 
-// Copies positions from..until-1 (sinks or window) to the next slots.
-static uint32_t copy_range(const struct op_lane *part, const struct gpu_target *target, uint32_t slot, uint64_t from,
-                           uint64_t until)
+static struct record_cell *cell_of(const struct op_lane *part)
 {
-    const struct lane *lane = part->lane;
-    const size_t bytes = 2 * lane->sequence->row_bytes;
-    struct index_place places[64];
-    while (from < until) {
-        uint32_t n = until - from < 64 ? (uint32_t)(until - from) : 64;
-        index_locate(lane->index, from, n, places);
-        for (uint32_t i = 0; i < n; i++, slot++, from++) {
-            if (i + STORE_ROWS_AHEAD < n)
-                store_ask(lane_token(lane, places[i + STORE_ROWS_AHEAD], bytes), bytes);
-            put_in_slot(part, target, slot, (uint32_t)from, lane_token(lane, places[i], bytes));
-        }
-    }
-    return slot;
+    const struct op *op = part->op;
+    const uint32_t row = op->rows[part->sequence_index];
+    return op->landing->ops->record(op->landing->memory, row, op->layer, part->lane->kv_head);
 }
 
-// What goes to the landing, ascending by position: sinks, selection and window.
-static struct gather_plan plan_landing(const struct op_lane *part, const struct index_selection *selection,
-                                       const struct index_selected *tokens)
+// The positions of a plan's tokens, ascending.
+static void list_positions(const struct gather_plan *plan, uint32_t *positions)
+{
+    for (uint32_t i = 0; i < plan->sinks; i++)
+        *positions++ = i;
+    for (uint32_t i = 0; i < plan->selected_count; i++)
+        *positions++ = plan->selected[i].position;
+    for (uint32_t i = 0; i < plan->window; i++)
+        *positions++ = (uint32_t)(plan->window_from + i);
+}
+
+// What goes to the landing: sinks, selection and window, each to a slot of its own.
+static ice_status plan_landing(struct op_lane *part, struct shard *shard, const struct index_selection *selection,
+                               const struct index_selected *tokens, struct gather_plan *plan)
 {
     const struct op *op = part->op;
     uint64_t visible = op->first_queries[part->sequence_index] + op->queries;
     uint64_t sinks = op->sinks < visible ? op->sinks : visible;
     uint64_t window = op->window < visible ? visible - op->window : 0;
     window = window > sinks ? window : sinks;
-    return (struct gather_plan){
+    *plan = (struct gather_plan){
         .sinks = op->holds_ends ? 0 : (uint32_t)sinks,
         .selected_count = selection->count,
         .selected = tokens,
         .window_from = window,
         .window = op->holds_ends ? 0 : (uint32_t)(visible - window),
+        .cell = cell_of(part),
     };
+    const uint32_t count = plan->sinks + plan->selected_count + plan->window;
+    const uint32_t slots = op->landing->shape.slots;
+    uint32_t *scratch = shard_scratch(shard, (void **)&shard->record, &shard->record_bytes,
+                                      (slots + record_scratch_count(slots)) * sizeof *scratch);
+    if (!scratch)
+        return ICE_NO_MEMORY;
+    list_positions(plan, scratch);
+    const struct record_wish wish = {scratch, count, count == visible, op->resend};
+    part->changed = record_plan(plan->cell, &wish, scratch + count);
+    return ICE_OK;
 }
 
 static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
 {
     const struct lane *lane = part->lane;
     const size_t bytes = 2 * lane->sequence->row_bytes;
-    const struct index_selected *tokens = plan->selected;
+    struct gather_token tokens[256];
     struct gpu_target target;
     target_of(part, &target);
-    uint32_t slot = copy_range(part, &target, 0, 0, plan->sinks);
-    for (uint32_t i = 0; i < plan->selected_count; i++, slot++) {
-        if (i + STORE_ROWS_AHEAD < plan->selected_count)
-            store_ask(lane_token(lane, tokens[i + STORE_ROWS_AHEAD].place, bytes), bytes);
-        put_in_slot(part, &target, slot, tokens[i].position, lane_token(lane, tokens[i].place, bytes));
+    for (uint32_t number = 0, n; (n = gather_next(lane, plan, &number, 256, tokens)) > 0;) {
+        for (uint32_t i = 0; i < n; i++) {
+            if (i + STORE_ROWS_AHEAD < n)
+                store_ask(lane_token(lane, tokens[i + STORE_ROWS_AHEAD].place, bytes), bytes);
+            put_in_slot(part, &target, &tokens[i], lane_token(lane, tokens[i].place, bytes));
+        }
     }
-    part->count = copy_range(part, &target, slot, plan->window_from, plan->window_from + plan->window);
+    part->count = plan->cell->count;
 }
 
 // The selection is in its slots: the worker may see it. *spent_ns: what it has taken since it was known.
@@ -266,6 +275,13 @@ static void end_copy(struct op_lane *part, uint64_t *spent_ns)
 {
     const struct op *op = part->op;
     const uint32_t row = op->rows[part->sequence_index];
+    struct record_cell *cell = cell_of(part);
+    record_settle(cell);
+    for (uint32_t i = 0; i < cell->count; i++) {
+        part->moved += !cell->entries[i].is_kept;
+        if (part->positions)
+            part->positions[cell->entries[i].slot] = cell->entries[i].position;
+    }
     op->landing->ops->submit(op->landing->memory, row, op->layer, part->lane->kv_head, part->count);
     *spent_ns = env_now_ns(op->server->env) - part->searched_ns;
 }
@@ -315,7 +331,10 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     part->indexed = index_indexed(part->lane->index);
     part->version = index_version(part->lane->index);
     part->search_ns = part->searched_ns - part->begun_ns;
-    const struct gather_plan plan = plan_landing(part, &selection, tokens);
+    struct gather_plan plan;
+    status = plan_landing(part, shard, &selection, tokens, &plan);
+    if (status != ICE_OK)
+        return status;
     if (op->server->disk && !gather_is_resident(part, &plan)) {
         struct lane *lane = part->lane; // part and op may be gone after the call
         uint32_t near[TIER_AHEAD_MAX];

@@ -124,7 +124,7 @@ void reply_sequence_info(struct server *server, struct session *session, const s
 // ---- retrieve ----
 
 struct retrieve_arrays {
-    uint32_t *counts;
+    uint32_t *counts, *changed;
     float *masses;
     uint64_t *indexed, *versions;
     uint32_t *positions;
@@ -139,15 +139,16 @@ static bool allocate_arrays(struct op *op, struct retrieve_arrays *arrays)
     arrays->position_count = 0;
     for (uint32_t i = 0; op->positions && i < lanes; i++)
         arrays->position_count += op->lanes[i].count;
-    arrays->bytes =
-        lanes * (2 * sizeof(uint64_t) + sizeof(uint32_t) + sizeof(float)) + arrays->position_count * sizeof(uint32_t);
+    arrays->bytes = lanes * (2 * sizeof(uint64_t) + 2 * sizeof(uint32_t) + sizeof(float)) +
+                    arrays->position_count * sizeof(uint32_t);
     uint8_t *memory = op->server->env->acquire(op->server->env, arrays->bytes);
     if (!memory)
         return false;
     arrays->indexed = (uint64_t *)memory;
     arrays->versions = arrays->indexed + lanes;
     arrays->counts = (uint32_t *)(arrays->versions + lanes);
-    arrays->masses = (float *)(arrays->counts + lanes);
+    arrays->changed = arrays->counts + lanes;
+    arrays->masses = (float *)(arrays->changed + lanes);
     arrays->positions = (uint32_t *)(arrays->masses + lanes);
     return true;
 }
@@ -168,14 +169,16 @@ static void fill_retrieve(const struct op *op, struct retrieve_arrays *arrays, I
     for (uint32_t i = 0; i < op->lane_count; i++) {
         const struct op_lane *part = &op->lanes[i];
         arrays->counts[i] = part->count;
+        arrays->changed[i] = part->changed;
         arrays->masses[i] = part->mass;
         arrays->indexed[i] = part->indexed;
         arrays->versions[i] = part->version;
     }
     fill_positions(op, arrays);
-    body->n_counts = body->n_masses = body->n_indexed = body->n_versions = op->lane_count;
+    body->n_counts = body->n_masses = body->n_indexed = body->n_versions = body->n_changed = op->lane_count;
     body->n_positions = arrays->position_count;
     body->counts = arrays->counts;
+    body->changed = arrays->changed;
     body->masses = arrays->masses;
     body->indexed = arrays->indexed;
     body->versions = arrays->versions;

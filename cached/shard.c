@@ -296,6 +296,7 @@ void shard_fini(struct shard *shard)
     images_fini(shard);
     index_search_destroy(shard->search);
     env->release(env, shard->queries, shard->queries_bytes);
+    env->release(env, shard->record, shard->record_bytes);
     env->release(env, shard->places, shard->places_bytes);
     arena_fini(&shard->arena);
     task_queue_fini(&shard->queue);

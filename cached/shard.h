@@ -26,6 +26,8 @@ struct shard {
     struct index_search *search;
     float *queries; // scratch: one lane's queries
     size_t queries_bytes;
+    uint32_t *record; // scratch: planning what goes to which slot
+    size_t record_bytes;
     struct index_place *places; // scratch of an append
     size_t places_bytes;
     struct lane *due_head, *due_tail; // lanes with clustering to do

@@ -66,7 +66,7 @@ static void job_free(struct server *server, struct job *job)
 
 static void landing_free(struct server *server, struct landing *landing)
 {
-    budget_give(&server->shared_budget, landing->bytes);
+    budget_give(&server->shared_budget, landing->held_bytes);
     server->env->release(server->env, landing->rows, landing->shape.rows * sizeof *landing->rows);
     server->env->release(server->env, landing, sizeof *landing);
 }
@@ -203,7 +203,8 @@ static ice_status landing_allocate(struct server *server, struct session *sessio
     struct env *env = server->env;
     if (session->landing_count >= server->config->landings_max)
         return ICE_LIMIT;
-    if (!budget_take(&server->shared_budget, NULL, bytes))
+    const uint64_t held_bytes = bytes + gpu_landing_own_bytes(shape);
+    if (!budget_take(&server->shared_budget, NULL, held_bytes))
         return ICE_SHARED_FULL;
     struct landing *landing = env_acquire_zeroed(env, sizeof *landing);
     struct landing_row *rows = env_acquire_zeroed(env, shape->rows * sizeof *rows);
@@ -212,7 +213,7 @@ static ice_status landing_allocate(struct server *server, struct session *sessio
         env->release(env, close_job, sizeof *close_job);
         env->release(env, rows, shape->rows * sizeof *rows);
         env->release(env, landing, sizeof *landing);
-        budget_give(&server->shared_budget, bytes);
+        budget_give(&server->shared_budget, held_bytes);
         return ICE_NO_MEMORY;
     }
     *landing = (struct landing){
@@ -220,6 +221,7 @@ static ice_status landing_allocate(struct server *server, struct session *sessio
         .session = session,
         .shape = *shape,
         .bytes = bytes,
+        .held_bytes = held_bytes,
         .rows = rows,
         .users = 1, // the opening job
         .close_job = close_job,
@@ -284,10 +286,9 @@ static void landing_start(struct server *server, struct job *job, const struct l
                           enum landing_place place)
 {
     struct session *session = job->session;
-    const struct landing_shape held_shape = landing_held_shape(shape, place);
     struct landing_layout held;
     struct landing *landing = NULL;
-    ice_status status = landing_layout_init(&held, &held_shape)
+    ice_status status = landing_held_init(&held, shape, place)
                             ? landing_allocate(server, session, shape, held.total_bytes, &landing)
                             : ICE_TOO_LARGE;
     if (status != ICE_OK) {

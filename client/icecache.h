@@ -321,6 +321,7 @@ struct ice_retrieve_options {
     uint32_t budget;           // tokens per KV head, at least 1
     uint32_t sinks, window;    // ICE_DEFAULT_SINKS / ICE_DEFAULT_WINDOW are the usual choice; 0: none
     bool worker_holds_ends;    // sinks and window are not sent
+    bool resend;               // send all again, in ascending order of positions: see below
     float coverage;            // 0, or stop once this share of the attention mass is reached
     enum ice_granularity granularity;
     uint64_t deadline_us;
@@ -332,6 +333,7 @@ struct ice_retrieve_result {
     bool partial;             // the deadline cut the search short
     uint32_t head_count;      // sequence_count x kv_heads, the length of the arrays below, sequences outermost
     const uint32_t *counts;   // slots filled
+    const uint32_t *changed;  // of them, those whose token was in none of the cell's slots before: the turnover
     const float *masses;      // estimated share of the attention that is covered
     const uint64_t *indexed;  // as ice_sequence_info says it, at the time
     const uint64_t *versions; // tree versions
@@ -340,7 +342,10 @@ struct ice_retrieve_result {
     uint32_t queue_us, search_us, fetch_us, copy_us;
 };
 
-// After an error the cells of this layer in the rows named are undefined (other layers' are not touched).
+// Step reuse: a token that its row's last retrieve of this layer has put into a slot stays there, and only the others
+// are copied; bytes_moved counts those. So the slots of a cell are in no order (but where all tokens of the sequence
+// are asked for, slot i holds position i), and a worker must not write to a landing. One that has done so says
+// `resend`. After an error the cells of this layer in the rows named are undefined (other layers' are not touched).
 // Blocking: submit and wait. result (may be NULL) is filled on success; its arrays are borrowed until this thread's
 // next call of ice_retrieve.
 ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,

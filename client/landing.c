@@ -182,11 +182,10 @@ struct pending *landing_request(ice_landing *landing, Icecache__Wire__GpuMemory 
 ice_status landing_map(ice_landing *landing, const struct pending *pending)
 {
     const Icecache__Wire__ControlReply *reply = pending->control_reply;
-    const struct landing_shape held_shape = landing_held_shape(&landing->shape, landing->place);
     struct landing_layout held;
     struct stat stat;
     if (reply == NULL || reply->body_case != ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING || pending->fd < 0 ||
-        !landing_layout_init(&held, &held_shape)) {
+        !landing_held_init(&held, &landing->shape, landing->place)) {
         return error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing memory");
     }
     int seals = fcntl(pending->fd, F_GET_SEALS);

@@ -189,6 +189,7 @@ static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_re
     retrieve->sinks = options->sinks;
     retrieve->window = options->window;
     retrieve->worker_holds_ends = options->worker_holds_ends;
+    retrieve->resend = options->resend || options->landing->place == LANDING_PULL; // whole blocks are copied
     retrieve->append = options->keys != NULL;
     retrieve->coverage = options->coverage;
     retrieve->page_wise = options->granularity == ICE_PAGE_WISE;
@@ -312,6 +313,7 @@ static ice_status result_fill(const ice_ticket *ticket, struct ice_retrieve_resu
             .partial = found->partial != 0,
             .head_count = heads,
             .counts = found->counts,
+            .changed = found->changed,
             .masses = found->masses,
             .indexed = found->indexed,
             .versions = found->versions,

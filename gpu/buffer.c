@@ -125,7 +125,7 @@ ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
     if (status == ICE_OK) {
-        status = gpu_path_open(&buffer->path, &buffer->device, buffer->address, shape, staging, text);
+        status = gpu_path_open(&buffer->path, &buffer->device, buffer->address, shape, LANDING_PULL, staging, text);
         buffer->pulls = status == ICE_OK;
         gpu_device_leave(&buffer->device);
     }

@@ -13,11 +13,10 @@ static void unregister(const struct gpu_device *device, uint8_t *memory, uint64_
 }
 
 ice_status gpu_path_open(struct gpu_path *path, const struct gpu_device *device, cuda_address to,
-                         const struct landing_shape *shape, uint8_t *staging, char *text)
+                         const struct landing_shape *shape, enum landing_place place, uint8_t *staging, char *text)
 {
     *path = (struct gpu_path){.device = device, .to = to, .shape = *shape, .from = staging};
-    const struct landing_shape held = landing_held_shape(shape, LANDING_PULL);
-    if (!landing_layout_init(&path->layout, shape) || !landing_layout_init(&path->held, &held)) {
+    if (!landing_layout_init(&path->layout, shape) || !landing_held_init(&path->held, shape, place)) {
         text[0] = '\0';
         return ICE_TOO_LARGE;
     }

@@ -21,7 +21,8 @@ struct gpu_path {
 
 // Fills the path and registers the staging. On failure nothing stays registered. Device entered.
 ICE_MUST_CHECK ice_status gpu_path_open(struct gpu_path *path, const struct gpu_device *device, cuda_address to,
-                                        const struct landing_shape *shape, uint8_t *staging, char *text);
+                                        const struct landing_shape *shape, enum landing_place place, uint8_t *staging,
+                                        char *text);
 void gpu_path_close(struct gpu_path *path); // device entered; no copy may be in flight
 
 // Issues, in the device's stream, one copy of a row's block: K and V of all heads, positions, counts. Device entered.

@@ -4,6 +4,7 @@
 #define ICECACHE_GPU_HELD_H
 
 #include "gpu/landing.h"
+#include "gpu/record.h"
 
 struct gpu_push;
 
@@ -16,6 +17,7 @@ struct gpu_landing {
     struct gpu_system system; // owner borrowed until close
     uint8_t *memory;          // held.total_bytes
     struct gpu_push *push;    // the GPU's side, owned; NULL: none
+    struct records records;   // of what is in the landing
 };
 
 // Makes the landing with its host memory for a place. *fd_out is the caller's.
@@ -24,6 +26,7 @@ ICE_MUST_CHECK ice_status held_open(const struct gpu_system *system, const struc
 void held_close(struct gpu_landing *landing);
 // As the ops of these names.
 void held_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, struct gpu_target *out);
+struct record_cell *held_record(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head);
 void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count);
 void held_clear_row(struct gpu_landing *landing, uint32_t row);
 

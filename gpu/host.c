@@ -34,7 +34,11 @@ ice_status held_open(const struct gpu_system *system, const struct landing_shape
     *landing = (struct gpu_landing){
         .place = place, .shape = *shape, .held_shape = landing_held_shape(shape, place), .system = *system};
     ice_status status = ICE_TOO_LARGE;
-    if (!landing_layout_init(&landing->layout, shape) || !landing_layout_init(&landing->held, &landing->held_shape)) {
+    if (!landing_layout_init(&landing->layout, shape) || !landing_held_init(&landing->held, shape, place)) {
+        goto free_landing;
+    }
+    status = records_init(&landing->records, shape);
+    if (status != ICE_OK) {
         goto free_landing;
     }
     int fd = -1;
@@ -42,7 +46,7 @@ ice_status held_open(const struct gpu_system *system, const struct landing_shape
     int rc = system->memfd_create(system->owner, "icecache-landing", landing->held.total_bytes, &fd);
     if (rc < 0) {
         status = system_status(rc);
-        goto free_landing;
+        goto free_records;
     }
     rc = system->map_shared(system->owner, fd, landing->held.total_bytes, &memory);
     if (rc < 0) {
@@ -56,6 +60,8 @@ ice_status held_open(const struct gpu_system *system, const struct landing_shape
 
 close_fd:
     system->close_fd(system->owner, fd);
+free_records:
+    records_fini(&landing->records);
 free_landing:
     free(landing);
     return status;
@@ -65,6 +71,7 @@ void held_close(struct gpu_landing *landing)
 {
     if (landing) {
         landing->system.unmap(landing->system.owner, landing->memory, landing->held.total_bytes);
+        records_fini(&landing->records);
         free(landing);
     }
 }
@@ -99,9 +106,33 @@ void held_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint
     out->store = is_staged(landing) ? store_streaming : store_cached;
 }
 
+struct record_cell *held_record(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head)
+{
+    return records_cell(&landing->records, row, layer, kv_head);
+}
+
+// Which slots of the staging are new. Of a whole selection too: who reads it may not know that it is.
+static void list_changed(const struct gpu_landing *landing, uint8_t *block, uint32_t kv_head,
+                         const struct record_cell *cell)
+{
+    uint32_t *const changed =
+        (uint32_t *)(void *)(block + landing->held.changed_offset) + (uint64_t)kv_head * landing->shape.slots;
+    uint32_t *const changed_counts = (void *)(block + landing->held.changed_counts_offset);
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < cell->count; i++) {
+        if (!cell->entries[i].is_kept) {
+            changed[count++] = cell->entries[i].slot;
+        }
+    }
+    changed_counts[kv_head] = count;
+}
+
 void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count)
 {
     assert(kv_head < landing->shape.kv_heads && count <= landing->shape.slots);
+    if (landing->held.changed_offset) {
+        list_changed(landing, block_of(landing, row, layer), kv_head, held_record(landing, row, layer, kv_head));
+    }
     if (is_staged(landing)) {
         store_fence();
     }
@@ -111,6 +142,7 @@ void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint
 
 void held_clear_row(struct gpu_landing *landing, uint32_t row)
 {
+    records_forget_row(&landing->records, row);
     for (uint32_t layer = 0; layer < landing->held_shape.layers; layer++) {
         _Atomic uint32_t *const counts = counts_of(landing, block_of(landing, row, layer));
         for (uint32_t head = 0; head < landing->held_shape.kv_heads; head++) {
@@ -140,6 +172,7 @@ const struct gpu_landing_ops gpu_host_ops = {
     .open = host_open,
     .close = held_close,
     .target = held_target,
+    .record = held_record,
     .submit = held_submit,
     .clear_row = held_clear_row,
 };
@@ -149,9 +182,15 @@ const struct gpu_landing_ops gpu_pull_ops = {
     .open = pull_open,
     .close = held_close,
     .target = held_target,
+    .record = held_record,
     .submit = held_submit,
     .clear_row = held_clear_row,
 };
+
+uint64_t gpu_landing_own_bytes(const struct landing_shape *shape)
+{
+    return records_bytes(shape);
+}
 
 const struct landing_layout *gpu_landing_layout(const struct gpu_landing *landing)
 {

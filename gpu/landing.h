@@ -8,6 +8,7 @@
 #ifndef ICECACHE_GPU_LANDING_H
 #define ICECACHE_GPU_LANDING_H
 
+#include "gpu/record.h"
 #include "proto/shm.h"
 #include "proto/status.h"
 
@@ -52,7 +53,11 @@ struct gpu_landing_ops {
     // Never fails for a cell inside the shape. Staged: any two layers of a row share the place, so a row belongs to one
     // request at a time.
     void (*target)(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, struct gpu_target *out);
-    // The target holds `count` tokens now: makes them and the count visible to whoever reads the memory.
+    // What the landing holds of a cell; never NULL. Who gathers plans and settles it.
+    struct record_cell *(*record)(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head);
+    // The target holds the `count` tokens of the cell's record now, those that are not kept in it newly: makes them,
+    // the count and, where it is staged, which are new visible to whoever reads the memory. The record is settled by
+    // then.
     void (*submit)(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count);
     // Empties every cell of a row (the row is bound to another sequence).
     void (*clear_row)(struct gpu_landing *landing, uint32_t row);
@@ -62,6 +67,9 @@ struct gpu_landing_ops {
 };
 
 extern const struct gpu_landing_ops gpu_host_ops, gpu_pull_ops, gpu_push_ops;
+
+// What a landing of this shape takes of the daemon's own memory, beside the memory that is shared with the worker.
+uint64_t gpu_landing_own_bytes(const struct landing_shape *shape);
 
 // Of the whole landing.
 const struct landing_layout *gpu_landing_layout(const struct gpu_landing *landing);

@@ -51,7 +51,8 @@ static ice_status open_entered(struct gpu_landing *landing, struct gpu_push *pus
     if (status != ICE_OK) {
         return status;
     }
-    status = gpu_path_open(&push->path, push->device, push->import.address, &landing->shape, landing->memory, text);
+    status = gpu_path_open(&push->path, push->device, push->import.address, &landing->shape, LANDING_PUSH,
+                           landing->memory, text);
     if (status != ICE_OK) {
         gpu_import_close(push->device, &push->import);
     }
@@ -139,6 +140,7 @@ const struct gpu_landing_ops gpu_push_ops = {
     .open = push_open,
     .close = push_close,
     .target = held_target,
+    .record = held_record,
     .submit = held_submit,
     .clear_row = push_clear_row,
     .copy = push_copy,

@@ -29,7 +29,7 @@ static bool in_limits(const struct landing_shape *shape)
            dtype_is_valid(shape->dtype);
 }
 
-bool landing_layout_init(struct landing_layout *layout, const struct landing_shape *shape)
+static bool layout_init(struct landing_layout *layout, const struct landing_shape *shape, bool has_changed)
 {
     if (!in_limits(shape)) {
         return false;
@@ -37,9 +37,11 @@ bool landing_layout_init(struct landing_layout *layout, const struct landing_sha
     const uint64_t slot_bytes = shape->head_dim * dtype_bytes((enum dtype)shape->dtype);
     const uint64_t side_bytes = shape->slots * slot_bytes; // at most 2^34
     const uint64_t data_bytes = 2 * side_bytes * shape->kv_heads;
-    const uint64_t positions_bytes = sizeof(uint32_t) * shape->slots * shape->kv_heads;
-    const uint64_t counts_offset = data_bytes + positions_bytes;
-    const uint64_t block_bytes = round_up(counts_offset + sizeof(uint32_t) * shape->kv_heads, BLOCK_ALIGNMENT);
+    const uint64_t slots_bytes = sizeof(uint32_t) * shape->slots * shape->kv_heads; // a word for each
+    const uint64_t heads_bytes = sizeof(uint32_t) * shape->kv_heads;
+    const uint64_t counts_offset = data_bytes + slots_bytes, changed_offset = counts_offset + heads_bytes;
+    const uint64_t changed_bytes = has_changed ? slots_bytes + heads_bytes : 0;
+    const uint64_t block_bytes = round_up(changed_offset + changed_bytes, BLOCK_ALIGNMENT);
     uint64_t total_bytes = block_bytes; // at most 2^44
     if (!multiply(&total_bytes, (uint64_t)shape->rows * shape->layers)) {
         return false;
@@ -50,8 +52,21 @@ bool landing_layout_init(struct landing_layout *layout, const struct landing_sha
         .head_bytes = 2 * side_bytes,
         .positions_offset = data_bytes,
         .counts_offset = counts_offset,
+        .changed_offset = has_changed ? changed_offset : 0,
+        .changed_counts_offset = has_changed ? changed_offset + slots_bytes : 0,
         .block_bytes = block_bytes,
         .total_bytes = round_up(total_bytes, PAGE_BYTES), // the limit is one too
     };
     return true;
+}
+
+bool landing_layout_init(struct landing_layout *layout, const struct landing_shape *shape)
+{
+    return layout_init(layout, shape, false);
+}
+
+bool landing_held_init(struct landing_layout *layout, const struct landing_shape *shape, enum landing_place place)
+{
+    const struct landing_shape held = landing_held_shape(shape, place);
+    return layout_init(layout, &held, place == LANDING_PULL);
 }

@@ -10,6 +10,10 @@
 // each row, that of the row's last retrieve, in the layout of a landing of one layer. Who reads the staging copies it
 // to the GPU before the row's next retrieve.
 //
+// **Step reuse**: a retrieve leaves tokens that a cell holds already where they are. A staged block then has only the
+// others, at their slots, and says which: behind the counts, u32 changed [kv_head][slot], the slots that are new, and
+// u32 changed_counts [kv_head].
+//
 // The worker may write anywhere at any time: the daemon only ever writes, and never reads back what it wrote.
 #ifndef ICECACHE_PROTO_SHM_H
 #define ICECACHE_PROTO_SHM_H
@@ -35,13 +39,17 @@ struct landing_layout {
     uint64_t head_bytes;       // 2 x side_bytes
     uint64_t positions_offset; // in a block: u32 [kv_head][slot]
     uint64_t counts_offset;    // in a block: u32 [kv_head]
-    uint64_t block_bytes;      // from one block to the next
-    uint64_t total_bytes;      // of all blocks; a multiple of 4 KiB
+    uint64_t changed_offset;   // in a staged block of a pull: u32 [kv_head][slot]; 0: there is none
+    uint64_t changed_counts_offset;
+    uint64_t block_bytes; // from one block to the next
+    uint64_t total_bytes; // of all blocks; a multiple of 4 KiB
 };
 
 // Fills *layout on success; false where a dimension is zero or above its limit, the dtype is unknown, or the size
 // exceeds WIRE_SHARED_BYTES_MAX.
 bool landing_layout_init(struct landing_layout *layout, const struct landing_shape *shape);
+// The same of what is held in host memory: of landing_held_shape.
+bool landing_held_init(struct landing_layout *layout, const struct landing_shape *shape, enum landing_place place);
 
 // The shape of what is held in host memory.
 static inline struct landing_shape landing_held_shape(const struct landing_shape *shape, enum landing_place place)

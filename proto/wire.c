@@ -231,7 +231,7 @@ ice_status wire_control_request_decode(const void *bytes, size_t size, struct wi
 static bool retrieve_reply_is_sound(const Icecache__Wire__RetrieveReply *reply)
 {
     if (reply->n_masses != reply->n_counts || reply->n_indexed != reply->n_counts ||
-        reply->n_versions != reply->n_counts) {
+        reply->n_versions != reply->n_counts || reply->n_changed != reply->n_counts) {
         return false;
     }
     uint64_t positions = 0;

@@ -73,8 +73,8 @@ static void measure_frames(struct serve_bases *bases, const struct serve_job *jo
     bases->vectors_bytes = (job->query_heads + 2 * job->kv_heads) * serve_row_bytes(job);
     Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT;
     Icecache__Wire__RetrieveReply body = ICECACHE__WIRE__RETRIEVE_REPLY__INIT;
-    body.n_counts = body.n_masses = body.n_indexed = body.n_versions = heads;
-    body.counts = counts;
+    body.n_counts = body.n_changed = body.n_masses = body.n_indexed = body.n_versions = heads;
+    body.counts = body.changed = counts;
     body.masses = masses;
     body.indexed = indexed;
     body.versions = versions;

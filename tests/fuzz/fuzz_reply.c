@@ -20,7 +20,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
         }
         FUZZ_CHECK(retrieve->n_positions == 0 || retrieve->n_positions == positions);
         FUZZ_CHECK(retrieve->n_masses == retrieve->n_counts && retrieve->n_indexed == retrieve->n_counts &&
-                   retrieve->n_versions == retrieve->n_counts);
+                   retrieve->n_versions == retrieve->n_counts && retrieve->n_changed == retrieve->n_counts);
     } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_SEQUENCE_INFO) {
         FUZZ_CHECK(reply->sequence_info->n_lengths == reply->sequence_info->n_indexed);
     } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_STATS) {

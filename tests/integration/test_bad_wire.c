@@ -477,7 +477,7 @@ static void retrieves(void **state)
                     (message->landing_id = other, message->budget = 4, message->page_wise = true));
     // The positions come in the reply too, where asked for.
     asked_init(&asked, &bench);
-    message->want_positions = true;
+    message->want_positions = message->resend = true;
     raw_reply *reply = call_retrieve(&bench, &asked);
     assert_int_equal(reply->status, ICE_OK);
     assert_int_equal(reply->retrieve->n_counts, KV_HEADS);

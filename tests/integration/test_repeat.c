@@ -173,6 +173,7 @@ static void unindexed_selection_is_nearly_exact(void **state)
         uint64_t first = length - 3 - i;
         retrieve_init(&retrieve, &worker, &history, i % 2, first, queries);
         retrieve_ends(&retrieve, 24, 16, 64);
+        retrieve.options.resend = true; // in order
         assert_ok(ice_retrieve(worker.client, &retrieve.options, &result));
         for (uint32_t head = 0; head < shape.kv_heads; head++) {
             struct ice_landing_view view;

@@ -187,7 +187,10 @@ static void *thread_main(void *argument)
         struct ice_landing_view view;
         if (thread->status == ICE_OK)
             thread->status = ice_landing_view(thread->worker->landing, thread->row, round % 2, 1, &view);
-        if (thread->status == ICE_OK && (view.count == 0 || view.positions[view.count - 1] != first + 19))
+        bool newest = false;
+        for (uint32_t slot = 0; thread->status == ICE_OK && slot < view.count; slot++)
+            newest |= view.positions[slot] == first + 19;
+        if (thread->status == ICE_OK && !newest)
             thread->status = ICE_INTERNAL;
         retrieve_fini(&retrieve);
     }
@@ -257,7 +260,7 @@ static void tiny_deadlines(void **state)
             assert_true(view.count >= 80 && view.count <= 1000); // at least sinks and window
             for (uint32_t slot = 0; slot < view.count; slot++) {
                 uint32_t position = view.positions[slot];
-                assert_true(position < length && (slot == 0 || view.positions[slot - 1] < position));
+                assert_true(position < length);
                 assert_memory_equal((const uint8_t *)view.keys + slot * shape_row_bytes(&wide),
                                     history_key(&history, 0, head, position), shape_row_bytes(&wide));
                 assert_memory_equal((const uint8_t *)view.values + slot * shape_row_bytes(&wide),
@@ -374,6 +377,7 @@ static void worker_holds_ends(void **state)
         const uint64_t visible = LENGTH - i * 30;
         retrieve_init(&retrieve, &worker, &history, 0, visible - 1, 1);
         retrieve_ends(&retrieve, 100, 16, 64);
+        retrieve.options.resend = true; // all of it, in order
         assert_ok(ice_retrieve(worker.client, &retrieve.options, &sent));
         float mass = sent.masses[1];
         uint64_t moved = sent.bytes_moved;

@@ -211,9 +211,12 @@ void landing_check(ice_landing *landing, uint32_t row, uint32_t layer, const str
         struct ice_landing_view view;
         assert_ok(ice_landing_view(landing, row, layer, head, &view));
         assert_int_equal(view.count, count);
+        bool *seen = calloc(visible, sizeof *seen);
+        assert_non_null(seen);
         for (uint32_t slot = 0; slot < view.count; slot++) {
             uint32_t position = view.positions[slot];
-            assert_true(position < visible && (slot == 0 || view.positions[slot - 1] < position));
+            assert_true(position < visible && !seen[position]);
+            seen[position] = true;
             const uint8_t *key = (const uint8_t *)view.keys + slot * bytes;
             const uint8_t *value = (const uint8_t *)view.values + slot * bytes;
             if (memcmp(key, history_key(history, layer, head, position), bytes) != 0 ||
@@ -221,14 +224,20 @@ void landing_check(ice_landing *landing, uint32_t row, uint32_t layer, const str
                 fail_msg("layer %u head %u slot %u does not hold the bytes of position %u", layer, head, slot,
                          position);
         }
+        free(seen);
     }
 }
 
 void landing_check_all(ice_landing *landing, uint32_t row, uint32_t layer, const struct history *history,
                        uint64_t visible)
 {
-    // Ascending, below `visible`, and that many of them: slot i holds position i.
     landing_check(landing, row, layer, history, (uint32_t)visible, visible);
+    for (uint32_t head = 0; head < history->shape.kv_heads; head++) {
+        struct ice_landing_view view;
+        assert_ok(ice_landing_view(landing, row, layer, head, &view));
+        for (uint32_t slot = 0; slot < view.count; slot++)
+            assert_int_equal(view.positions[slot], slot);
+    }
 }
 
 uint64_t bytes_digest(uint64_t digest, const void *bytes, size_t count)
@@ -246,10 +255,15 @@ uint64_t landing_digest(ice_landing *landing, uint32_t row, uint32_t layer, cons
     for (uint32_t head = 0; head < shape->kv_heads; head++) {
         struct ice_landing_view view;
         assert_ok(ice_landing_view(landing, row, layer, head, &view));
+        const size_t bytes = shape_row_bytes(shape);
+        uint64_t tokens = 0; // in any order
+        for (uint32_t slot = 0; slot < view.count; slot++) {
+            uint64_t token = bytes_digest(0, &view.positions[slot], sizeof *view.positions);
+            token = bytes_digest(token, (const uint8_t *)view.keys + slot * bytes, bytes);
+            tokens += bytes_digest(token, (const uint8_t *)view.values + slot * bytes, bytes);
+        }
         digest = bytes_digest(digest, &view.count, sizeof view.count);
-        digest = bytes_digest(digest, view.positions, view.count * sizeof *view.positions);
-        digest = bytes_digest(digest, view.keys, view.count * shape_row_bytes(shape));
-        digest = bytes_digest(digest, view.values, view.count * shape_row_bytes(shape));
+        digest = bytes_digest(digest, &tokens, sizeof tokens);
     }
     return digest;
 }

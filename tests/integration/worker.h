@@ -60,7 +60,7 @@ void retrieve_ends(struct retrieve *retrieve, uint32_t budget, uint32_t sinks, u
 void retrieve_ride(struct retrieve *retrieve, const struct history *history); // the K and V of the query positions
 void retrieve_fini(struct retrieve *retrieve);
 
-// The row holds `count` tokens: positions ascending, all below `visible`, K and V bit for bit those of their positions.
+// The row holds `count` tokens, each once, positions below `visible`, K and V bit for bit those of their positions.
 void landing_check(ice_landing *landing, uint32_t row, uint32_t layer, const struct history *history, uint32_t count,
                    uint64_t visible);
 // The row holds every position below `visible`, slot i position i.

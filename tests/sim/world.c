@@ -43,6 +43,8 @@ static void make_memory(struct world *world)
         world->works[i].staging = malloc(2 * bytes + 4096 * sizeof(float));
         world->works[i].slots = malloc(2 * bytes);
         world->works[i].positions = malloc(WORLD_HEADS * WORLD_TOKENS * sizeof(uint32_t));
+        const struct landing_shape landing = {1, 1, WORLD_HEADS, WORLD_TOKENS, 16, DTYPE_BF16};
+        assert_int_equal(records_init(&world->works[i].records, &landing), ICE_OK);
     }
 }
 
@@ -88,6 +90,7 @@ static void free_memory(struct world *world)
         free(world->works[i].staging);
         free(world->works[i].slots);
         free(world->works[i].positions);
+        records_fini(&world->works[i].records);
     }
 }
 
@@ -230,13 +233,19 @@ static void landing_target(struct gpu_landing *landing, uint32_t row, uint32_t l
                                .store = store_cached};
 }
 
+static struct record_cell *landing_record(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head)
+{
+    return records_cell(&((struct work *)landing)->records, row, layer, kv_head);
+}
+
 static void landing_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count)
 {
     (void)row, (void)layer;
     ((struct work *)landing)->counts[kv_head] = count;
 }
 
-static const struct gpu_landing_ops landing_ops = {.target = landing_target, .submit = landing_submit};
+static const struct gpu_landing_ops landing_ops = {
+    .target = landing_target, .record = landing_record, .submit = landing_submit};
 
 static void put_rows(struct member *member, uint8_t *keys, uint8_t *values, uint64_t first, uint32_t tokens,
                      bool token_major)
@@ -304,7 +313,12 @@ static bool fill_retrieve(struct world *world, struct work *work)
     op->holds_ends = rng_chance(rng, 4);
     op->page_wise = rng_chance(rng, 4);
     op->landing = &work->landing;
-    work->landing = (struct landing){.ops = &landing_ops, .memory = (struct gpu_landing *)work};
+    work->landing =
+        (struct landing){.ops = &landing_ops, .memory = (struct gpu_landing *)work, .shape = work->records.shape};
+    if (work->records_of != member->sequence.id)
+        records_forget_row(&work->records, 0); // as a row that is bound to another sequence
+    work->records_of = member->sequence.id;
+    op->resend = rng_chance(rng, 8);
     op->rows = work->rows;
     op->first_queries = work->first_queries;
     work->first_queries[0] = op->append ? member->length : member->length - op->queries;
@@ -414,9 +428,11 @@ static void expect_slots(struct world *world, struct work *work, uint32_t head)
     const size_t bytes = member_row_bytes(member), side = WORLD_TOKENS * bytes;
     const uint32_t *positions = work->positions + (size_t)head * WORLD_TOKENS;
     const uint32_t count = work->counts[head];
+    bool seen[WORLD_TOKENS] = {false};
     for (uint32_t slot = 0; slot < count; slot++) {
         const uint32_t position = positions[slot];
-        assert_true(position < visible && (slot == 0 || position > positions[slot - 1]));
+        assert_true(position < visible && !seen[position]);
+        seen[position] = true;
         const uint8_t *row = work->slots + 2 * head * side + slot * bytes;
         assert_memory_equal(row, model_row(member->keys, member, head, position), bytes);
         assert_memory_equal(row + side, model_row(member->values, member, head, position), bytes);

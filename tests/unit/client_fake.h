@@ -253,11 +253,11 @@ static inline void fake_answer_retrieve(struct fake *fake, const struct fake_hel
         indexed[i] = to->request_id;
         versions[i] = i + 1;
     }
-    found.counts = counts;
+    found.counts = found.changed = counts;
     found.masses = masses;
     found.indexed = indexed;
     found.versions = versions;
-    found.n_counts = found.n_masses = found.n_indexed = found.n_versions = to->heads;
+    found.n_counts = found.n_changed = found.n_masses = found.n_indexed = found.n_versions = to->heads;
     found.bytes_moved = 77;
     Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT;
     reply.body_case = ICECACHE__WIRE__REPLY__BODY_RETRIEVE;

@@ -306,15 +306,16 @@ static ice_status decode_reply(const Icecache__Wire__Reply *reply, Icecache__Wir
     return status;
 }
 
-static uint32_t counts[] = {2, 0, 3}, positions[] = {7, 9, 1, 2, 3, 4};
+static uint32_t counts[] = {2, 0, 3}, changed[] = {1, 0, 3, 4}, positions[] = {7, 9, 1, 2, 3, 4};
 static float masses[] = {0.5f, 0.25f, 1.0f, 0.0f};
 static uint64_t indexed[] = {100, 200, 300, 400}, versions[] = {1, 2, 3, 4};
 
 static Icecache__Wire__RetrieveReply valid_retrieve(void)
 {
     Icecache__Wire__RetrieveReply retrieve = ICECACHE__WIRE__RETRIEVE_REPLY__INIT;
-    retrieve.n_counts = retrieve.n_masses = retrieve.n_indexed = retrieve.n_versions = 3;
+    retrieve.n_counts = retrieve.n_changed = retrieve.n_masses = retrieve.n_indexed = retrieve.n_versions = 3;
     retrieve.counts = counts;
+    retrieve.changed = changed;
     retrieve.masses = masses;
     retrieve.indexed = indexed;
     retrieve.versions = versions;
@@ -349,10 +350,10 @@ static void retrieve_replies_agree_with_themselves(void **state)
     icecache__wire__reply__free_unpacked(out, NULL);
 
     out = NULL;
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < 12; i++) {
         retrieve = valid_retrieve();
-        size_t *const lengths[] = {&retrieve.n_counts, &retrieve.n_masses, &retrieve.n_indexed, &retrieve.n_versions,
-                                   &retrieve.n_positions};
+        size_t *const lengths[] = {&retrieve.n_counts,   &retrieve.n_masses,    &retrieve.n_indexed,
+                                   &retrieve.n_versions, &retrieve.n_positions, &retrieve.n_changed};
         *lengths[i / 2] = i % 2 ? *lengths[i / 2] - 1 : i / 2 == 0 ? 0 : *lengths[i / 2] + 1;
         assert_int_equal(decode_retrieve(&retrieve, &out), ICE_BAD_MESSAGE);
         assert_null(out);

@@ -456,6 +456,7 @@ class Selection:
 
     partial: bool
     counts: List[int]
+    changed: List[int]
     masses: List[float]
     indexed: List[int]
     versions: List[int]
@@ -471,6 +472,7 @@ def _selection(result):
     return Selection(
         result.partial,
         result.counts[:heads],
+        result.changed[:heads],
         result.masses[:heads],
         result.indexed[:heads],
         result.versions[:heads],
@@ -630,7 +632,7 @@ class Client:
 
         Keyword arguments: layer, sequences, rows, first_queries (one entry per sequence), queries (the vectors,
         packed [sequence, query, query head, head_dim]), query_dtype, query_count (query positions per sequence, 1),
-        budget, sinks, window, worker_holds_ends, coverage, page_wise, deadline_us, and keys and values
+        budget, sinks, window, worker_holds_ends, resend, coverage, page_wise, deadline_us, and keys and values
         ([sequence, query, KV head, head_dim], packed), which are appended first.
         """
         handle = c_void_p()
@@ -657,6 +659,7 @@ class Client:
         keys=None,
         values=None,
         worker_holds_ends=False,
+        resend=False,
         coverage=0.0,
         page_wise=False,
         deadline_us=0,
@@ -700,6 +703,7 @@ class Client:
                 sinks,
                 window,
                 worker_holds_ends,
+                resend,
                 coverage,
                 1 if page_wise else 0,
                 deadline_us,

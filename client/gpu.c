@@ -96,13 +96,27 @@ static ice_status push_open(ice_landing *landing, uint64_t until_us)
 
 // ---- pull ----
 
+// Is there a kernel where it was asked for?
+static ice_status kernel_check(const ice_landing *landing, ice_status opened, const char *text)
+{
+    const struct gpu_landing_side *gpu = landing->gpu;
+    if (opened != ICE_OK) {
+        return set_error(opened, text);
+    }
+    if (gpu->copy == ICE_COPY_CHANGED && gpu->buffer.pull.staging == 0) {
+        return error_set(ICE_NOT_SUPPORTED, "no copying of changed slots: %s", gpu->buffer.pull.reason);
+    }
+    return ICE_OK;
+}
+
 static ice_status pull_open(ice_landing *landing, uint64_t until_us)
 {
     ice_client *client = landing->client;
     char text[CUDA_TEXT_BYTES] = "";
     landing->place = LANDING_PULL;
     landing->gpu->row_sequences = calloc(landing->shape.rows, sizeof(uint64_t));
-    if (landing->gpu->row_sequences == NULL) {
+    landing->gpu->cells = calloc((size_t)landing->shape.rows * landing->shape.layers, sizeof(uint64_t));
+    if (landing->gpu->row_sequences == NULL || landing->gpu->cells == NULL) {
         return error_set(ICE_NO_MEMORY, "no memory for a landing's record");
     }
     ice_status status;
@@ -112,8 +126,10 @@ static ice_status pull_open(ice_landing *landing, uint64_t until_us)
         status = landing_map(landing, pending);
         exchange_abandon(client, pending);
         if (status == ICE_OK) {
-            status = gpu_buffer_pull_open(&landing->gpu->buffer, &landing->shape, landing->base, text);
-            status = status == ICE_OK ? ICE_OK : set_error(status, text);
+            status = kernel_check(landing,
+                                  gpu_buffer_pull_open(&landing->gpu->buffer, &landing->shape, landing->base,
+                                                       landing->gpu->copy != ICE_COPY_BLOCKS, text),
+                                  text);
         }
         if (status != ICE_OK) {
             error_hold();
@@ -132,6 +148,12 @@ static ice_status options_check(const struct ice_gpu_options *options, uint64_t 
 {
     if (options->mode != ICE_GPU_ANY && options->mode != ICE_GPU_PUSH && options->mode != ICE_GPU_PULL) {
         return error_set(ICE_INVALID_ARGUMENT, "options.mode %d is unknown", (int)options->mode);
+    }
+    if (options->copy != ICE_COPY_ANY && options->copy != ICE_COPY_BLOCKS && options->copy != ICE_COPY_CHANGED) {
+        return error_set(ICE_INVALID_ARGUMENT, "options.copy %d is unknown", (int)options->copy);
+    }
+    if (options->copy == ICE_COPY_CHANGED && options->mode == ICE_GPU_PUSH) {
+        return error_set(ICE_INVALID_ARGUMENT, "options.copy: the daemon pushes whole blocks; use ICE_GPU_PULL");
     }
     if (options->address % ADDRESS_ALIGNMENT != 0) {
         return error_set(ICE_INVALID_ARGUMENT, "options.address is no multiple of %u", ADDRESS_ALIGNMENT);
@@ -156,6 +178,7 @@ static ice_status buffer_open(ice_landing *landing, const struct ice_gpu_options
         free(gpu);
         return set_error(status, text);
     }
+    gpu->copy = options->copy;
     landing->gpu = gpu;
     return ICE_OK;
 }
@@ -170,7 +193,7 @@ static bool may_pull(ice_status status, enum ice_gpu_mode mode)
 static ice_status place_open(ice_landing *landing, enum ice_gpu_mode mode, uint64_t until_us)
 {
     ice_status status = ICE_OK;
-    if (mode != ICE_GPU_PULL) {
+    if (mode != ICE_GPU_PULL && landing->gpu->copy != ICE_COPY_CHANGED) {
         status = push_open(landing, until_us);
         if (status == ICE_OK || !may_pull(status, mode)) {
             return status;
@@ -244,6 +267,14 @@ ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gpu_landing *o
         .pull_reason = landing->gpu->pull_reason,
         .device_name = landing->gpu->buffer.device.name,
     };
+    if (landing->place == LANDING_PULL) {
+        const struct gpu_pull *pull = &landing->gpu->buffer.pull;
+        out->block_us = pull->costs.block;
+        out->changed_none_us = pull->costs.changed_none;
+        out->changed_all_us = pull->costs.changed_all;
+        out->copies_changed = pull->staging != 0;
+    }
+    out->copy_reason = landing->place == LANDING_PULL ? landing->gpu->buffer.pull.reason : "the daemon sends blocks";
     return ICE_OK;
 }
 

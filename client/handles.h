@@ -25,7 +25,11 @@ struct ice_landing {
 struct gpu_landing_side {
     struct gpu_buffer buffer;          // constant after open
     char pull_reason[CUDA_TEXT_BYTES]; // why the daemon does not push; "" where that was not asked for
-    uint64_t *row_sequences;           // pull: [rows] whose counts the GPU has; 0: nobody's. Guarded by the lock
+    enum ice_gpu_copy copy;
+    // Of a pull, guarded by the client's lock.
+    uint64_t *row_sequences; // [rows] whose counts the GPU has; 0: nobody's
+    uint64_t *cells;         // [rows][layers] whose last selection the GPU has whole; 0: nobody's
+    float turnover;          // share of the slots that change from one retrieve to the next, lately
 };
 
 struct ice_sequence {
@@ -46,6 +50,7 @@ struct ice_ticket {
     uint32_t head_count;
     uint32_t layer;         // of a pull, like the next
     uint64_t *sequence_ids; // [rows of the record], owned
+    bool whole;             // all of the selection is staged, not what has changed only
 };
 
 // Frees a handle's local part; called with no lock needed.
@@ -79,6 +84,9 @@ ICE_MUST_CHECK ice_status pull_finish(ice_ticket *ticket, uint64_t until_us);
 void pull_abandon(ice_ticket *ticket, uint64_t until_us);
 // The same for all tickets of a landing, which forget it.
 void pull_forget(ice_landing *landing, uint64_t until_us);
+// Must the daemon stage all of the selection? Asked before the submit; told when it has succeeded.
+bool pull_wants_whole(const ice_ticket *ticket);
+void pull_submitted(ice_ticket *ticket);
 
 // Opening a sequence, plain or attached (sequence.c). The options' ranges, with a text; the request's fields, borrowed
 // from the options; a handle that no daemon knows yet, of the client's session (NULL: no memory, the error is set).

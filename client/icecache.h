@@ -134,10 +134,22 @@ ICE_CHECKED ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint
 // shared host memory, and the library copies it in ice_retrieve_wait; a ticket that is closed without having been
 // waited for lands nothing. In both, between submit and the end of the wait the row's cells of this layer may hold
 // anything.
+//
+// How a pulled selection gets to the GPU: blocks, a copy of all that the retrieve has selected; changed, a small kernel
+// of the library that reads what has changed out of host memory (step reuse, see ice_retrieve_options). What each takes
+// is measured when the landing is opened, some ms, and each retrieve goes the way that is expected to be the faster
+// one, by how much the last selections have changed. Push sends blocks.
 enum ice_gpu_mode {
     ICE_GPU_ANY = 0, // push where possible, else pull; ice_landing_gpu says why
     ICE_GPU_PUSH = 1,
     ICE_GPU_PULL = 2,
+};
+
+enum ice_gpu_copy {
+    ICE_COPY_ANY = 0, // what is faster
+    ICE_COPY_BLOCKS = 1,
+    ICE_COPY_CHANGED =
+        2, // wherever the GPU has the selection before; by pull, ICE_NOT_SUPPORTED where there is no kernel
 };
 
 struct ice_gpu_options {
@@ -145,6 +157,7 @@ struct ice_gpu_options {
     uint64_t bytes;   // from address on, at least those of ice_landing_bytes
     int device;       // where address is 0: the GPU's number in this process
     enum ice_gpu_mode mode;
+    enum ice_gpu_copy copy;
 };
 
 // Bytes of a landing of this shape, in host or GPU memory.
@@ -164,6 +177,10 @@ struct ice_gpu_landing {
     enum ice_gpu_mode mode;  // ICE_GPU_PUSH or ICE_GPU_PULL
     const char *pull_reason; // why it is not push; "" where push was not asked for. Valid until the close
     const char *device_name;
+    bool copies_changed;     // a pull that has the kernel
+    const char *copy_reason; // why not; "" otherwise. Valid until the close
+    // A pull: what one row takes until it has landed, us: a block, no slot changed, all slots changed.
+    float block_us, changed_none_us, changed_all_us;
 };
 // ICE_INVALID_ARGUMENT for a landing in host memory. (ice_landing_view is for those.)
 ICE_CHECKED ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gpu_landing *out);

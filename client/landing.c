@@ -300,6 +300,7 @@ void landing_free(ice_landing *landing)
     }
     if (landing->gpu != NULL) {
         free(landing->gpu->row_sequences);
+        free(landing->gpu->cells);
         free(landing->gpu);
     }
     if (landing->base != NULL) {

@@ -27,6 +27,58 @@ static void give_back(const ice_ticket *ticket)
     exchange_notify(ticket->client);
 }
 
+// ---- step reuse ----
+
+static uint64_t *cell_of(const ice_ticket *ticket, uint32_t i)
+{
+    const ice_landing *landing = ticket->pending->landing;
+    return &landing->gpu->cells[(uint64_t)ticket->pending->rows[i] * landing->shape.layers + ticket->layer];
+}
+
+// Where the GPU lacks what the daemon takes it to have, or where a copy of whole blocks is expected to be faster.
+bool pull_wants_whole(const ice_ticket *ticket)
+{
+    const struct pending *pending = ticket->pending;
+    const struct gpu_landing_side *gpu = pending->landing->gpu;
+    if (gpu->copy == ICE_COPY_BLOCKS) {
+        return true;
+    }
+    for (uint32_t i = 0; i < pending->row_count; i++) {
+        if (*cell_of(ticket, i) != ticket->sequence_ids[i]) {
+            return true;
+        }
+    }
+    return gpu->copy == ICE_COPY_ANY && !gpu_pull_prefers_kernel(&gpu->buffer.pull, pending->row_count, gpu->turnover);
+}
+
+// Until the copies of this retrieve are issued nobody knows what the cells hold.
+void pull_submitted(ice_ticket *ticket)
+{
+    for (uint32_t i = 0; i < ticket->pending->row_count; i++) {
+        *cell_of(ticket, i) = 0;
+    }
+}
+
+// The share of this reply counts for an eighth.
+static void note_turnover(const ice_ticket *ticket)
+{
+    const Icecache__Wire__Reply *reply = ticket->pending->reply;
+    struct gpu_landing_side *gpu = ticket->pending->landing->gpu;
+    uint64_t slots = 0, changed = 0;
+    if (reply == NULL || reply->body_case != ICECACHE__WIRE__REPLY__BODY_RETRIEVE) {
+        return;
+    }
+    for (size_t i = 0; i < reply->retrieve->n_counts; i++) {
+        slots += reply->retrieve->counts[i];
+        changed += reply->retrieve->changed[i];
+    }
+    if (slots > 0) {
+        gpu->turnover += ((float)changed / (float)slots - gpu->turnover) / 8.0f;
+    }
+}
+
+// ---- copies ----
+
 static ice_status issue(ice_ticket *ticket, char *text)
 {
     const struct pending *pending = ticket->pending;
@@ -37,9 +89,12 @@ static ice_status issue(ice_ticket *ticket, char *text)
         cleared[i] = holds != 0 && holds != ticket->sequence_ids[i];
     }
     ice_status status = gpu_buffer_pull(&gpu->buffer, pending->rows, cleared, pending->row_count, ticket->layer,
-                                        fence_of(ticket), text);
+                                        ticket->whole, fence_of(ticket), text);
     for (uint32_t i = 0; i < pending->row_count && status == ICE_OK; i++) {
-        gpu->row_sequences[pending->rows[i]] = ticket->sequence_ids[i];
+        gpu->row_sequences[pending->rows[i]] = *cell_of(ticket, i) = ticket->sequence_ids[i];
+    }
+    if (gpu->copy != ICE_COPY_BLOCKS) {
+        note_turnover(ticket);
     }
     return status;
 }

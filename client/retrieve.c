@@ -189,7 +189,7 @@ static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_re
     retrieve->sinks = options->sinks;
     retrieve->window = options->window;
     retrieve->worker_holds_ends = options->worker_holds_ends;
-    retrieve->resend = options->resend || options->landing->place == LANDING_PULL; // whole blocks are copied
+    retrieve->resend = options->resend;
     retrieve->append = options->keys != NULL;
     retrieve->coverage = options->coverage;
     retrieve->page_wise = options->granularity == ICE_PAGE_WISE;
@@ -249,7 +249,14 @@ static ice_status ticket_submit(ice_ticket *ticket, const struct ice_retrieve_op
         return status;
     }
     (void)pthread_mutex_lock(&client->lock);
+    if (ticket->pending->pull != PULL_NONE) {
+        retrieve.resend = retrieve.resend || pull_wants_whole(ticket);
+        ticket->whole = retrieve.resend != 0;
+    }
     status = exchange_submit(client, ticket->generation, &request, &vectors, ticket->pending, until_us);
+    if (status == ICE_OK && ticket->pending->pull != PULL_NONE) {
+        pull_submitted(ticket);
+    }
     if (status == ICE_OK) {
         handle_link(&client->tickets, &ticket->handle);
     }

@@ -62,7 +62,7 @@ void gpu_buffer_close(struct gpu_buffer *buffer)
     char text[CUDA_TEXT_BYTES];
     if (gpu_device_enter(&buffer->device, text) == ICE_OK) {
         if (buffer->pulls) {
-            gpu_path_close(&buffer->path);
+            gpu_pull_close(&buffer->pull);
         }
         if (buffer->owned) {
             (void)buffer->device.driver.memory_free(buffer->address);
@@ -121,11 +121,11 @@ ice_status gpu_buffer_check(const struct gpu_buffer *buffer, const struct gpu_ex
 }
 
 ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_shape *shape, uint8_t *staging,
-                                char *text)
+                                bool wants_kernel, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
     if (status == ICE_OK) {
-        status = gpu_path_open(&buffer->path, &buffer->device, buffer->address, shape, LANDING_PULL, staging, text);
+        status = gpu_pull_open(&buffer->pull, &buffer->device, buffer->address, shape, staging, wants_kernel, text);
         buffer->pulls = status == ICE_OK;
         gpu_device_leave(&buffer->device);
     }
@@ -133,7 +133,7 @@ ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_
 }
 
 ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared, uint32_t count,
-                           uint32_t layer, uint32_t fence, char *text)
+                           uint32_t layer, bool whole, uint32_t fence, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
     if (status != ICE_OK) {
@@ -141,11 +141,11 @@ ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows
     }
     for (uint32_t i = 0; i < count && status == ICE_OK; i++) {
         if (cleared[i]) {
-            status = gpu_path_clear(&buffer->path, rows[i], text);
+            status = gpu_path_clear(&buffer->pull.path, rows[i], text);
         }
-        if (status == ICE_OK) {
-            status = gpu_path_copy(&buffer->path, rows[i], layer, text);
-        }
+    }
+    if (status == ICE_OK) {
+        status = gpu_pull_issue(&buffer->pull, rows, count, layer, whole, text);
     }
     if (status == ICE_OK) {
         status = gpu_fence_set(&buffer->device, fence, text);

@@ -5,16 +5,16 @@
 #ifndef ICECACHE_GPU_BUFFER_H
 #define ICECACHE_GPU_BUFFER_H
 
-#include "gpu/copy.h"
 #include "gpu/export.h"
+#include "gpu/pull.h"
 
 struct gpu_buffer {
     struct gpu_device device;
     cuda_address address;
     uint64_t bytes;
     bool owned; // allocated here
-    bool pulls; // path is open
-    struct gpu_path path;
+    bool pulls; // pull is open
+    struct gpu_pull pull;
 };
 
 // Finds the GPU of [address, address + bytes), or allocates bytes on a device of this process (address 0). The memory's
@@ -33,12 +33,13 @@ ICE_MUST_CHECK ice_status gpu_buffer_export(const struct gpu_buffer *buffer, con
 ICE_MUST_CHECK ice_status gpu_buffer_check(const struct gpu_buffer *buffer, const struct gpu_export *memory,
                                            char *text);
 
-// Pull: registers the staging of a landing of this shape, which stays until close.
+// Pull: registers the staging of a landing of this shape, which stays until close. As gpu_pull_open.
 ICE_MUST_CHECK ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_shape *shape,
-                                               uint8_t *staging, char *text);
-// Issues the copies of these rows' staged layer, and a fence behind them. cleared[i]: the row's counts become 0 first.
+                                               uint8_t *staging, bool wants_kernel, char *text);
+// Issues what brings these rows' staged layer to the landing, as gpu_pull_issue, and a fence behind it. cleared[i]: the
+// row's counts become 0 first.
 ICE_MUST_CHECK ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared,
-                                          uint32_t count, uint32_t layer, uint32_t fence, char *text);
+                                          uint32_t count, uint32_t layer, bool whole, uint32_t fence, char *text);
 // *done: the fence has been reached. Any thread.
 ICE_MUST_CHECK ice_status gpu_buffer_poll(const struct gpu_buffer *buffer, uint32_t fence, bool *done, char *text);
 

@@ -48,6 +48,8 @@ typedef unsigned long long cuda_allocation;
 typedef struct cuda_context *cuda_context;
 typedef struct cuda_stream *cuda_stream;
 typedef struct cuda_event *cuda_event;
+typedef struct cuda_module *cuda_module;
+typedef struct cuda_function *cuda_function;
 
 struct cuda_uuid {
     char bytes[CUDA_UUID_BYTES];
@@ -123,7 +125,12 @@ struct cuda_rows {
     X(fill,                   "cuMemsetD8Async",                3020,  (cuda_address to, unsigned char value, size_t bytes, cuda_stream stream)) \
     X(copy_to_device_waiting, "cuMemcpyHtoD",                   3020,  (cuda_address to, const void *from, size_t bytes)) \
     X(copy_to_host_waiting,   "cuMemcpyDtoH",                   3020,  (void *to, cuda_address from, size_t bytes)) \
-    X(fill_waiting,           "cuMemsetD8",                     3020,  (cuda_address to, unsigned char value, size_t bytes))
+    X(fill_waiting,           "cuMemsetD8",                     3020,  (cuda_address to, unsigned char value, size_t bytes)) \
+    X(host_address,           "cuMemHostGetDevicePointer",      3020,  (cuda_address *address, void *memory, unsigned flags)) \
+    X(module_load,            "cuModuleLoadData",               2000,  (cuda_module *module, const void *image)) \
+    X(module_unload,          "cuModuleUnload",                 2000,  (cuda_module module)) \
+    X(module_function,        "cuModuleGetFunction",            2000,  (cuda_function *function, cuda_module module, const char *name)) \
+    X(launch,                 "cuLaunchKernel",                 4000,  (cuda_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, cuda_stream stream, void **parameters, void **extra))
 // clang-format on
 
 #define CUDA_ENTRY_FIELD(field, symbol, version, parameters) cuda_result(*field) parameters;

@@ -16,6 +16,8 @@ SAME_SIZE(cuda_allocation, CUmemGenericAllocationHandle);
 SAME_SIZE(cuda_context, CUcontext);
 SAME_SIZE(cuda_stream, CUstream);
 SAME_SIZE(cuda_event, CUevent);
+SAME_SIZE(cuda_module, CUmodule);
+SAME_SIZE(cuda_function, CUfunction);
 SAME_SIZE(struct cuda_uuid, CUuuid);
 SAME_SIZE(struct cuda_handle, CUipcMemHandle);
 SAME_SIZE(struct cuda_access, CUmemAccessDesc);

@@ -1,5 +1,6 @@
 // The fake driver's host memory, streams, events and copies, and the way to its entry points.
 #include "fake_cuda.h"
+#include "gpu/scatter_job.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +26,7 @@ struct work {
     size_t bytes;
     bool outwards; // rows, from the GPU
     struct cuda_rows rows;
+    struct launch *launch; // a kernel; owned
 };
 
 struct cuda_stream {
@@ -91,6 +93,47 @@ static void copy_out(uint8_t *to, cuda_address from, size_t bytes)
     }
 }
 
+struct launch {
+    unsigned heads, rows, workers, lanes;
+    struct scatter_job job;
+};
+
+// From the job's address to the end of its last row's block.
+static size_t job_bytes(const struct scatter_job *job)
+{
+    uint64_t last = 0;
+    for (uint32_t i = 0; i < job->row_count; i++) {
+        last = job->rows[i] > last ? job->rows[i] : last;
+    }
+    return last * job->to_stride + job->counts_offset + 4u * (uint64_t)job->kv_heads;
+}
+
+// Workers one after the other, as no GPU would, but in no order that the kernel may count on. On a copy of the landing,
+// which may lie in pieces.
+static void run_kernel(struct launch *launch)
+{
+    struct scatter_job job = launch->job;
+    const size_t bytes = job_bytes(&job);
+    uint8_t *landing = aligned_alloc(512, (bytes + 511) / 512 * 512);
+    if (!landing) {
+        abort();
+    }
+    copy_out(landing, launch->job.to, bytes);
+    job.to = (uint64_t)(uintptr_t)landing;
+    for (unsigned row = launch->rows; row-- > 0;) {
+        for (unsigned head = launch->heads; head-- > 0;) {
+            for (unsigned worker = launch->workers; worker-- > 0;) {
+                for (unsigned lane = 0; lane < launch->lanes; lane++) {
+                    scatter_cell(&job, row, head, worker, launch->workers, lane, launch->lanes);
+                }
+            }
+        }
+    }
+    copy_in(launch->job.to, landing, 0, bytes);
+    free(landing);
+    free(launch);
+}
+
 static void carry_out(struct cuda_stream *stream, uint64_t until)
 {
     for (; stream->done < until; stream->done++) {
@@ -100,7 +143,9 @@ static void carry_out(struct cuda_stream *stream, uint64_t until)
             copy_out((uint8_t *)rows->to_host + i * rows->to_pitch, rows->from_device + i * rows->from_pitch,
                      rows->width_bytes);
         }
-        if (!work->outwards) {
+        if (work->launch) {
+            run_kernel(work->launch);
+        } else if (!work->outwards) {
             copy_in(work->to, work->from, work->value, work->bytes);
         }
     }
@@ -121,11 +166,25 @@ static struct cuda_stream *named(struct cuda_stream *stream)
 static cuda_result issue(struct cuda_stream *stream, struct work work)
 {
     stream = named(stream);
-    if (!stream || (!work.outwards && !reachable(work.to, work.bytes)) || stream->issued - stream->done == WORKS_MAX) {
+    if (!stream || (!work.outwards && !work.launch && !reachable(work.to, work.bytes)) ||
+        stream->issued - stream->done == WORKS_MAX) {
         return CUDA_INVALID_VALUE;
     }
     stream->works[stream->issued++ % WORKS_MAX] = work;
     return CUDA_OK;
+}
+
+static bool registered(const uint8_t *memory, size_t bytes);
+
+// What a kernel reads may go on in the next registration.
+static bool registered_in_pieces(const uint8_t *memory, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += 512) {
+        if (!registered(memory + at, 1)) {
+            return false;
+        }
+    }
+    return registered(memory + bytes - 1, 1);
 }
 
 static bool registered(const uint8_t *memory, size_t bytes)
@@ -242,6 +301,104 @@ EXPORT cuda_result cuMemHostUnregister(void *memory)
         }
     }
     return fake_leave(NOT_REGISTERED);
+}
+
+EXPORT cuda_result cuMemHostGetDevicePointer(cuda_address *address, void *memory, unsigned flags);
+EXPORT cuda_result cuMemHostGetDevicePointer(cuda_address *address, void *memory, unsigned flags)
+{
+    ENTER("cuMemHostGetDevicePointer", true);
+    if (flags != 0 || !registered(memory, 1)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    *address = (cuda_address)(uintptr_t)memory;
+    return fake_leave(CUDA_OK);
+}
+
+// ---- kernels ----
+
+// The kernel of gpu/scatter_job.h is the only one there is.
+struct cuda_module {
+    struct cuda_context *context;
+};
+
+struct cuda_function {
+    struct cuda_module *module;
+};
+
+EXPORT cuda_result cuModuleLoadData(cuda_module *module, const void *image);
+EXPORT cuda_result cuModuleLoadData(cuda_module *module, const void *image)
+{
+    ENTER("cuModuleLoadData", true);
+    if (!strstr(image, ".entry icecache_scatter(")) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    *module = malloc(sizeof(**module));
+    if (!*module) {
+        abort();
+    }
+    (*module)->context = fake_current();
+    return fake_leave(CUDA_OK);
+}
+
+static struct cuda_function function;
+
+EXPORT cuda_result cuModuleUnload(cuda_module module);
+EXPORT cuda_result cuModuleUnload(cuda_module module)
+{
+    ENTER("cuModuleUnload", true);
+    free(module);
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuModuleGetFunction(cuda_function *out, cuda_module module, const char *name);
+EXPORT cuda_result cuModuleGetFunction(cuda_function *out, cuda_module module, const char *name)
+{
+    ENTER("cuModuleGetFunction", true);
+    if (strcmp(name, "icecache_scatter") != 0 || module->context != fake_current()) {
+        return fake_leave(NOT_FOUND);
+    }
+    function.module = module;
+    *out = &function;
+    return fake_leave(CUDA_OK);
+}
+
+// All blocks of the job's rows, on both sides.
+static bool scatter_reachable(const struct scatter_job *job)
+{
+    const uint64_t from_bytes = job->changed_counts_offset + 4u * (uint64_t)job->kv_heads;
+    for (uint32_t i = 0; i < job->row_count; i++) {
+        if (!registered_in_pieces((const uint8_t *)(uintptr_t)(job->from + job->rows[i] * job->from_stride),
+                                  from_bytes)) {
+            return false;
+        }
+    }
+    return reachable(job->to, job_bytes(job));
+}
+
+EXPORT cuda_result cuLaunchKernel(cuda_function kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                  unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                                  cuda_stream stream, void **parameters, void **extra);
+EXPORT cuda_result cuLaunchKernel(cuda_function kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                  unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                                  cuda_stream stream, void **parameters, void **extra)
+{
+    ENTER("cuLaunchKernel", true);
+    const struct scatter_job *job = parameters[0];
+    if (kernel != &function || grid_x != job->kv_heads || grid_y != job->row_count || grid_y == 0 || grid_z == 0 ||
+        grid_y > SCATTER_ROWS_MAX || block_x == 0 || block_x % 32 != 0 || block_x > 1024 || block_y != 1 ||
+        block_z != 1 || shared_bytes != 0 || extra || !scatter_reachable(job)) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    struct launch *launch = malloc(sizeof(*launch));
+    if (!launch) {
+        abort();
+    }
+    *launch = (struct launch){grid_x, grid_y, grid_z * block_x / 32, 32, *job};
+    const cuda_result result = issue(stream, (struct work){.launch = launch});
+    if (result != CUDA_OK) {
+        free(launch);
+    }
+    return fake_leave(result);
 }
 
 // ---- streams and events ----

@@ -219,13 +219,17 @@ void gpu_check(const struct worker *worker, uint32_t row, uint32_t layer, const 
         const uint8_t *keys = block + head * 2 * side, *values = keys + side;
         const uint32_t *positions =
             (const void *)(block + gpu.positions_offset + (uint64_t)head * worker->slots * sizeof *positions);
+        bool *seen = calloc(visible, sizeof *seen);
+        assert_non_null(seen);
         for (uint32_t slot = 0; slot < count; slot++) {
-            assert_true(positions[slot] < visible && (slot == 0 || positions[slot - 1] < positions[slot]));
+            assert_true(positions[slot] < visible && !seen[positions[slot]]);
+            seen[positions[slot]] = true;
             if (memcmp(keys + slot * bytes, history_key(history, layer, head, positions[slot]), bytes) != 0 ||
                 memcmp(values + slot * bytes, history_value(history, layer, head, positions[slot]), bytes) != 0)
                 fail_msg("layer %u head %u slot %u does not hold the bytes of position %u", layer, head, slot,
                          positions[slot]);
         }
+        free(seen);
     }
     free(block);
 }

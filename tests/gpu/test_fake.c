@@ -275,6 +275,64 @@ static void a_pull_that_never_ends(void **state)
     ice_client_close(worker.client);
 }
 
+// ---- the kernel ----
+
+// Without it whole blocks are copied, and the landing says why; who insists on it is refused.
+static void no_kernel(void **state)
+{
+    struct daemon *daemon = *state;
+    static const char *const calls[] = {"cuMemHostGetDevicePointer", "cuModuleLoadData", "cuModuleGetFunction",
+                                        "cuLaunchKernel"};
+    struct worker worker;
+    worker_open(&worker, daemon->sockets, &shape, ROWS, SLOTS);
+    worker_append(&worker, &history, 0, LENGTH);
+    ice_landing *host = worker.landing;
+    for (uint32_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        char line[128];
+        struct ice_gpu_landing gpu;
+        const struct ice_landing_shape wanted = landing_shape(&shape, ROWS, SLOTS);
+        struct ice_gpu_options options = {.mode = ICE_GPU_PULL};
+        snprintf(line, sizeof line, "test_gpu_fake %s 999", calls[i]);
+        memory_fail(line);
+        assert_ok(ice_landing_open_gpu(worker.client, &wanted, &options, 0, &worker.landing));
+        memory_fail(NULL);
+        assert_ok(ice_landing_gpu(worker.landing, &gpu));
+        assert_false(gpu.copies_changed);
+        assert_text(gpu.copy_reason, calls[i]);
+        assert_ok(try_retrieve(&worker, 0, 0, true));
+        assert_ok(try_retrieve(&worker, 0, 0, true));
+        ice_landing_close(worker.landing);
+        options.copy = ICE_COPY_CHANGED;
+        memory_fail(line);
+        assert_refused(ice_landing_open_gpu(worker.client, &wanted, &options, 0, &worker.landing), ICE_NOT_SUPPORTED,
+                       calls[i]);
+        memory_fail(NULL);
+    }
+    worker.landing = host;
+    worker_close(&worker);
+}
+
+// A launch that fails: its row is lost, as with a copy, and nothing else is.
+static void a_kernel_that_fails(void **state)
+{
+    struct daemon *daemon = *state;
+    struct worker worker;
+    const struct ice_gpu_options options = {.mode = ICE_GPU_PULL, .copy = ICE_COPY_CHANGED};
+    worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &options);
+    worker_append(&worker, &history, 0, LENGTH);
+    for (uint32_t row = 0; row < ROWS; row++)
+        assert_ok(try_retrieve(&worker, row, 0, true)); // a block
+    assert_ok(try_retrieve(&worker, 0, 0, true));
+    memory_fail("test_gpu_fake cuLaunchKernel 999");
+    assert_int_equal(try_retrieve(&worker, 0, 0, true), ICE_SYSTEM);
+    assert_text(ice_last_error(), "cuLaunchKernel");
+    memory_fail(NULL);
+    assert_int_equal(try_retrieve(&worker, 0, 0, true), ICE_BUSY);
+    assert_ok(try_retrieve(&worker, 1, 0, true));
+    worker_close(&worker);
+    expect_service(daemon, ICE_GPU_PULL);
+}
+
 // ---- which GPU, which driver ----
 
 static void expect_reason(struct daemon *daemon, const char *reason)
@@ -533,6 +591,8 @@ int main(int argc, char **argv)
         DAEMON_TEST(a_closing_that_hangs),
         DAEMON_TEST(a_copy_that_never_ends),
         DAEMON_TEST(a_pull_that_never_ends),
+        DAEMON_TEST(no_kernel),
+        DAEMON_TEST(a_kernel_that_fails),
         FOLDER_TEST(a_gpu_that_the_daemon_does_not_see),
         FOLDER_TEST(a_driver_that_is_too_old),
         FOLDER_TEST(a_driver_without_a_gpu),

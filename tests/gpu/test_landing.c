@@ -60,6 +60,21 @@ static void exercise(const struct worker *worker)
     }
 }
 
+// Every way to a landing.
+static const struct ice_gpu_options ways[] = {
+    {.mode = ICE_GPU_ANY},
+    {.mode = ICE_GPU_PUSH},
+    {.mode = ICE_GPU_PULL},
+    {.mode = ICE_GPU_PULL, .copy = ICE_COPY_BLOCKS},
+    {.mode = ICE_GPU_ANY, .copy = ICE_COPY_CHANGED}, // by pull
+};
+enum { WAYS = sizeof ways / sizeof ways[0] };
+
+static bool is_pull(const struct ice_gpu_options *way)
+{
+    return way->mode == ICE_GPU_PULL || way->copy == ICE_COPY_CHANGED;
+}
+
 static enum ice_gpu_mode mode_of(const struct worker *worker)
 {
     struct ice_gpu_landing gpu;
@@ -82,10 +97,16 @@ static void expect_pull(const struct worker *worker, const char *reason)
 static void library_allocates(void **state)
 {
     struct daemon *daemon = *state;
-    for (enum ice_gpu_mode mode = ICE_GPU_ANY; mode <= ICE_GPU_PULL; mode++) {
+    for (uint32_t way = 0; way < WAYS; way++) {
         struct worker worker;
-        worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &(struct ice_gpu_options){.mode = mode});
-        assert_int_equal(mode_of(&worker), mode == ICE_GPU_PULL ? ICE_GPU_PULL : ICE_GPU_PUSH);
+        struct ice_gpu_landing gpu;
+        worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &ways[way]);
+        assert_int_equal(mode_of(&worker), is_pull(&ways[way]) ? ICE_GPU_PULL : ICE_GPU_PUSH);
+        assert_ok(ice_landing_gpu(worker.landing, &gpu));
+        assert_int_equal(gpu.copies_changed, is_pull(&ways[way]) && ways[way].copy != ICE_COPY_BLOCKS);
+        assert_int_equal(gpu.copy_reason[0] == 0, gpu.copies_changed);
+        assert_int_equal(gpu.block_us > 0, is_pull(&ways[way]));
+        assert_int_equal(gpu.changed_all_us > 0 && gpu.changed_none_us > 0, gpu.copies_changed);
         exercise(&worker);
         worker_close(&worker);
     }
@@ -98,13 +119,13 @@ static void memory_of_the_worker(void **state)
     uint64_t bytes = landing_bytes(), gap = 4096 + 256;
     cuda_address block = memory_alloc(2 * bytes + 3 * gap);
     memory_fill(block, 0x5a, 2 * bytes + 3 * gap);
-    for (enum ice_gpu_mode mode = ICE_GPU_PUSH; mode <= ICE_GPU_PULL; mode++) {
+    for (uint32_t way = 0; way < WAYS; way++) {
         struct worker workers[2];
         for (uint32_t i = 0; i < 2; i++) {
-            const struct ice_gpu_options options = {
-                .address = block + gap + i * (bytes + gap), .bytes = bytes, .mode = mode};
+            struct ice_gpu_options options = ways[way];
+            options.address = block + gap + i * (bytes + gap);
+            options.bytes = bytes;
             worker_open_gpu(&workers[i], daemon->sockets, &shape, ROWS, SLOTS, &options);
-            assert_int_equal(mode_of(&workers[i]), mode);
         }
         exercise(&workers[0]);
         exercise(&workers[1]);
@@ -128,11 +149,15 @@ static void mapped_memory(void **state)
     uint64_t bytes = landing_bytes();
     struct mapped mapped;
     mapped_create(&mapped, (uint32_t)((bytes + 3000000) / (2u << 20) + 2), true);
-    const struct ice_gpu_options options = {.address = mapped.address + 2999808, .bytes = bytes, .mode = ICE_GPU_PUSH};
-    struct worker worker;
-    worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &options);
-    exercise(&worker);
-    worker_close(&worker);
+    for (uint32_t way = 0; way < WAYS; way++) {
+        struct ice_gpu_options options = ways[way];
+        options.address = mapped.address + 2999808;
+        options.bytes = bytes;
+        struct worker worker;
+        worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &options);
+        exercise(&worker);
+        worker_close(&worker);
+    }
     if (memory_is_fake())
         assert_int_equal(memory_foreign_mappings(), 0);
     mapped_destroy(&mapped);
@@ -144,9 +169,9 @@ static void mapped_memory(void **state)
 static void a_rebound_row_is_empty(void **state)
 {
     struct daemon *daemon = *state;
-    for (enum ice_gpu_mode mode = ICE_GPU_PUSH; mode <= ICE_GPU_PULL; mode++) {
+    for (uint32_t way = 0; way < WAYS; way++) {
         struct worker worker;
-        worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &(struct ice_gpu_options){.mode = mode});
+        worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &ways[way]);
         worker_append(&worker, &history, 0, LENGTH);
         gpu_check_counts(&worker, 1, 0, 0);
         for (uint32_t layer = 0; layer < shape.layers; layer++)
@@ -176,13 +201,67 @@ static void a_new_landing_is_empty(void **state)
     }
 }
 
+// Decode steps by the kernel: bit for bit, and no more is moved than has changed; also behind a ticket whose selection
+// was never fetched, another sequence in the row, and one that was asked for anew.
+static void only_what_has_changed(void **state)
+{
+    struct daemon *daemon = *state;
+    struct worker worker;
+    uint64_t moved = 0, all = 0;
+    const struct ice_gpu_options options = {.mode = ICE_GPU_PULL, .copy = ICE_COPY_CHANGED};
+    worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &options);
+    ice_sequence *sequences[2] = {worker.sequence, sequence_open(worker.client, &shape)};
+    for (uint32_t i = 0; i < 2; i++) {
+        worker.sequence = sequences[i];
+        worker_append(&worker, &history, 0, LENGTH - 100);
+    }
+    for (uint32_t step = 0; step < 90; step++) {
+        const uint64_t position = LENGTH - 100 + step;
+        const uint32_t layer = step % shape.layers;
+        struct retrieve retrieve;
+        struct ice_retrieve_result result;
+        ice_ticket *ticket = NULL;
+        for (uint32_t i = 0; i < 2; i++) {
+            worker.sequence = sequences[i];
+            worker_append(&worker, &history, position, 1);
+        }
+        worker.sequence = sequences[step >= 40 && step < 60];
+        retrieve_init(&retrieve, &worker, &history, layer, position, 1);
+        retrieve_ends(&retrieve, 100, ICE_DEFAULT_SINKS, ICE_DEFAULT_WINDOW);
+        retrieve.options.resend = step == 70;
+        retrieve_point(&retrieve);
+        if (step % 10 == 7) { // never waited for
+            assert_ok(ice_retrieve_submit(worker.client, &retrieve.options, &ticket));
+            ice_ticket_close(ticket);
+            for (uint64_t until = now_us() + TEST_DEADLINE_US; now_us() < until; sleep_us(500)) {
+                if (ice_retrieve(worker.client, &retrieve.options, &result) == ICE_OK)
+                    break;
+            }
+        } else {
+            assert_ok(ice_retrieve(worker.client, &retrieve.options, &result));
+        }
+        gpu_check(&worker, 0, layer, &history, 180, position + 1);
+        const uint64_t whole = shape.kv_heads * 180 * 2 * shape_row_bytes(&shape);
+        if (step % 10 == 7 || step == 70)
+            assert_int_equal(result.bytes_moved, whole);
+        moved += result.bytes_moved;
+        all += whole;
+        retrieve_fini(&retrieve);
+    }
+    print_message("%.2f of all moved\n", (double)moved / (double)all);
+    assert_true(moved < all / 10 * 9);
+    ice_sequence_close(sequences[1]);
+    worker.sequence = sequences[0];
+    worker_close(&worker);
+}
+
 // Many in flight, waited for in another order, some never: their rows are free again, and nothing is overwritten early.
 static void tickets_in_flight(void **state)
 {
     struct daemon *daemon = *state;
-    for (enum ice_gpu_mode mode = ICE_GPU_PUSH; mode <= ICE_GPU_PULL; mode++) {
+    for (uint32_t way = 0; way < WAYS; way++) {
         struct worker worker;
-        worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &(struct ice_gpu_options){.mode = mode});
+        worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &ways[way]);
         worker_append(&worker, &history, 0, LENGTH);
         for (uint32_t round = 0; round < 20; round++) {
             ice_ticket *tickets[ROWS];
@@ -195,7 +274,7 @@ static void tickets_in_flight(void **state)
                 assert_ok(ice_retrieve_submit(worker.client, &retrieves[i].options, &tickets[i]));
             }
             ice_ticket *again = NULL;
-            if (mode == ICE_GPU_PULL) // also once its reply is there: its staging has not been read
+            if (is_pull(&ways[way])) // also once its reply is there: its staging has not been read
                 assert_status(ice_retrieve_submit(worker.client, &retrieves[0].options, &again), ICE_BUSY);
             for (uint32_t i = ROWS; i-- > 0;) {
                 if (i != 1 || round % 4 != 0) {
@@ -374,6 +453,7 @@ int main(int argc, char **argv)
         DAEMON_TEST(mapped_memory),
         DAEMON_TEST(a_rebound_row_is_empty),
         DAEMON_TEST(a_new_landing_is_empty),
+        DAEMON_TEST(only_what_has_changed),
         DAEMON_TEST(tickets_in_flight),
         DAEMON_TEST(mapped_without_handles),
         DAEMON_TEST_WITH(daemon_that_must_not_push, no_push_options),

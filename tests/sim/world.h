@@ -80,9 +80,9 @@ struct work { // an operation
     uint8_t *staging, *slots; // slots: [head][K, V][WORLD_TOKENS] rows
     uint32_t *positions;      // [head][WORLD_TOKENS]
     uint32_t counts[WORLD_HEADS];
-    struct records records;  // of what the slots hold
-    uint64_t records_of;     // id of the sequence
-    uint64_t length; // what the sequence held when it began
+    struct records records; // of what the slots hold
+    uint64_t records_of;    // id of the sequence
+    uint64_t length;        // what the sequence held when it began
 };
 
 struct world_shape {

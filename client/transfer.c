@@ -184,6 +184,9 @@ static void part_copy(const struct transfer *transfer, const struct part *part, 
 static ice_status part_fetch(const struct transfer *transfer, struct part *part)
 {
     ice_status status = staging_fetch_open(transfer->client, part->staging, (uintptr_t)transfer->source_keys);
+    if (status == ICE_OK) {
+        status = staging_fetch_open(transfer->client, part->staging, (uintptr_t)transfer->source_values); // checked
+    }
     if (status != ICE_OK) {
         return status;
     }
@@ -415,6 +418,15 @@ static ice_status append_check(struct transfer *transfer, const struct ice_kv_so
 // Where the source's runs are long enough to be copied from a GPU.
 static ice_status gpu_check(struct transfer *transfer)
 {
+    // The stride of a dimension of one element says nothing: frameworks put anything there.
+    if (transfer->sequence->shape.kv_heads == 1) {
+        transfer->head_stride = transfer->row_bytes;
+    }
+    if (transfer->n == 1) {
+        transfer->token_stride = transfer->head_stride == transfer->row_bytes
+                                     ? transfer->row_bytes * transfer->sequence->shape.kv_heads
+                                     : transfer->row_bytes;
+    }
     transfer->token_major = transfer->head_stride == transfer->row_bytes;
     if (!transfer->token_major && transfer->token_stride != transfer->row_bytes) {
         return error_set(ICE_NOT_SUPPORTED,

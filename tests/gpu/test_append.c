@@ -145,6 +145,38 @@ static void every_layout(void **state)
     }
 }
 
+// Strides of dimensions that have one element are not looked at; V on another GPU is.
+static void strides_that_say_nothing(void **state)
+{
+    struct daemon *daemon = *state;
+    struct copy copy;
+    struct worker worker;
+    uint64_t length = 0;
+    copy_create(&copy, false, 0);
+    open_worker(&worker, daemon, 4 << 20);
+    for (uint64_t first = 0; first < 40; first++) {
+        for (uint32_t layer = 0; layer < shape.layers; layer++) {
+            struct ice_kv_source source = source_at(&copy, layer, first);
+            source.token_stride = 7 + first;
+            source.layer_stride = 3;
+            assert_ok(ice_append_gpu(worker.sequence, layer, first, 1, &source, NULL, 0, &length));
+            assert_int_equal(length, first + 1);
+        }
+    }
+    struct retrieve retrieve;
+    retrieve_init(&retrieve, &worker, &history, 1, 39, 1);
+    retrieve_ends(&retrieve, 40, 0, 0);
+    assert_ok(ice_retrieve(worker.client, &retrieve.options, NULL));
+    landing_check_all(worker.landing, 0, 1, &history, 40);
+    retrieve_fini(&retrieve);
+    struct ice_kv_source source = source_at(&copy, 0, 40);
+    source.values = &length; // host memory
+    assert_refused(ice_append_gpu(worker.sequence, 0, 40, 1, &source, NULL, 0, &length), ICE_INVALID_ARGUMENT,
+                   "not in GPU memory");
+    worker_close(&worker);
+    copy_destroy(&copy);
+}
+
 // What is in the stream before the append is done first: here the fill that makes half of the keys.
 static void behind_what_is_in_the_stream(void **state)
 {
@@ -272,8 +304,12 @@ int main(int argc, char **argv)
         return 77;
     history_create(&history, &shape, LENGTH, 79);
     const struct CMUnitTest tests[] = {
-        DAEMON_TEST(every_layout), DAEMON_TEST(behind_what_is_in_the_stream), DAEMON_TEST(refusals),
-        DAEMON_TEST(entries_fail), DAEMON_TEST(a_stream_that_does_not_end),
+        DAEMON_TEST(every_layout),
+        DAEMON_TEST(strides_that_say_nothing),
+        DAEMON_TEST(behind_what_is_in_the_stream),
+        DAEMON_TEST(refusals),
+        DAEMON_TEST(entries_fail),
+        DAEMON_TEST(a_stream_that_does_not_end),
     };
     if (argc > 1) // one test by its name
         cmocka_set_test_filter(argv[1]);

@@ -292,8 +292,19 @@ def _gpu_memory(memory):
     return memory.data_ptr(), memory.numel() * memory.element_size()
 
 
-def _gpu_layout(array):
-    """(address, shape, strides in bytes) of an array on a GPU."""
+def _gpu_layout(array, dtype):
+    """(address, shape, strides in bytes) of an array on a GPU, whose elements must be of this dtype.
+
+    Where they have as many bytes and are integers they are taken for bit patterns.
+    """
+    name = str(array.dtype) if hasattr(array, "data_ptr") else array.__cuda_array_interface__["typestr"]
+    names = {
+        "bf16": ("torch.bfloat16", "torch.int16", "torch.uint16", "<i2", "<u2", "<V2"),
+        "fp16": ("torch.float16", "torch.int16", "torch.uint16", "<f2", "<i2", "<u2"),
+        "fp32": ("torch.float32", "torch.int32", "torch.uint32", "<f4", "<i4", "<u4"),
+    }
+    if name not in names[dtype]:
+        raise ValueError(f"elements are {name}, the sequence's are {dtype}")
     if hasattr(array, "data_ptr"):
         size = array.element_size()
         return array.data_ptr(), tuple(array.shape), tuple(stride * size for stride in array.stride())
@@ -406,7 +417,7 @@ class Sequence(_Handle):
         """
         handle = self._open()
         length = c_uint64()
-        layouts = [_gpu_layout(array) for array in (keys, values)]
+        layouts = [_gpu_layout(array, self.dtype) for array in (keys, values)]
         if layouts[0][1:] != layouts[1][1:]:
             raise ValueError("keys and values must have the same shape and strides")
         _, shape, strides = layouts[0]
@@ -415,7 +426,7 @@ class Sequence(_Handle):
         if len(shape) != 4 or shape[0] != layers or shape[2:] != (self.kv_heads, self.head_dim):
             raise ValueError(f"keys and values must be [{layers}, tokens, {self.kv_heads}, {self.head_dim}]")
         if strides[3] != element_bytes:
-            raise ValueError(f"elements must be {self.dtype}, and those of a head contiguous")
+            raise ValueError("the elements of a head must be contiguous")
         extent = sum((count - 1) * stride for count, stride in zip(shape, strides)) + element_bytes
         memory = _library.KvMemory(layouts[0][0], layouts[1][0], extent, extent, *strides[:3])
         status = library().ice_append_gpu(

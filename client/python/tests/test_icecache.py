@@ -560,11 +560,17 @@ class GpuTest(ClientBase):
         sides[0][1].__cuda_array_interface__["shape"] = (LAYERS, 25, 2 * KV_HEADS, HEAD_DIM)
         with self.assertRaises(ValueError):
             sequence.append_gpu(sides[0][1], sides[1][1], first=50)
+        interface = dict(sides[1][1].__cuda_array_interface__, typestr="<f2")
+        with self.assertRaisesRegex(ValueError, "elements are <f2"):
+            half = type("Array", (), {"__cuda_array_interface__": interface})()
+            sequence.append_gpu(sides[1][1], half, first=50)
 
     def test_refusals(self):
         client = self.connect()
         with self.assertRaises(ValueError):
             client.open_landing(**self.shape, gpu=0, mode="shove")
+        with self.assertRaises(ValueError):
+            client.open_landing(**self.shape, gpu=0, copy="some")
         with self.assertRaises(icecache.Error) as caught:
             client.open_landing(**self.shape, gpu=7)
         self.assertEqual(caught.exception.status, icecache.Status.INVALID_ARGUMENT)

@@ -26,6 +26,7 @@ enum lane_state {
 struct lane {
     struct sequence *sequence; // immutable, as the next three
     uint32_t layer, kv_head;
+    uint32_t anchor; // the layer whose selections it takes, and then it has no tree; its own: none
     uint32_t shard;
     enum lane_state state;
     bool image_is_prefix;    // the image belongs to a sealed prefix, which the sequence holds

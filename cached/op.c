@@ -106,6 +106,31 @@ static ice_status check_append(const struct sequence *sequence, uint32_t layer, 
     return ICE_OK;
 }
 
+// What a layer that follows takes: there must be a selection of its anchor in the row, and no more of it than asked
+// for.
+static ice_status check_anchor(const struct op *op, uint32_t i, char *text)
+{
+    struct landing *landing = op->landing;
+    const struct sequence *sequence = op->admissions[i].sequence;
+    const uint32_t row = op->rows[i];
+    const uint32_t anchor = sequence->lanes[(uint64_t)op->layer * sequence->shape.kv_heads].anchor;
+    for (uint32_t head = 0; head < sequence->shape.kv_heads; head++) {
+        const struct record_cell *cell = landing->ops->record(landing->memory, row, anchor, head);
+        if (landing->rows[row].sequence_id != sequence->id || !cell->is_known)
+            return refuse(text, ICE_INVALID_ARGUMENT,
+                          "layer %u follows layer %u, of which row %u holds no selection; retrieve that one first",
+                          op->layer, anchor, row);
+        const uint32_t count = op_follow(op, i, cell, UINT32_MAX, NULL);
+        if (count > op->budget)
+            return refuse(
+                text, ICE_TOO_LARGE,
+                "layer %u follows layer %u, of which %u tokens are selected beside sinks and window; the budget "
+                "is %u",
+                op->layer, anchor, count, op->budget);
+    }
+    return ICE_OK;
+}
+
 static ice_status check_retrieve(const struct op *op, char *text)
 {
     for (uint32_t i = 0; i < op->sequence_count; i++) {
@@ -119,6 +144,11 @@ static ice_status check_retrieve(const struct op *op, char *text)
             return refuse(text, ICE_POSITION_GAP,
                           "the last query stands at position %llu, layer %u has %llu tokens; append its K and V first",
                           (unsigned long long)(end - 1), op->layer, (unsigned long long)length);
+        }
+        if (op->follows) {
+            ice_status status = check_anchor(op, i, text);
+            if (status != ICE_OK)
+                return status;
         }
     }
     return ICE_OK;

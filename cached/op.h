@@ -15,6 +15,7 @@
 #include "cached/session.h"
 #include "cached/task_queue.h"
 #include "gpu/driver.h"
+#include "gpu/record.h"
 #include "proto/wire.h"
 
 enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP, OP_WAKE };
@@ -62,7 +63,8 @@ struct op {
     struct landing *landing; // held
     uint32_t queries, query_dtype, budget, sinks, window;
     bool holds_ends, append, page_wise;
-    bool resend; // nothing of the selection is taken to be in the landing
+    bool follows; // the layer takes its anchor's selection: there are no queries
+    bool resend;  // nothing of the selection is taken to be in the landing
     float coverage;
     uint32_t sequence_count;
     struct admission *admissions; // [sequence_count]
@@ -129,6 +131,10 @@ struct op_totals {
 struct op_totals op_totals(const struct op *op);
 // Reactor: ends an op: reply, statistics, next in the queues.
 void op_finish(struct op *op, ice_status status, const char *text);
+// The tokens that sequence i of a retrieve takes over from its anchor's selection: those that are neither sinks nor in
+// the window of this retrieve. At most `most` positions are written; returns how many there are.
+uint32_t op_follow(const struct op *op, uint32_t i, const struct record_cell *anchor, uint32_t most,
+                   uint32_t *positions);
 // Shards (op_lane.c).
 void op_lane_run(struct task *task, void *shard);
 // Goes on with every part of the shard that waits for pages or room. Returns when the next one's time is up.

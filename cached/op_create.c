@@ -209,6 +209,10 @@ static bool check_sequences(struct server *server, struct session *session, cons
             return false;
         if (i > 0 && sequence->shape.query_heads != sequences[0]->shape.query_heads)
             return refuse(refusal, ICE_SHAPE_MISMATCH, "the sequences of one retrieve differ in query heads");
+        if (sequence_follows(sequence, message->layer) != (bool)message->follows)
+            return refuse(refusal, ICE_SHAPE_MISMATCH, "layer %u %s: %s", message->layer,
+                          message->follows ? "follows no other" : "follows an anchor layer",
+                          message->follows ? "ask with queries" : "ask without queries");
         sequences[i] = sequence;
     }
     return true;
@@ -241,6 +245,7 @@ static void fill_retrieve(struct op *op, const Icecache__Wire__Retrieve *message
     op->holds_ends = message->worker_holds_ends;
     op->append = message->append;
     op->page_wise = message->page_wise;
+    op->follows = message->follows;
     op->resend = message->resend || op->landing->copier; // a push copies whole blocks
     op->coverage = message->coverage;
     for (uint32_t i = 0; i < op->sequence_count; i++) {

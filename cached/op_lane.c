@@ -80,8 +80,9 @@ static struct lane_input riding_input(const struct op_lane *part)
     const struct wire_shape *shape = &sequence->shape;
     size_t stride = shape->kv_heads * sequence->row_bytes;
     size_t side = (size_t)op->sequence_count * op->queries * stride;
-    size_t queries = (size_t)op->sequence_count * op->queries * shape->query_heads * shape->head_dim *
-                     dtype_bytes((enum dtype)op->query_dtype);
+    size_t queries = op->follows ? 0
+                                 : (size_t)op->sequence_count * op->queries * shape->query_heads * shape->head_dim *
+                                       dtype_bytes((enum dtype)op->query_dtype);
     size_t offset = part->sequence_index * op->queries * stride + part->lane->kv_head * sequence->row_bytes;
     const uint8_t *keys = (const uint8_t *)op->message.vectors + queries + offset;
     return (struct lane_input){keys, keys + side, stride, op->first_queries[part->sequence_index], op->queries};
@@ -123,7 +124,7 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
     struct lane_input input;
-    if (op->kind == OP_RETRIEVE) {
+    if (op->kind == OP_RETRIEVE && !op->follows) {
         ice_status refused = check_queries(part, shard);
         if (refused != ICE_OK)
             return refused;
@@ -206,11 +207,11 @@ void gather_put(const struct op_lane *part, const struct gather_token *token, co
     memcpy(keys + side, row + bytes, bytes);
 }
 
-static struct record_cell *cell_of(const struct op_lane *part)
+static struct record_cell *cell_of(const struct op_lane *part, uint32_t layer)
 {
     const struct op *op = part->op;
     const uint32_t row = op->rows[part->sequence_index];
-    return op->landing->ops->record(op->landing->memory, row, op->layer, part->lane->kv_head);
+    return op->landing->ops->record(op->landing->memory, row, layer, part->lane->kv_head);
 }
 
 // The positions of a plan's tokens, ascending.
@@ -224,33 +225,82 @@ static void list_positions(const struct gather_plan *plan, uint32_t *positions)
         *positions++ = (uint32_t)(plan->window_from + i);
 }
 
+// What is always attended to of the positions below `visible`: those below sinks, and those from window on.
+struct ends {
+    uint64_t visible, sinks, window;
+};
+
+static struct ends ends_of(const struct op *op, uint32_t i)
+{
+    struct ends ends = {.visible = op->first_queries[i] + op->queries};
+    ends.sinks = op->sinks < ends.visible ? op->sinks : ends.visible;
+    ends.window = op->window < ends.visible ? ends.visible - op->window : 0;
+    ends.window = ends.window > ends.sinks ? ends.window : ends.sinks;
+    return ends;
+}
+
 // What goes to the landing: sinks, selection and window, each to a slot of its own.
-static ice_status plan_landing(struct op_lane *part, struct shard *shard, const struct index_selection *selection,
+static ice_status plan_landing(struct op_lane *part, struct shard *shard, uint32_t count,
                                const struct index_selected *tokens, struct gather_plan *plan)
 {
     const struct op *op = part->op;
-    uint64_t visible = op->first_queries[part->sequence_index] + op->queries;
-    uint64_t sinks = op->sinks < visible ? op->sinks : visible;
-    uint64_t window = op->window < visible ? visible - op->window : 0;
-    window = window > sinks ? window : sinks;
+    const struct ends ends = ends_of(op, part->sequence_index);
     *plan = (struct gather_plan){
-        .sinks = op->holds_ends ? 0 : (uint32_t)sinks,
-        .selected_count = selection->count,
+        .sinks = op->holds_ends ? 0 : (uint32_t)ends.sinks,
+        .selected_count = count,
         .selected = tokens,
-        .window_from = window,
-        .window = op->holds_ends ? 0 : (uint32_t)(visible - window),
-        .cell = cell_of(part),
+        .window_from = ends.window,
+        .window = op->holds_ends ? 0 : (uint32_t)(ends.visible - ends.window),
+        .cell = cell_of(part, op->layer),
     };
-    const uint32_t count = plan->sinks + plan->selected_count + plan->window;
+    const uint32_t all = plan->sinks + plan->selected_count + plan->window;
     const uint32_t slots = op->landing->shape.slots;
     uint32_t *scratch = shard_scratch(shard, (void **)&shard->record, &shard->record_bytes,
                                       (slots + record_scratch_count(slots)) * sizeof *scratch);
     if (!scratch)
         return ICE_NO_MEMORY;
     list_positions(plan, scratch);
-    const struct record_wish wish = {scratch, count, count == visible, op->resend};
-    part->changed = record_plan(plan->cell, &wish, scratch + count);
+    const struct record_wish wish = {scratch, all, all == ends.visible, op->resend};
+    part->changed = record_plan(plan->cell, &wish, scratch + all);
     return ICE_OK;
+}
+
+uint32_t op_follow(const struct op *op, uint32_t i, const struct record_cell *anchor, uint32_t most,
+                   uint32_t *positions)
+{
+    const struct ends ends = ends_of(op, i);
+    uint32_t count = 0;
+    for (uint32_t entry = 0; entry < anchor->count && count < most; entry++) {
+        const uint32_t position = anchor->entries[entry].position;
+        if (position < ends.sinks || position >= ends.window)
+            continue;
+        if (positions)
+            positions[count] = position;
+        count++;
+    }
+    return count;
+}
+
+// The anchor layer's selection, of this layer's K and V. No other request works on the row meanwhile.
+static ice_status follow(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
+{
+    const struct op *op = part->op;
+    const struct record_cell *anchor = cell_of(part, part->lane->anchor);
+    const uint32_t most = anchor->count < op->budget ? anchor->count : op->budget;
+    const size_t bytes = (most + 1) * (sizeof(struct index_selected) + sizeof(uint32_t));
+    struct index_selected *tokens = shard_scratch(shard, (void **)&shard->followed, &shard->followed_bytes, bytes);
+    if (!tokens)
+        return ICE_NO_MEMORY;
+    uint32_t *positions = (uint32_t *)(tokens + most);
+    const uint32_t count = op_follow(op, part->sequence_index, anchor, most, positions);
+    for (uint32_t i = 0; i < count; i++) {
+        tokens[i] = (struct index_selected){.position = positions[i]};
+        index_locate(part->lane->index, positions[i], 1, &tokens[i].place);
+    }
+    part->mass = anchor->mass;
+    part->indexed = index_length(part->lane->index);
+    part->searched_ns = env_now_ns(op->server->env);
+    return plan_landing(part, shard, count, tokens, plan);
 }
 
 static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
@@ -275,8 +325,9 @@ static void end_copy(struct op_lane *part, uint64_t *spent_ns)
 {
     const struct op *op = part->op;
     const uint32_t row = op->rows[part->sequence_index];
-    struct record_cell *cell = cell_of(part);
+    struct record_cell *cell = cell_of(part, op->layer);
     record_settle(cell);
+    cell->mass = part->mass;
     for (uint32_t i = 0; i < cell->count; i++) {
         part->moved += !cell->entries[i].is_kept;
         if (part->positions)
@@ -312,11 +363,10 @@ static ice_status begin_search(struct op_lane *part, struct shard *shard)
     }
 }
 
-static ice_status run_search(struct op_lane *part, struct shard *shard)
+// Ranks the lane's tokens, and plans what goes to the landing.
+static ice_status search(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
 {
     struct op *op = part->op;
-    struct env *env = op->server->env;
-    part->begun_ns = env_now_ns(env);
     ice_status status = begin_search(part, shard);
     if (status != ICE_OK)
         return status;
@@ -325,26 +375,38 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     struct index_selection selection;
     const struct index_selected *tokens;
     index_search_finish(shard->search, &selection, &tokens);
-    part->searched_ns = env_now_ns(env);
+    part->searched_ns = env_now_ns(op->server->env);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
     part->indexed = index_indexed(part->lane->index);
     part->version = index_version(part->lane->index);
     part->search_ns = part->searched_ns - part->begun_ns;
-    struct gather_plan plan;
-    status = plan_landing(part, shard, &selection, tokens, &plan);
+    return plan_landing(part, shard, selection.count, tokens, plan);
+}
+
+// Some pages are on the disk.
+static ice_status fetch(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
+{
+    struct lane *lane = part->lane; // part and op may be gone after the gather's start
+    uint32_t near[TIER_AHEAD_MAX];
+    const uint32_t near_count = part->op->follows ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    const ice_status status = gather_start(part, shard, plan);
     if (status != ICE_OK)
         return status;
-    if (op->server->disk && !gather_is_resident(part, &plan)) {
-        struct lane *lane = part->lane; // part and op may be gone after the call
-        uint32_t near[TIER_AHEAD_MAX];
-        const uint32_t near_count = index_search_near(shard->search, TIER_AHEAD_MAX, near);
-        status = gather_start(part, shard, &plan);
-        if (status != ICE_OK)
-            return status;
-        tier_read_ahead(shard, lane, near, near_count);
-        return LANE_WAITS;
-    }
+    tier_read_ahead(shard, lane, near, near_count);
+    return LANE_WAITS;
+}
+
+static ice_status run_search(struct op_lane *part, struct shard *shard)
+{
+    const struct op *op = part->op;
+    struct gather_plan plan;
+    part->begun_ns = env_now_ns(op->server->env);
+    const ice_status status = op->follows ? follow(part, shard, &plan) : search(part, shard, &plan);
+    if (status != ICE_OK)
+        return status;
+    if (op->server->disk && !gather_is_resident(part, &plan))
+        return fetch(part, shard, &plan);
     copy_selection(part, &plan);
     end_copy(part, &part->copy_ns);
     return ICE_OK;

@@ -45,13 +45,14 @@ static void init_identity(struct sequence *sequence, const Icecache__Wire__Seque
     sequence->tokens_max = message->max_tokens && message->max_tokens < tokens_max ? message->max_tokens : tokens_max;
 }
 
-static void init_lanes(struct server *server, struct sequence *sequence)
+static void init_lanes(struct server *server, struct sequence *sequence, const Icecache__Wire__SequenceOpen *message)
 {
     for (uint32_t i = 0; i < sequence->lane_count; i++) {
         struct lane *lane = &sequence->lanes[i];
         lane->sequence = sequence;
         lane->layer = i / sequence->shape.kv_heads;
         lane->kv_head = i % sequence->shape.kv_heads;
+        lane->anchor = message->n_anchor_layers > 0 ? message->anchor_layers[lane->layer] : lane->layer;
         lane->shard = shard_of(server, sequence->id, lane->layer, lane->kv_head);
     }
 }
@@ -102,7 +103,7 @@ ice_status sequence_open(struct server *server, struct session *session, const I
     sequence->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
     sequence->seed = server->config->seed;
     sequence->frame_bytes = server_frame_bytes(server, sequence->row_bytes);
-    init_lanes(server, sequence);
+    init_lanes(server, sequence, message);
     session_hold(session);
     sequence->session_next = session->sequences;
     session->sequences = sequence;
@@ -217,6 +218,8 @@ uint64_t sequence_length(const struct sequence *sequence, uint32_t layer, uint32
 uint64_t sequence_indexed(const struct sequence *sequence, uint32_t layer)
 {
     uint64_t indexed = UINT64_MAX;
+    if (sequence_follows(sequence, layer))
+        return sequence->lengths[layer]; // there is nothing to cluster
     for (uint32_t head = 0; head < sequence->shape.kv_heads; head++) {
         const struct lane *lane = &sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads + head];
         uint64_t lane_indexed = atomic_load_explicit(&lane->indexed, memory_order_relaxed);

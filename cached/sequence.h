@@ -82,6 +82,12 @@ static inline struct lane *sequence_lane(struct sequence *sequence, uint32_t lay
     return &sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads + kv_head];
 }
 
+// Does the layer take the selections of another one?
+static inline bool sequence_follows(const struct sequence *sequence, uint32_t layer)
+{
+    return sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads].anchor != layer;
+}
+
 // Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_INDEX_FULL,
 // ICE_NO_MEMORY.
 ICE_MUST_CHECK ice_status sequence_open(struct server *server, struct session *session,

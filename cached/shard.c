@@ -41,7 +41,7 @@ static void due_remove(struct shard *shard, struct lane *lane)
 
 void shard_lane_due(struct shard *shard, struct lane *lane)
 {
-    if (lane->due || lane->damaged || !index_build_is_due(lane->index))
+    if (lane->due || lane->damaged || lane->anchor != lane->layer || !index_build_is_due(lane->index))
         return;
     lane->due = true;
     due_append(shard, lane);
@@ -297,6 +297,7 @@ void shard_fini(struct shard *shard)
     index_search_destroy(shard->search);
     env->release(env, shard->queries, shard->queries_bytes);
     env->release(env, shard->record, shard->record_bytes);
+    env->release(env, shard->followed, shard->followed_bytes);
     env->release(env, shard->places, shard->places_bytes);
     arena_fini(&shard->arena);
     task_queue_fini(&shard->queue);

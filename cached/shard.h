@@ -28,6 +28,8 @@ struct shard {
     size_t queries_bytes;
     uint32_t *record; // scratch: planning what goes to which slot
     size_t record_bytes;
+    struct index_selected *followed; // scratch: what a layer takes over from its anchor
+    size_t followed_bytes;
     struct index_place *places; // scratch of an append
     size_t places_bytes;
     struct lane *due_head, *due_tail; // lanes with clustering to do

@@ -39,6 +39,7 @@ struct ice_sequence {
     uint64_t id;
     struct wire_shape shape;
     uint32_t block_tokens; // of prefix hashes
+    uint32_t *anchors;     // [layers] whose selection each follows; itself: none
     uint64_t *lengths;     // [layers] as last heard. Guarded by the client's lock
 };
 

@@ -194,10 +194,11 @@ struct ice_sequence_options {
     uint32_t tp_rank, tp_size;                        // tensor parallelism; tp_size 0: 1
     uint32_t layers, kv_heads, query_heads, head_dim; // of this rank; head_dim a multiple of 16 up to 256
     ice_dtype dtype;
-    float softmax_scale;           // 0: 1/sqrt(head_dim)
-    uint32_t block_tokens;         // block size of prefix hashes; 0: 16
-    const uint32_t *anchor_layers; // NULL, or per layer the layer whose selection it follows (itself: none)
-    uint64_t max_tokens;           // 0: the daemon's limit
+    float softmax_scale;   // 0: 1/sqrt(head_dim)
+    uint32_t block_tokens; // block size of prefix hashes; 0: 16
+    // NULL, or per layer an earlier one whose selections it takes (itself: none), see ice_retrieve_options.
+    const uint32_t *anchor_layers;
+    uint64_t max_tokens; // 0: the daemon's limit
 };
 
 ICE_CHECKED ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_options *options,
@@ -332,7 +333,8 @@ struct ice_retrieve_options {
     const uint32_t *rows;           // [sequence_count] landing row of each
     const uint64_t *first_queries;  // [sequence_count] position of the first query
     uint32_t queries;               // consecutive query positions per sequence; 0: 1
-    const void *query_vectors;      // [sequence, query, query_head, head_dim], contiguous, after RoPE, unscaled
+    const void *query_vectors;      // [sequence, query, query_head, head_dim], contiguous, after RoPE, unscaled;
+                                    // not looked at where the layer follows another
     ice_dtype query_dtype;
     const void *keys, *values; // NULL, or [sequence, query, kv_head, head_dim] in the sequence's dtype: appended first
     uint32_t budget;           // tokens per KV head, at least 1
@@ -359,6 +361,11 @@ struct ice_retrieve_result {
     uint32_t queue_us, search_us, fetch_us, copy_us;
 };
 
+// Layer reuse: a layer that follows an anchor layer has no tree and is not searched. Its retrieve, without
+// query_vectors but with all else, puts this layer's K and V of the tokens into the row that the row's last retrieve of
+// the anchor has selected there, and its own sinks and window. ICE_INVALID_ARGUMENT where there was none of this
+// sequence, ICE_TOO_LARGE where those are more than the budget.
+//
 // Step reuse: a token that its row's last retrieve of this layer has put into a slot stays there, and only the others
 // are copied; bytes_moved counts those. So the slots of a cell are in no order (but where all tokens of the sequence
 // are asked for, slot i holds position i), and a worker must not write to a landing. One that has done so says

@@ -55,7 +55,6 @@ static ice_status pointers_check(const struct ice_retrieve_options *options)
         {"sequences", options->sequences},
         {"rows", options->rows},
         {"first_queries", options->first_queries},
-        {"query_vectors", options->query_vectors},
     };
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
         if (fields[i].value == NULL) {
@@ -74,6 +73,11 @@ static bool shape_equal(const struct wire_shape *a, const struct wire_shape *b)
            a->head_dim == b->head_dim && a->dtype == b->dtype;
 }
 
+static bool follows(const ice_sequence *sequence, uint32_t layer)
+{
+    return sequence->anchors[layer] != layer;
+}
+
 static ice_status landing_check(const struct ice_retrieve_options *options, const ice_sequence *sequence)
 {
     const struct landing_shape *landing = &options->landing->shape;
@@ -88,6 +92,23 @@ static ice_status landing_check(const struct ice_retrieve_options *options, cons
     if (options->layer >= shape->layers || options->layer >= landing->layers) {
         return error_set(ICE_UNKNOWN_LAYER, "layer %u: the sequence has %u layers, the landing %u", options->layer,
                          shape->layers, landing->layers);
+    }
+    return ICE_OK;
+}
+
+// A layer that follows another one takes no queries; the others need them.
+static ice_status queries_check(const struct ice_retrieve_options *options)
+{
+    const bool first_follows = follows(options->sequences[0], options->layer);
+    for (uint32_t i = 1; i < options->sequence_count; i++) {
+        if (follows(options->sequences[i], options->layer) != first_follows) {
+            return error_set(ICE_SHAPE_MISMATCH,
+                             "layer %u of options.sequences[%u] %s an anchor layer, unlike that of the first",
+                             options->layer, i, first_follows ? "does not follow" : "follows");
+        }
+    }
+    if (!first_follows && options->query_vectors == NULL) {
+        return error_set(ICE_INVALID_ARGUMENT, "options.query_vectors is NULL");
     }
     return ICE_OK;
 }
@@ -121,7 +142,8 @@ static ice_status sequences_check(const ice_client *client, const struct ice_ret
                              (unsigned long long)options->first_queries[i], WIRE_TOKENS_MAX);
         }
     }
-    return landing_check(options, options->sequences[0]);
+    ice_status status = landing_check(options, options->sequences[0]);
+    return status == ICE_OK ? queries_check(options) : status;
 }
 
 static ice_status options_check(const ice_client *client, const struct ice_retrieve_options *options, uint32_t queries)
@@ -142,7 +164,7 @@ static ice_status vectors_create(ice_client *client, const struct ice_retrieve_o
     uint64_t bytes = wire_retrieve_vectors_bytes(retrieve, shape);
     uint64_t query_bytes = wire_retrieve_query_bytes(retrieve, shape);
     uint64_t most = client_vectors_bytes_max(client);
-    if (bytes == 0 || query_bytes > bytes || bytes > most) {
+    if (query_bytes > bytes || bytes > most) {
         return error_set(ICE_TOO_LARGE,
                          "queries, keys and values take %llu bytes, the limit (vectors_bytes_max) is %llu; use fewer "
                          "sequences or query positions per call",
@@ -152,7 +174,9 @@ static ice_status vectors_create(ice_client *client, const struct ice_retrieve_o
         return error_set(ICE_NO_MEMORY, "no memory for %llu bytes of vectors", (unsigned long long)bytes);
     }
     uint8_t *to = zmq_msg_data(vectors);
-    memcpy(to, options->query_vectors, (size_t)query_bytes);
+    if (query_bytes > 0) {
+        memcpy(to, options->query_vectors, (size_t)query_bytes);
+    }
     if (options->keys != NULL) {
         size_t side_bytes = (size_t)((bytes - query_bytes) / 2);
         memcpy(to + query_bytes, options->keys, side_bytes);
@@ -190,6 +214,7 @@ static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_re
     retrieve->window = options->window;
     retrieve->worker_holds_ends = options->worker_holds_ends;
     retrieve->resend = options->resend;
+    retrieve->follows = follows(options->sequences[0], options->layer);
     retrieve->append = options->keys != NULL;
     retrieve->coverage = options->coverage;
     retrieve->page_wise = options->granularity == ICE_PAGE_WISE;

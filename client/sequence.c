@@ -118,6 +118,12 @@ static ice_status identity_check(const struct ice_sequence_options *options)
             return error_set(ICE_INVALID_ARGUMENT, "options.anchor_layers[%u] is %u, the sequence has %u layers", i,
                              options->anchor_layers[i], options->layers);
         }
+        uint32_t anchor = options->anchor_layers[i];
+        if (anchor > i || options->anchor_layers[anchor] != anchor) {
+            return error_set(ICE_INVALID_ARGUMENT,
+                             "options.anchor_layers[%u] is %u: a layer follows an earlier one that follows none", i,
+                             anchor);
+        }
     }
     return ICE_OK;
 }
@@ -155,15 +161,21 @@ ice_sequence *sequence_create(ice_client *client, const struct ice_sequence_opti
 {
     ice_sequence *sequence = calloc(1, sizeof *sequence);
     uint64_t *lengths = calloc(options->layers, sizeof *lengths);
-    if (sequence == NULL || lengths == NULL) {
+    uint32_t *anchors = malloc(options->layers * sizeof *anchors);
+    if (sequence == NULL || lengths == NULL || anchors == NULL) {
         free(sequence);
         free(lengths);
+        free(anchors);
         (void)error_set(ICE_NO_MEMORY, "no memory for a sequence's record");
         return NULL;
     }
     sequence->client = client;
     sequence->generation = client_generation(client);
     sequence->lengths = lengths;
+    sequence->anchors = anchors;
+    for (uint32_t i = 0; i < options->layers; i++) {
+        anchors[i] = options->anchor_layers != NULL ? options->anchor_layers[i] : i;
+    }
     sequence->block_tokens = options->block_tokens != 0 ? options->block_tokens : WIRE_BLOCK_TOKENS_DEFAULT;
     sequence->shape = (struct wire_shape){options->layers, options->kv_heads, options->query_heads, options->head_dim,
                                           (uint32_t)options->dtype};
@@ -234,6 +246,7 @@ ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_optio
 void sequence_free(ice_sequence *sequence)
 {
     free(sequence->lengths);
+    free(sequence->anchors);
     free(sequence);
 }
 

@@ -25,6 +25,7 @@ struct record_entry {
 struct record_cell {
     uint32_t count;                // entries
     uint32_t is_known;             // the slots hold what the entries say: not while they are written
+    float mass;                    // that the selection was estimated to cover
     struct record_entry entries[]; // in ascending order of positions
 };
 

@@ -314,7 +314,7 @@ static bool vectors_in_range(const Icecache__Wire__Retrieve *retrieve, const str
 
 uint64_t wire_retrieve_query_bytes(const Icecache__Wire__Retrieve *retrieve, const struct wire_shape *shape)
 {
-    if (!vectors_in_range(retrieve, shape)) {
+    if (!vectors_in_range(retrieve, shape) || retrieve->follows) {
         return 0;
     }
     return (uint64_t)retrieve->n_sequence_ids * retrieve->queries * shape->query_heads * shape->head_dim *
@@ -324,7 +324,7 @@ uint64_t wire_retrieve_query_bytes(const Icecache__Wire__Retrieve *retrieve, con
 uint64_t wire_retrieve_vectors_bytes(const Icecache__Wire__Retrieve *retrieve, const struct wire_shape *shape)
 {
     const uint64_t query_bytes = wire_retrieve_query_bytes(retrieve, shape);
-    if (query_bytes == 0 || !retrieve->append) {
+    if (!vectors_in_range(retrieve, shape) || !retrieve->append) {
         return query_bytes;
     }
     return query_bytes + 2 * (uint64_t)retrieve->n_sequence_ids * retrieve->queries * shape->kv_heads *

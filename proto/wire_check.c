@@ -275,11 +275,11 @@ static ice_status check_anchor_layers(const Icecache__Wire__SequenceOpen *open, 
                                "anchor_layers[%u] is %u, but the sequence has %u layers; name one of them", i, anchor,
                                open->layers);
         }
-        if (anchor != i) {
+        if (open->anchor_layers[anchor] != anchor || anchor > i) {
             return wire_refuse(
-                error, ICE_NOT_SUPPORTED,
-                "anchor_layers[%u] is %u: layers that follow an anchor are not supported; let every layer "
-                "name itself, or leave anchor_layers empty",
+                error, ICE_INVALID_ARGUMENT,
+                "anchor_layers[%u] is %u: a layer follows an earlier one that follows none; let that one "
+                "name itself",
                 i, anchor);
         }
     }

@@ -312,12 +312,12 @@ static void sequence_options_refused(void **state)
     const struct daemon *daemon = *state;
     ice_client *client = client_connect(daemon->sockets, 0, 0);
     const struct ice_sequence_options good = sequence_options(&shape);
-    const uint32_t follows[] = {0, 0}, selves[] = {0, 1};
+    const uint32_t later[] = {1, 1}, selves[] = {0, 1};
     ice_sequence *sequence = NULL;
     struct ice_sequence_options options = good;
-    options.anchor_layers = follows;
-    assert_refused(ice_sequence_open(client, &options, 0, &sequence), ICE_NOT_SUPPORTED,
-                   "layers that follow an anchor are not supported");
+    options.anchor_layers = later;
+    assert_refused(ice_sequence_open(client, &options, 0, &sequence), ICE_INVALID_ARGUMENT,
+                   "a layer follows an earlier one");
     options = good;
     options.head_dim = 72;
     assert_refused(ice_sequence_open(client, &options, 0, &sequence), ICE_INVALID_ARGUMENT, "head_dim 72");

@@ -384,7 +384,7 @@ static void sequence_shapes(void **state)
     struct raw raw;
     Icecache__Wire__SequenceOpen open;
     uint8_t digest[128] = {0};
-    uint32_t anchors[] = {0, 0, 2, 3}, selves[] = {0, 1, 2, 3}, beyond[] = {0, 1, 2, 4};
+    uint32_t anchors[] = {0, 0, 1, 3}, later[] = {1, 1, 2, 3}, selves[] = {0, 1, 2, 3}, beyond[] = {0, 1, 2, 4};
     raw_open(&raw, daemon);
     EXPECT_OPEN(ICE_OK, "", (void)0);
     EXPECT_OPEN(ICE_INVALID_ARGUMENT, "layers", open.layers = 0);
@@ -406,7 +406,8 @@ static void sequence_shapes(void **state)
     EXPECT_OPEN(ICE_TOO_LARGE, "WIRE_BLOCK_TOKENS_MAX", open.block_tokens = 5000);
     EXPECT_OPEN(ICE_TOO_LARGE, "WIRE_TOKENS_MAX", open.max_tokens = 1u << 25);
     EXPECT_OPEN(ICE_INVALID_ARGUMENT, "name_space", open.name_space = (char *)(uintptr_t) "tab\there");
-    EXPECT_OPEN(ICE_NOT_SUPPORTED, "anchor_layers[1]", (open.anchor_layers = anchors, open.n_anchor_layers = 4));
+    EXPECT_OPEN(ICE_INVALID_ARGUMENT, "anchor_layers[2]", (open.anchor_layers = anchors, open.n_anchor_layers = 4));
+    EXPECT_OPEN(ICE_INVALID_ARGUMENT, "anchor_layers[0]", (open.anchor_layers = later, open.n_anchor_layers = 4));
     EXPECT_OPEN(ICE_INVALID_ARGUMENT, "anchor_layers[3]", (open.anchor_layers = beyond, open.n_anchor_layers = 4));
     EXPECT_OPEN(ICE_INVALID_ARGUMENT, "3 entries", (open.anchor_layers = selves, open.n_anchor_layers = 3));
     EXPECT_OPEN(ICE_OK, "", (open.anchor_layers = selves, open.n_anchor_layers = 4));

@@ -124,7 +124,7 @@ static void decode(const struct fixture *f, struct decoded *out)
     X(use_attach, attach_to_nothing, f->attach.open = NULL, ICE_INVALID_ARGUMENT, "open is missing") \
     X(use_attach, attach_dtype_fp8, f->open.dtype = 4, ICE_NOT_SUPPORTED, "fp8") \
     X(use_attach, attach_name_high, f->open.name_space = (char *)(uintptr_t)"\xff", ICE_INVALID_ARGUMENT, "byte 0xff") \
-    X(use_attach, attach_anchor, f->anchors[3] = 2, ICE_NOT_SUPPORTED, "layers that follow an anchor") \
+    X(use_attach, attach_anchor, f->anchors[1] = 2, ICE_INVALID_ARGUMENT, "a layer follows an earlier") \
     X(use_attach, attach_tokens_over, f->attach.tokens_max = WIRE_TOKENS_MAX + 1, ICE_TOO_LARGE, \
       "tokens_max is 16777217, over WIRE_TOKENS_MAX")
 #define CHANGE(use, name, change, status, words) static void change_##name(struct fixture *f) { change; }

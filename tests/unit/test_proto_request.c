@@ -235,7 +235,8 @@ static void decode(const struct fixture *f, struct decoded *out)
     X(use_open, max_tokens_over, f->open.max_tokens = WIRE_TOKENS_MAX + 1, ICE_TOO_LARGE, "max_tokens is 16777217")    \
     X(use_open, anchors_few, f->open.n_anchor_layers = 3, ICE_INVALID_ARGUMENT, "3 entries for 4 layers")              \
     X(use_open, anchor_outside, f->anchors[2] = 4, ICE_INVALID_ARGUMENT, "anchor_layers[2] is 4, but")                 \
-    X(use_open, anchor_follows, f->anchors[3] = 2, ICE_NOT_SUPPORTED, "layers that follow an anchor")
+    X(use_open, anchor_later, f->anchors[1] = 2, ICE_INVALID_ARGUMENT, "a layer follows an earlier one")               \
+    X(use_open, anchor_of_anchor, (f->anchors[2] = 1, f->anchors[1] = 0), ICE_INVALID_ARGUMENT, "anchor_layers[2] is 1")
 
 #define APPEND_CASES(X)                                                                                                \
     X(use_append, append_layers_0, f->append.layers = 0, ICE_INVALID_ARGUMENT, "layers is 0")                          \

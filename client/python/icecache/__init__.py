@@ -653,7 +653,7 @@ class Client:
         """Sends a retrieve for one layer of one or several sequences and returns a Ticket.
 
         Keyword arguments: layer, sequences, rows, first_queries (one entry per sequence), queries (the vectors,
-        packed [sequence, query, query head, head_dim]), query_dtype, query_count (query positions per sequence, 1),
+        packed [sequence, query, query head, head_dim]; None for a layer that follows an anchor), query_dtype, query_count (query positions per sequence, 1),
         budget, sinks, window, worker_holds_ends, resend, coverage, page_wise, deadline_us, and keys and values
         ([sequence, query, KV head, head_dim], packed), which are appended first.
         """
@@ -695,11 +695,11 @@ class Client:
             raise ValueError("give both keys and values, or none")
         code, element_bytes = _dtype(query_dtype)
         with contextlib.ExitStack() as stack:
-            vectors = stack.enter_context(Buffer(queries))
+            vectors = None if queries is None else stack.enter_context(Buffer(queries))
             # The library reads what the shapes say, so the sizes are checked here, where they are known.
             shape = sequences[0]
             wanted = count * query_count * shape.query_heads * shape.head_dim * element_bytes
-            if not vectors.is_packed() or vectors.nbytes != wanted:
+            if vectors is not None and (not vectors.is_packed() or vectors.nbytes != wanted):
                 raise ValueError(f"queries must be packed and have {wanted} bytes")
             sides = [None, None]
             if keys is not None:
@@ -717,7 +717,7 @@ class Client:
                 (c_uint32 * count)(*rows),
                 (c_uint64 * count)(*first_queries),
                 query_count,
-                vectors.address,
+                None if vectors is None else vectors.address,
                 code,
                 sides[0],
                 sides[1],

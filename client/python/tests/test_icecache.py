@@ -260,6 +260,25 @@ class ClientTest(ClientBase):
         self.assertEqual(words(view.keys[20:21]), step_keys[HEAD_DIM:].tobytes())
         self.assertEqual(words(view.values[19:20]), values[19 * ROW + HEAD_DIM : 20 * ROW].tobytes())
 
+    def test_layer_and_step_reuse(self):
+        client = self.connect()
+        landing, _ = self.open(client)
+        sequence = client.open_sequence(**MODEL, anchor_layers=[0] * LAYERS)
+        tokens = 200
+        sequence.append(numbers(1, LAYERS * tokens * ROW), numbers(2, LAYERS * tokens * ROW), first=0)
+        first = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=0))
+        self.assertEqual(first.changed, first.counts)
+        again = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=0))
+        self.assertEqual((again.changed, again.bytes_moved), ([0, 0], 0))
+        again = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=0, resend=True))
+        self.assertEqual((again.changed, again.bytes_moved), ([0, 0], first.bytes_moved))
+        followed = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=1, queries=None))
+        self.assertEqual(followed.masses, first.masses)
+        for head in range(KV_HEADS):
+            own, anchor = landing.view(0, 1, head), landing.view(0, 0, head)
+            self.assertEqual(sorted(own.positions), sorted(anchor.positions))
+        del own, anchor
+
     def test_errors_are_told(self):
         client = self.connect()
         landing, sequence = self.open(client)

@@ -11,14 +11,10 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "../../client/python"))
-
-import icecache  # noqa: E402
+from service import Daemon, gpu_bytes, icecache
 
 try:
     import torch
@@ -38,47 +34,9 @@ def shape_of(budget):
     return dict(rows=2, layers=LAYERS, kv_heads=KV_HEADS, slots=slots, head_dim=HEAD_DIM, dtype="bf16")
 
 
-
-class Daemon:
-    def __init__(self, path, tokens):
-        self.folder = tempfile.TemporaryDirectory(prefix="icecache-")
-        pool = (tokens * LAYERS * KV_HEADS * HEAD_DIM * 4 * 3 // 2 >> 20) + 1024
-        self.log = open(os.path.join(self.folder.name, "log"), "w+", encoding="utf-8")
-        self.process = subprocess.Popen(
-            [path, "--socket-dir", self.folder.name + "/s", "--pool-bytes", f"{pool}m", "--index-bytes", "4g", "--shards", "8"],
-            stderr=self.log,
-        )
-        end = time.monotonic() + 120
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                icecache.Client(self.folder.name + "/s").close()
-                return
-            except icecache.Error:
-                time.sleep(0.05)
-        raise RuntimeError("the daemon does not answer")
-
-    def stop(self):
-        self.process.terminate()
-        status = self.process.wait(timeout=30)
-        self.log.seek(0)
-        text = self.log.read()
-        if status != 0:
-            print(text[-4000:])
-        return status == 0
-
-
-def gpu_bytes(pid):
-    """What the GPU's memory holds for a process, or None where nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    except OSError:
-        return None
-    for line in listed.splitlines():
-        found, used = line.split(",")
-        if found.strip() == str(pid) and used.strip().isdigit():
-            return int(used) << 20
-    return 0 if listed.strip() else None
+def start_daemon(path, tokens):
+    pool = (tokens * LAYERS * KV_HEADS * HEAD_DIM * 4 * 3 // 2 >> 20) + 1024
+    return Daemon(path, "--pool-bytes", f"{pool}m", "--index-bytes", "4g", "--shards", "8")
 
 
 def make_history(tokens):
@@ -245,9 +203,9 @@ def main():
         return 77
     os.environ["ICECACHE_LIBRARY"] = known.library
     expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    daemon = Daemon(known.daemon, known.tokens)
+    daemon = start_daemon(known.daemon, known.tokens)
     try:
-        worker = Worker(daemon.folder.name + "/s", known.tokens)
+        worker = Worker(daemon.sockets, known.tokens)
         worker.others = []
         memory = {"before": gpu_bytes(daemon.process.pid)}
         kinds = open_kinds(worker, expandable)

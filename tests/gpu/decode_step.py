@@ -10,7 +10,7 @@ import time
 
 import decoder
 import torch
-from service import icecache
+from service import icecache, takes_stream
 
 RETRIEVE_US = 30_000_000  # no selection is cut short
 SINKS, WINDOW = icecache.DEFAULT_SINKS, icecache.DEFAULT_WINDOW
@@ -172,7 +172,7 @@ class Stepper:
         more, sides = {}, self.sent_sides[layer]
         if self.variant.gpu_queries:
             sides = self.current_sides[layer]
-            if any(takes(call, "stream") for call in (icecache.Client.submit, icecache.Client._options)):
+            if takes_stream():
                 more["stream"] = torch.cuda.current_stream().cuda_stream
         else:
             decoder.wait_issued(self.device)  # the queries are on the host then

@@ -422,8 +422,10 @@ def run(known, shape, device):
             bench.client = client
             bench.run()
     finally:
-        bench.report()
-        clean = daemon.stop()
+        try:
+            bench.report()
+        finally:
+            clean = daemon.stop()
     return 0 if clean and not bench.failed else 1
 
 

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-from service import Daemon, gpu_bytes, icecache
+from service import Daemon, gpu_bytes, icecache, takes_stream
 
 try:
     import torch
@@ -76,22 +76,33 @@ class Worker:
         noise = torch.randn(256, KV_HEADS, QUERY_HEADS // KV_HEADS, HEAD_DIM, generator=generator)
         queries = (near.unsqueeze(2) + noise).reshape(256, QUERY_HEADS, HEAD_DIM).to(torch.bfloat16)
         self.queries = [bits(query.contiguous()) for query in queries]
+        self.gpu_queries = queries.cuda()
 
     def open_sequence(self):
         return self.client.open_sequence(
             model_digest=b"torch", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="bf16"
         )
 
-    def retrieve(self, landing, layer, number, budget, row=0):
+    def takes_gpu_queries(self, landing, budget):
+        """An older client asks for the buffer protocol."""
+        try:
+            self.retrieve(landing, 0, 0, budget, gpu_queries=True)
+        except (BufferError, TypeError):
+            return False
+        return True
+
+    def retrieve(self, landing, layer, number, budget, row=0, gpu_queries=False):
+        more = dict(stream=torch.cuda.current_stream().cuda_stream) if gpu_queries and takes_stream() else {}
         return self.client.retrieve(
             landing,
             layer=layer,
             sequences=[self.sequence],
             rows=[row],
             first_queries=[self.tokens - 1],
-            queries=self.queries[number % 256],
+            queries=(self.gpu_queries if gpu_queries else self.queries)[number % 256],
             query_dtype="bf16",
             budget=budget,
+            **more,
         )
 
 
@@ -142,22 +153,22 @@ def append_rates(worker):
 class Kind:
     """One kind of landing at one budget, and what its retrieves took."""
 
-    def __init__(self, worker, name, budget, options):
-        self.worker, self.name, self.budget = worker, name, budget
+    def __init__(self, worker, name, budget, options, gpu_queries=False):
+        self.worker, self.name, self.budget, self.gpu_queries = worker, name, budget, gpu_queries
         self.landing = worker.client.open_landing(**shape_of(budget), **options)
         self.walls, self.searches, self.copies = [], [], []
 
     def check(self):
         for number in range(32):
             layer, row = number % LAYERS, number // LAYERS % 2
-            found = self.worker.retrieve(self.landing, layer, number, self.budget, row)
+            found = self.worker.retrieve(self.landing, layer, number, self.budget, row, self.gpu_queries)
             if isinstance(self.landing, icecache.GpuLanding):
                 check_cells(self.worker, self.landing, layer, found.counts, row)
 
     def measure(self, steps):
         for number in range(steps):
             begun = time.perf_counter_ns()
-            found = self.worker.retrieve(self.landing, number % LAYERS, number, self.budget)
+            found = self.worker.retrieve(self.landing, number % LAYERS, number, self.budget, 0, self.gpu_queries)
             self.walls.append((time.perf_counter_ns() - begun) / 1000)
             self.searches.append(found.search_us)
             self.copies.append(found.copy_us)
@@ -190,6 +201,12 @@ def open_kinds(worker, expandable):
     return [Kind(worker, *kind) for kind in sorted(kinds, key=lambda kind: kind[0].startswith("push"))]
 
 
+def open_gpu_query_kinds(worker):
+    """The queries are where a model leaves them: what the others leave out is bringing them to the host."""
+    return [Kind(worker, mode + ", GPU queries", budget, dict(gpu=0, mode=mode), True)
+            for budget in BUDGETS for mode in ("pull", "push")]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", required=True)
@@ -209,6 +226,9 @@ def main():
         worker.others = []
         memory = {"before": gpu_bytes(daemon.process.pid)}
         kinds = open_kinds(worker, expandable)
+        asks = worker.takes_gpu_queries(kinds[-1].landing, kinds[-1].budget)
+        if asks:
+            kinds += open_gpu_query_kinds(worker)
         memory["with push"] = gpu_bytes(daemon.process.pid)
         for kind in kinds:
             kind.check()
@@ -232,6 +252,8 @@ def main():
     for row in rows:
         figures = [row[key] for key in ("p50_us", "p99_us", "search_p50_us", "copy_p50_us")]
         print(f"{row['landing']:18} {row['budget']:6} {figures[0]:6.0f} {figures[1]:6.0f} {figures[2]:7.0f} {figures[3]:6.0f}")
+    if not asks:
+        print("queries in GPU memory: this client takes them from host memory only")
     print("appends, GB/s of K and V:", *(f"from {where} memory {rate:.2f}" for where, rate in rates.items()))
     print("the daemon's GPU memory, MiB:", *(f"{name} {'?' if found is None else found >> 20}" for name, found in memory.items()))
     return 0 if clean else 1

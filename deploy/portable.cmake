@@ -5,7 +5,11 @@
 # The run path is the old DT_RPATH: unlike DT_RUNPATH it also holds for what the carried libraries need themselves.
 set(portable_folder ${CMAKE_BINARY_DIR}/portable)
 if(TARGET test_gpu_landing) # for tests/gpu/run on a machine with a GPU
-    list(APPEND programs test_gpu_landing test_gpu_append retrieve_times)
+    foreach(program test_gpu_landing test_gpu_append test_gpu_queries retrieve_times)
+        if(TARGET ${program})
+            list(APPEND programs ${program})
+        endif()
+    endforeach()
     file(GLOB portable_scripts RELATIVE ${CMAKE_SOURCE_DIR} CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/gpu/*.py)
     list(APPEND portable_scripts tests/gpu/run)
 endif()

@@ -25,13 +25,18 @@ def takes(function, keyword):
     return keyword in inspect.signature(function).parameters
 
 
+# Step reuse, where the library has it: an option of a landing, or what every retrieve does that does not say `resend`.
+REUSE_BY_LANDING = takes(icecache.Client.open_landing, "reuse")
+REUSE_BY_RETRIEVE = takes(icecache.Client._options, "resend")
+
+
 class Slots:
     """A landing as tensors on the computing device: keys and values [layer, KV head, slot, head_dim], counts and
     positions."""
 
     def __init__(self, client, shape, slots, place, reuse, device):
         options = dict(rows=1, layers=shape.layers, kv_heads=shape.kv_heads, slots=slots, head_dim=shape.head_dim, dtype="bf16")
-        more = dict(reuse=True) if reuse else {}
+        more = dict(reuse=reuse) if REUSE_BY_LANDING else {}
         self.place = place
         if place == "host":
             self.landing = client.open_landing(**options, **more)
@@ -77,7 +82,7 @@ class Slots:
 class Figures:
     """What steps took, one entry each."""
 
-    NAMES = ("step_ms", "retrieve_ms", "queue_ms", "search_ms", "copy_ms", "bytes", "mass")
+    NAMES = ("step_ms", "retrieve_ms", "queue_ms", "search_ms", "copy_ms", "bytes", "mass", "turnover")
 
     def __init__(self):
         self.steps = []
@@ -92,6 +97,8 @@ class Figures:
             last[phase + "_ms"] += getattr(found, phase + "_us") / 1000
         last["bytes"] += found.bytes_moved
         last["mass"] += sum(found.masses) / len(found.masses)
+        if hasattr(found, "changed"):  # tokens that were not in the landing
+            last["turnover"] += sum(found.changed) / sum(found.counts)
 
 
 class Stepper:
@@ -169,7 +176,7 @@ class Stepper:
     # ---- a step ----
 
     def submit(self, layer):
-        more, sides = {}, self.sent_sides[layer]
+        more, sides = dict(resend=not self.variant.reuse) if REUSE_BY_RETRIEVE else {}, self.sent_sides[layer]
         if self.variant.gpu_queries:
             sides = self.current_sides[layer]
             if takes_stream():

@@ -29,7 +29,7 @@ except ImportError:
 
 import decode_data
 import decoder
-from decode_step import ENDS, Figures, NotSupported, Stepper, takes
+from decode_step import ENDS, REUSE_BY_LANDING, REUSE_BY_RETRIEVE, Figures, NotSupported, Stepper
 
 # As the paper gives them: its model is the same, its machine is not (64 CPU threads), its second token has a prefill in it.
 PAPER = [
@@ -53,6 +53,7 @@ COLUMNS = (
     ("search_ms", 2, "", "search"),
     ("copy_ms", 2, "", "copy"),
     ("mb_per_token", 2, "MB a", "token"),
+    ("turnover", 3, "new", "slots"),
     ("mass", 3, "", "mass"),
     ("output_error", 3, "output", "error"),
 )
@@ -218,6 +219,7 @@ class Bench:
             copy_ms=middle["copy_ms"],
             mb_per_token=middle["bytes"] / 1e6,
             mass=middle["mass"] / self.shape.layers,
+            turnover=middle["turnover"] / self.shape.layers or None,
         )
         return row
 
@@ -308,7 +310,7 @@ class Bench:
         if self.sequence is None:
             return
         kinds = [dict(), dict(ends=True)] if graphs else [dict(ends=True)]
-        if takes(icecache.Client.open_landing, "reuse"):
+        if REUSE_BY_LANDING or REUSE_BY_RETRIEVE:
             kinds += [dict(reuse=True), dict(reuse=True, ends=True)]
         else:
             self.rows.append({"method": "icecache, step reuse", "none": "the library has no step reuse"})

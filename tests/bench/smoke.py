@@ -173,7 +173,8 @@ def check_serve(result, workers, heads, slot_bytes):
         check(SERVE_KEYS <= row.keys(), f"serve lacks {SERVE_KEYS - row.keys()}")
         check_serve_times(row)
         check(row["wrong_rows"] == 0 and row["partial"] == 0 and row["per_s"] > 0, f"serve: {row}")
-        check(row["bytes_moved"] == heads * (16 + 64 + 64) * slot_bytes == bases[2]["bytes_moved"], f"bytes: {row}")
+        # What is in the landing already need not be moved.
+        check(0 < row["bytes_moved"] <= heads * (16 + 64 + 64) * slot_bytes == bases[2]["bytes_moved"], f"bytes: {row}")
         phases = row["phase_us"]
         check(set(phases) == {"queue", "search", "fetch", "copy", "wire"}, f"phases: {phases}")
         check(0 < phases["search"] < row["retrieve_us"]["p50_max"] and phases["wire"] > 0, f"phases: {phases}")

@@ -49,6 +49,8 @@ class Slots:
         memory = torch.empty(icecache.landing_bytes(**options), dtype=torch.uint8, device=device)
         self.landing = client.open_landing(**options, gpu=memory, mode=place, **more)
         data = torch.as_tensor(self.landing.data, device=device)[0].view(torch.bfloat16)
+        if data.data_ptr() != self.landing.address:
+            raise RuntimeError("PyTorch has copied the landing instead of looking at it")
         self.keys, self.values = data[:, :, 0], data[:, :, 1]
         self.positions = torch.as_tensor(self.landing.positions, device=device)[0]
         self.counts = torch.as_tensor(self.landing.counts, device=device)[0]

@@ -1,11 +1,25 @@
-# The target `portable`: build/<preset>/portable/ holds the programs, the library and every third-party .so that they
-# need, so that it can be copied to any x86-64 machine whose glibc is that of the building machine or newer.
+# The target `portable`: build/<preset>/portable/ holds the programs, the library, the Python package and every
+# third-party .so that they need, so that it can be copied to any x86-64 machine whose glibc is that of the building
+# machine or newer. What is not compiled lies there as it does in the tree.
 #
 # The run path is the old DT_RPATH: unlike DT_RUNPATH it also holds for what the carried libraries need themselves.
 set(portable_folder ${CMAKE_BINARY_DIR}/portable)
 if(TARGET test_gpu_landing) # for tests/gpu/run on a machine with a GPU
-    list(APPEND programs test_gpu_landing test_gpu_append retrieve_times)
+    foreach(program test_gpu_landing test_gpu_append test_gpu_queries retrieve_times)
+        if(TARGET ${program})
+            list(APPEND programs ${program})
+        endif()
+    endforeach()
+    file(GLOB portable_scripts RELATIVE ${CMAKE_SOURCE_DIR} CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/gpu/*.py)
+    list(APPEND portable_scripts tests/gpu/run)
 endif()
+file(GLOB portable_package RELATIVE ${CMAKE_SOURCE_DIR} CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/client/python/icecache/*.py)
+foreach(file ${portable_package} ${portable_scripts})
+    get_filename_component(folder ${file} DIRECTORY)
+    list(APPEND portable_copies
+        COMMAND ${CMAKE_COMMAND} -E make_directory ${portable_folder}/${folder}
+        COMMAND ${CMAKE_COMMAND} -E copy ${CMAKE_SOURCE_DIR}/${file} ${portable_folder}/${file})
+endforeach()
 foreach(target icecache ${programs})
     set_target_properties(${target} PROPERTIES BUILD_RPATH "$ORIGIN" INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON)
     target_link_options(${target} PRIVATE -Wl,--disable-new-dtags)
@@ -14,6 +28,7 @@ endforeach()
 
 add_custom_target(portable ALL
     COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/carry-libraries ${portable_folder} ${portable_files}
+    ${portable_copies}
     DEPENDS ${programs} icecache
     COMMENT "Filling ${portable_folder}"
     VERBATIM)

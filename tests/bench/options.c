@@ -49,6 +49,11 @@ static const char help[] =
     "  --no-gather         step: without K and V, which need most of the memory\n"
     "  --workers LIST      serve: worker processes; one only with --ram-cap (1)\n"
     "  --steps N           serve: decode steps of a worker in each round (32)\n"
+    "  --place NAME[,NAME]\n"
+    "                      serve: where landings are: host, pull or push (GPU memory), or auto, which is the first of "
+    "push, "
+    "pull\n"
+    "                      and host that there is; one only with --ram-cap (host)\n"
     "  --ram-cap LIST      serve: shares of the pages, from 0.01 to 1, that memory has room for; all: "
     "1,0.5,0.25,0.1,0.05\n"
     "  --daemon PATH       serve: the daemon to start (icecached beside this program)\n"
@@ -92,6 +97,7 @@ enum {
     SECONDS,
     WORKERS,
     STEPS,
+    PLACE,
     RAM_CAP,
     DAEMON,
     HELP
@@ -126,6 +132,7 @@ static const struct {
     {SECONDS, "spill"},
     {WORKERS, "serve"},
     {STEPS, "serve"},
+    {PLACE, "serve"},
     {RAM_CAP, "serve"},
     {DAEMON, "serve"},
 };
@@ -159,6 +166,7 @@ static const struct option long_options[] = {
     {"seconds", required_argument, NULL, SECONDS},
     {"workers", required_argument, NULL, WORKERS},
     {"steps", required_argument, NULL, STEPS},
+    {"place", required_argument, NULL, PLACE},
     {"ram-cap", required_argument, NULL, RAM_CAP},
     {"daemon", required_argument, NULL, DAEMON},
     {"help", no_argument, NULL, HELP},
@@ -202,6 +210,32 @@ static bool parse_list(const char *text, uint32_t least, uint32_t most, struct o
         rest = rest[n] == ',' ? rest + n + 1 : NULL;
     }
     *out = list;
+    return true;
+}
+
+const char *const option_place_names[PLACES] = {"host", "pull", "push", "auto"};
+
+// In the order given, each once.
+static bool set_places(struct options *options, const char *text)
+{
+    struct option_list list = {0};
+    uint32_t given = 0;
+    for (const char *rest = text; rest != NULL;) {
+        const size_t n = strcspn(rest, ",");
+        uint32_t place = 0;
+        while (place < PLACES &&
+               (strlen(option_place_names[place]) != n || strncmp(rest, option_place_names[place], n) != 0)) {
+            place++;
+        }
+        if (place == PLACES || (given & 1u << place) != 0) {
+            (void)fprintf(stderr, "icecache-bench: --place %s: host, pull, push and auto are known, each once\n", text);
+            return false;
+        }
+        given |= 1u << place;
+        list.values[list.count++] = place;
+        rest = rest[n] == ',' ? rest + n + 1 : NULL;
+    }
+    options->places = list;
     return true;
 }
 
@@ -359,6 +393,8 @@ static bool set(struct options *options, int option, const char *text)
         return parse_list(text, 1, 64, &options->workers);
     case STEPS:
         return parse_u32(text, 1, 4096, &options->steps);
+    case PLACE:
+        return set_places(options, text);
     case RAM_CAP:
         return set_ram_caps(options, text);
     case DAEMON:
@@ -418,6 +454,9 @@ static void set_defaults(struct options *options)
     if (options->workers.count == 0) {
         options->workers = (struct option_list){1, {1}};
     }
+    if (options->places.count == 0) {
+        options->places = (struct option_list){1, {PLACE_HOST}};
+    }
     if (options->head_dims.count == 0) {
         options->head_dims = (struct option_list){1, {128}};
     }
@@ -447,9 +486,10 @@ static bool serve_is_valid(const struct options *options)
     const char *list = options->tokens.count > 1                                   ? "tokens"
                        : options->budgets.count > 1                                ? "budget"
                        : options->ram_caps.count > 0 && options->workers.count > 1 ? "workers, with --ram-cap,"
+                       : options->ram_caps.count > 0 && options->places.count > 1  ? "place, with --ram-cap,"
                                                                                    : NULL;
     if (list != NULL) {
-        (void)fprintf(stderr, "icecache-bench: serve: --%s takes one number\n", list);
+        (void)fprintf(stderr, "icecache-bench: serve: --%s takes one value\n", list);
     }
     return list == NULL;
 }

@@ -16,6 +16,10 @@ struct option_list {
     uint32_t values[OPTIONS_LIST_MAX];
 };
 
+// Where workers of serve have their landings. Automatic: push, else pull, else host memory.
+enum option_place { PLACE_HOST, PLACE_PULL, PLACE_PUSH, PLACE_AUTO, PLACES };
+extern const char *const option_place_names[PLACES];
+
 struct option_shares {
     uint32_t count;
     double values[OPTIONS_LIST_MAX + 1];
@@ -46,6 +50,7 @@ struct options {
     double seconds; // spill: of one measurement
     struct option_list depths;
     struct option_list workers;    // serve: processes
+    struct option_list places;     // serve: each once
     uint32_t steps;                // serve: of a round
     struct option_shares ram_caps; // serve: 1 first, then what was asked for; none: no cap
     const char *daemon;            // serve: NULL: beside this program

@@ -19,7 +19,7 @@
 #include <sys/stat.h>
 
 #define STAGES_MAX   (OPTIONS_LIST_MAX + 1u)
-#define SETS_MAX     (2u * OPTIONS_LIST_MAX + 1u)
+#define SETS_MAX     (2u * PLACES * OPTIONS_LIST_MAX + 1u)
 #define BASE_REPEATS 200u
 #define DEVICE_TRIES 64u
 #define POOL_STEP    (2ull << 20) // the least pool, and its unit
@@ -31,8 +31,9 @@ struct stage {
     struct serve_daemon daemon;
     struct process workers[SERVE_WORKERS_MAX], builder;
     uint32_t worker_count;
-    double cap;     // 0: none
-    double ready_s; // from the first append until no clustering was due, the slowest worker's
+    double cap;              // 0: none
+    uint32_t places[PLACES]; // of the workers' landings, as they are
+    double ready_s;          // from the first append until no clustering was due, the slowest worker's
 };
 
 struct serve {
@@ -70,7 +71,7 @@ static struct serve_room room_of(const struct serve *serve, uint32_t sequences, 
     return (struct serve_room){
         .pool_bytes = pool < POOL_STEP ? POOL_STEP : (pool + POOL_STEP / 2) / POOL_STEP * POOL_STEP,
         .index_bytes = keys * INDEX_BYTES + (64u << 20),
-        .shared_bytes = (sequences + 1) * (landing + SHARED_SPARE),
+        .shared_bytes = (sequences + 1) * (landing * job->place_count + SHARED_SPARE),
         .spill_bytes = 4 * bytes + (64u << 20),
         .sessions = sequences + 1,
     };
@@ -97,6 +98,9 @@ static bool wait_worker(const struct process *process, bool builds, struct stage
                       stage->cap, answer.indexed);
     }
     const double s = 1e-9 * (double)(answer.ended_ns - answer.begun_ns);
+    if (!builds) {
+        memcpy(stage->places, answer.places, sizeof stage->places);
+    }
     stage->ready_s = s > stage->ready_s ? s : stage->ready_s;
     return true;
 }
@@ -137,9 +141,10 @@ static bool stage_close(struct stage *stage)
 // ---- rounds ----
 
 // The first `count` workers run the steps. What they answer goes to serve->answers and serve->records.
-static bool run_workers(struct serve *serve, struct stage *stage, uint32_t count, struct serve_round *out)
+static bool run_workers(struct serve *serve, struct stage *stage, uint32_t count, uint32_t place,
+                        struct serve_round *out)
 {
-    const struct serve_order order = {.steps = serve->options->steps};
+    const struct serve_order order = {.steps = serve->options->steps, .place = place};
     const uint32_t per_worker = order.steps * serve->job.layers;
     bool good = serve_daemon_stats(&stage->daemon, &out->before);
     for (uint32_t w = 0; good && w < count; w++) {
@@ -170,7 +175,7 @@ static bool run_set(struct serve *serve, struct stage *stage, struct serve_set *
 {
     struct serve_round round = {0};
     double device_us[DEVICE_TRIES];
-    if ((set->builds && !tell_builder(stage)) || !run_workers(serve, stage, set->workers, &round) ||
+    if ((set->builds && !tell_builder(stage)) || !run_workers(serve, stage, set->workers, set->order, &round) ||
         (set->builds && !tell_builder(stage))) {
         return false;
     }
@@ -182,6 +187,7 @@ static bool run_set(struct serve *serve, struct stage *stage, struct serve_set *
         }
     }
     set->ready_s = stage->ready_s;
+    set->place = (enum option_place)stage->places[set->order];
     samples_add(&set->resident,
                 (double)round.after.pool_bytes / (double)(round.after.pages * serve_frame_bytes(&serve->job)));
     return serve_set_add(set, &round);
@@ -211,8 +217,10 @@ static bool run_rounds(struct serve *serve)
                   serve->options->rounds);
     for (uint32_t s = 0; s < serve->stage_count; s++) {
         struct serve_round round = {0};
-        if (!run_workers(serve, &serve->stages[s], serve->workers_max, &round)) {
-            return false;
+        for (uint32_t place = 0; place < serve->job.place_count; place++) {
+            if (!run_workers(serve, &serve->stages[s], serve->workers_max, place, &round)) {
+                return false;
+            }
         }
     }
     for (uint32_t round = 0; round < serve->options->rounds; round++) {
@@ -262,26 +270,54 @@ static void add_cap_ratios(const struct serve *serve, json_t *ratios)
     }
 }
 
-static void add_worker_ratios(const struct serve *serve, json_t *ratios)
+// The first number of workers in a place, alone.
+static const struct serve_set *first_set(const struct serve *serve, uint32_t order)
+{
+    return &serve->sets[is_capped(serve) ? 0 : 2 * order];
+}
+
+static void add_worker_ratios(const struct serve *serve, uint32_t order, json_t *ratios)
 {
     double one = NAN, sixteen = NAN;
     for (uint32_t i = 0; i < serve->set_count; i++) {
         const struct serve_set *set = &serve->sets[i];
-        if (!set->builds) {
+        if (!set->builds && set->order == order) {
             one = set->workers == 1 ? samples_median(&set->per_s) : one;
             sixteen = set->workers == 16 ? samples_median(&set->per_s) : sixteen;
         }
     }
-    set_ratio(ratios, "p99_building_over_unloaded", serve_median_ratio(&serve->sets[1].p99, &serve->sets[0].p99));
+    const struct serve_set *alone = first_set(serve, order);
+    set_ratio(ratios, "p99_building_over_unloaded", serve_median_ratio(&alone[1].p99, &alone->p99));
     if (isfinite(sixteen / one)) {
         set_ratio(ratios, "scaling_16", sixteen / one);
     }
+    for (uint32_t other = 0; other < serve->job.place_count; other++) {
+        const struct serve_set *host = first_set(serve, other);
+        if (host->place == PLACE_HOST && alone->place != PLACE_HOST) {
+            set_ratio(ratios, "retrieve_over_host", serve_median_ratio(&alone->p50, &host->p50));
+        }
+    }
+}
+
+static void report_place(const struct serve *serve, uint32_t order, json_t *ratios)
+{
+    char key[256];
+    json_t *of = json_object();
+    const enum option_place place = first_set(serve, order)->place;
+    set_ratio(of, "overhead_over_raw_zmq", overhead(serve, first_set(serve, order)));
+    if (is_capped(serve)) {
+        add_cap_ratios(serve, of);
+    } else {
+        add_worker_ratios(serve, order, of);
+    }
+    (void)snprintf(key, sizeof key, "data=%s,tokens=%u,budget=%u%s%s", serve->data, serve->job.tokens,
+                   serve->job.budget, place != PLACE_HOST ? ",place=" : "",
+                   place != PLACE_HOST ? option_place_names[place] : "");
+    (void)json_object_set_new(ratios, key, of);
 }
 
 static void report(const struct serve *serve, json_t *rows, json_t *ratios)
 {
-    char key[224];
-    json_t *of = json_object();
     for (uint32_t i = 0; i < serve->set_count; i++) {
         (void)json_array_append_new(rows, serve_set_row(&serve->sets[i]));
     }
@@ -289,14 +325,9 @@ static void report(const struct serve *serve, json_t *rows, json_t *ratios)
         (void)json_array_append_new(
             rows, serve_base_row(base, &serve->base_sets[base], serve_bases_bytes(serve->bases, base)));
     }
-    set_ratio(of, "overhead_over_raw_zmq", overhead(serve, &serve->sets[0]));
-    if (is_capped(serve)) {
-        add_cap_ratios(serve, of);
-    } else {
-        add_worker_ratios(serve, of);
+    for (uint32_t order = 0; order < serve->job.place_count; order++) {
+        report_place(serve, order, ratios);
     }
-    (void)snprintf(key, sizeof key, "data=%s,tokens=%u,budget=%u", serve->data, serve->job.tokens, serve->job.budget);
-    (void)json_object_set_new(ratios, key, of);
 }
 
 // ---- the command ----
@@ -304,7 +335,8 @@ static void report(const struct serve *serve, json_t *rows, json_t *ratios)
 static void plan_sets(struct serve *serve)
 {
     const struct options *options = serve->options;
-    const uint32_t count = is_capped(serve) ? options->ram_caps.count : 2 * options->workers.count;
+    const uint32_t places = serve->job.place_count;
+    const uint32_t count = is_capped(serve) ? options->ram_caps.count : 2 * places * options->workers.count;
     for (uint32_t i = 0; i < count; i++) {
         struct serve_set *set = &serve->sets[serve->set_count++];
         *set = (struct serve_set){.tokens = serve->job.tokens, .workers = serve->workers_max};
@@ -312,7 +344,8 @@ static void plan_sets(struct serve *serve)
         if (is_capped(serve)) {
             set->ram_cap = options->ram_caps.values[i];
         } else {
-            set->workers = options->workers.values[i / 2];
+            set->workers = options->workers.values[i / 2 / places];
+            set->order = i / 2 % places;
             set->builds = i % 2 == 1;
         }
     }
@@ -324,8 +357,9 @@ static void plan_sets(struct serve *serve)
 // Steps that one worker may be asked for.
 static uint32_t steps_of(const struct options *options)
 {
-    const uint32_t sets = options->ram_caps.count > 0 ? 1 : 2 * options->workers.count;
-    return options->steps * (1 + sets * options->rounds);
+    const uint32_t places = options->places.count;
+    const uint32_t sets = options->ram_caps.count > 0 ? 1 : 2 * places * options->workers.count;
+    return options->steps * (places + sets * options->rounds);
 }
 
 static bool open_stages(struct serve *serve)
@@ -403,6 +437,8 @@ static int run_data(const struct options *options, const struct serve_job *job, 
     }
     serve->options = options;
     serve->job = *job;
+    serve->job.place_count = options->places.count;
+    memcpy(serve->job.places, options->places.values, options->places.count * sizeof *serve->job.places);
     (void)snprintf(serve->data, sizeof serve->data, "%s", name);
     for (uint32_t i = 0; i < options->workers.count; i++) {
         const uint32_t workers = options->workers.values[i];

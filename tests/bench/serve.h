@@ -5,6 +5,7 @@
 #define ICECACHE_BENCH_SERVE_H
 
 #include "measure.h"
+#include "options.h"
 #include "random.h"
 
 #include <stdbool.h>
@@ -48,6 +49,8 @@ struct serve_job {
     uint32_t layers, kv_heads, query_heads, head_dim, dtype;
     uint32_t tokens, steps; // of the prompt; decode steps at most
     uint32_t budget, sinks, window;
+    uint32_t places[PLACES]; // enum option_place of its landings
+    uint32_t place_count;
     uint64_t seed;
 };
 size_t serve_row_bytes(const struct serve_job *job);
@@ -66,18 +69,42 @@ void serve_source_fini(struct serve_source *source);
 const uint8_t *serve_source_row(const struct serve_source *source, const struct serve_job *job, const uint8_t *side,
                                 uint32_t layer, uint32_t head, uint32_t token);
 
+// ---- landings (serve_landing.c) ----
+
+struct ice_client;
+struct ice_landing;
+struct serve_landing;
+// What it holds of one layer, in host memory.
+struct serve_view {
+    const uint8_t *keys, *values; // [count][row]
+    const uint32_t *positions;    // [count]
+    uint32_t count;
+};
+// In a place: host memory, or GPU memory of this process that the library has not made, as an engine's is. NULL after a
+// message on stderr. The job is borrowed.
+struct serve_landing *serve_landing_create(struct ice_client *client, const struct serve_job *job,
+                                           enum option_place place);
+void serve_landing_destroy(struct serve_landing *landing); // before its client; accepts NULL
+struct ice_landing *serve_landing_handle(struct serve_landing *landing);
+enum option_place serve_landing_place(const struct serve_landing *landing); // what PLACE_AUTO has become
+// Brings what a retrieve left for a layer to where serve_landing_view finds it; K and V only with `rows`.
+bool serve_landing_fetch(struct serve_landing *landing, uint32_t layer, bool rows);
+bool serve_landing_view(struct serve_landing *landing, uint32_t layer, uint32_t head, struct serve_view *out);
+
 // ---- workers (serve_worker.c) ----
 
 struct serve_order {
     uint32_t steps; // to run now; 0: a builder begins, or ends
+    uint32_t place; // which of the job's
 };
 // Follows each order and, with steps 0, the start.
 struct serve_answer {
     uint64_t begun_ns, ended_ns;
-    uint32_t record_count; // that follow
-    uint32_t indexed;      // tokens that are clustered, in the worst lane
-    uint32_t wrong_rows;   // of the landing, of those that were compared
-    bool is_idle;          // no clustering was due
+    uint32_t record_count;   // that follow
+    uint32_t indexed;        // tokens that are clustered, in the worst lane
+    uint32_t wrong_rows;     // of the landing, of those that were compared
+    bool is_idle;            // no clustering was due
+    uint32_t places[PLACES]; // those of the job, as they are
 };
 struct serve_record { // of one retrieve
     float total_us, queue_us, search_us, fetch_us, copy_us;

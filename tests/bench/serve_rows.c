@@ -166,12 +166,13 @@ static void add_device_keys(const struct serve_set *set, json_t *row)
 json_t *serve_set_row(const struct serve_set *set)
 {
     json_t *row = json_pack(
-        "{s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:f, s:o, s:o, s:I, s:I}", "method",
+        "{s:s, s:s, s:I, s:I, s:I, s:s, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:f, s:o, s:o, s:I, s:I}", "method",
         "retrieve", "data", set->data, "tokens", (json_int_t)set->tokens, "workers", (json_int_t)set->workers,
-        "sequences", (json_int_t)set->workers, "class", "decode", "building", (int)set->builds, "retrieve_us",
-        times(set), "phase_us", phases(set), "per_s", number(samples_median(&set->per_s)), "bytes_moved",
-        number(set->bytes_moved / (double)set->retrieves), "resident_share", number(samples_median(&set->resident)),
-        "slowest_over_mean", number(samples_median(&set->slowest)), "ready_s", set->ready_s, "kept_share",
+        "sequences", (json_int_t)set->workers, "class", "decode", "place", option_place_names[set->place], "building",
+        (int)set->builds, "retrieve_us", times(set), "phase_us", phases(set), "per_s",
+        number(samples_median(&set->per_s)), "bytes_moved", number(set->bytes_moved / (double)set->retrieves),
+        "resident_share", number(samples_median(&set->resident)), "slowest_over_mean",
+        number(samples_median(&set->slowest)), "ready_s", set->ready_s, "kept_share",
         number(samples_median(&set->kept)), "daemon_cpu_us", number(samples_median(&set->cpu_us)), "partial",
         (json_int_t)set->partial, "wrong_rows", (json_int_t)set->wrong_rows);
     if (row != NULL && set->ram_cap > 0) {

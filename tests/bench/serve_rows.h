@@ -19,6 +19,8 @@ struct serve_set {
     uint32_t tokens, workers;
     double ram_cap; // 0: none
     bool builds;
+    uint32_t order;          // which of the job's places
+    enum option_place place; // as it is
     struct samples p50, p99, p999, mean, queue, search, fetch, copy, wire, per_s, slowest, kept, resident, cpu_us;
     struct samples pages_read, device_p50, device_p99, over_device, mean_over_device;
     double bytes_moved; // by one retrieve

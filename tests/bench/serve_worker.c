@@ -18,7 +18,7 @@ struct worker {
     struct serve_job job;
     struct serve_source source;
     ice_client *client;
-    ice_landing *landing;
+    struct serve_landing *landings[PLACES], *landing; // all; that of the order
     ice_sequence *sequence;
     uint32_t step;                    // next
     uint8_t *step_keys, *step_values; // [KV head], of one token
@@ -53,23 +53,21 @@ static bool open_sequence(struct worker *worker)
 static bool open_all(struct worker *worker)
 {
     const struct serve_job *job = &worker->job;
+    const uint32_t places = job->builds ? 0 : job->place_count;
     const struct ice_client_options options = {.socket_directory = job->sockets,
                                                .name = job->builds ? "bench-builder" : "bench-worker",
                                                .staging_bytes = STAGING_BYTES};
-    const struct ice_landing_shape shape = {
-        .rows = 1,
-        .layers = job->layers,
-        .kv_heads = job->kv_heads,
-        .slots = serve_slots(job),
-        .head_dim = job->head_dim,
-        .dtype = (ice_dtype)job->dtype,
-    };
-    ice_status status = ice_client_connect(&options, &worker->client);
+    const ice_status status = ice_client_connect(&options, &worker->client);
     if (status != ICE_OK) {
         return failed("connect", status);
     }
-    status = job->builds ? ICE_OK : ice_landing_open(worker->client, &shape, CALL_DEADLINE_US, &worker->landing);
-    return status == ICE_OK || failed("open landing", status);
+    for (uint32_t i = 0; i < places; i++) {
+        worker->landings[i] = serve_landing_create(worker->client, job, (enum option_place)job->places[i]);
+        if (worker->landings[i] == NULL) {
+            return false;
+        }
+    }
+    return true;
 }
 
 static bool append_prompt(struct worker *worker)
@@ -110,7 +108,7 @@ static bool wait_idle(struct worker *worker, bool may_interrupt)
 
 // ---- decode steps ----
 
-static void count_kept(struct worker *worker, uint32_t layer, uint32_t head, const struct ice_landing_view *view,
+static void count_kept(struct worker *worker, uint32_t layer, uint32_t head, const struct serve_view *view,
                        uint32_t position, uint32_t *kept, uint32_t *selected)
 {
     const struct serve_job *job = &worker->job;
@@ -125,8 +123,7 @@ static void count_kept(struct worker *worker, uint32_t layer, uint32_t head, con
     }
 }
 
-static uint32_t wrong_rows(const struct worker *worker, uint32_t layer, uint32_t head,
-                           const struct ice_landing_view *view)
+static uint32_t wrong_rows(const struct worker *worker, uint32_t layer, uint32_t head, const struct serve_view *view)
 {
     const struct serve_source *source = &worker->source;
     const size_t bytes = source->row_bytes;
@@ -134,9 +131,9 @@ static uint32_t wrong_rows(const struct worker *worker, uint32_t layer, uint32_t
     for (uint32_t i = 0; i < view->count; i++) {
         const uint32_t at = view->positions[i];
         wrong += at >= source->tokens ||
-                 memcmp((const uint8_t *)view->keys + i * bytes,
-                        serve_source_row(source, &worker->job, source->keys, layer, head, at), bytes) != 0 ||
-                 memcmp((const uint8_t *)view->values + i * bytes,
+                 memcmp(view->keys + i * bytes, serve_source_row(source, &worker->job, source->keys, layer, head, at),
+                        bytes) != 0 ||
+                 memcmp(view->values + i * bytes,
                         serve_source_row(source, &worker->job, source->values, layer, head, at), bytes) != 0;
     }
     return wrong;
@@ -146,11 +143,13 @@ static uint32_t wrong_rows(const struct worker *worker, uint32_t layer, uint32_t
 static bool look_at_landing(struct worker *worker, uint32_t layer, bool compares, struct serve_record *record)
 {
     uint32_t kept = 0, selected = 0;
+    if (!serve_landing_fetch(worker->landing, layer, compares)) {
+        return false;
+    }
     for (uint32_t head = 0; head < worker->job.kv_heads; head++) {
-        struct ice_landing_view view;
-        const ice_status status = ice_landing_view(worker->landing, 0, layer, head, &view);
-        if (status != ICE_OK) {
-            return failed("look at the landing", status);
+        struct serve_view view;
+        if (!serve_landing_view(worker->landing, layer, head, &view)) {
+            return false;
         }
         count_kept(worker, layer, head, &view, worker->job.tokens + worker->step, &kept, &selected);
         if (compares && !record->partial) {
@@ -174,7 +173,7 @@ static bool retrieve(struct worker *worker, uint32_t layer, struct serve_record 
                serve_source_row(source, job, source->values, layer, head, position), source->row_bytes);
     }
     const struct ice_retrieve_options options = {
-        .landing = worker->landing,
+        .landing = serve_landing_handle(worker->landing),
         .layer = layer,
         .sequence_count = 1,
         .sequences = &worker->sequence,
@@ -234,10 +233,17 @@ static bool serve_steps(struct worker *worker)
         return false;
     }
     worker->answer.ended_ns = measure_ns();
+    for (uint32_t i = 0; i < worker->job.place_count; i++) {
+        worker->answer.places[i] = serve_landing_place(worker->landings[i]);
+    }
     if (!parent_write(&worker->answer, sizeof worker->answer)) {
         return false;
     }
     while (parent_read(&order, sizeof order)) {
+        if (order.place >= worker->job.place_count) {
+            return false;
+        }
+        worker->landing = worker->landings[order.place];
         if (order.steps > worker->job.steps - worker->step || !run_steps(worker, order.steps)) {
             return false;
         }
@@ -274,24 +280,36 @@ static bool serve_building(struct worker *worker)
     return true;
 }
 
+static void close_all(struct worker *worker)
+{
+    ice_sequence_close(worker->sequence);
+    for (uint32_t i = 0; i < worker->job.place_count; i++) {
+        serve_landing_destroy(worker->landings[i]);
+    }
+    ice_client_close(worker->client);
+}
+
 int serve_worker(void)
 {
     struct worker worker = {0};
-    if (!parent_read(&worker.job, sizeof worker.job) || !serve_source_init(&worker.source, &worker.job)) {
+    if (!parent_read(&worker.job, sizeof worker.job)) {
         return 1;
     }
+    // The landings first: where one cannot be had, nothing has been waited for.
     const struct serve_job *job = &worker.job;
+    const bool opened = open_all(&worker);
+    if (!opened || !serve_source_init(&worker.source, job)) {
+        close_all(&worker);
+        return 1;
+    }
     const size_t step_bytes = job->kv_heads * worker.source.row_bytes;
     worker.step_keys = malloc(step_bytes);
     worker.step_values = malloc(step_bytes);
     worker.seen = calloc((size_t)job->layers * job->kv_heads * worker.source.tokens, sizeof *worker.seen);
     worker.records = calloc((size_t)job->layers * job->steps, sizeof *worker.records);
-    bool good = worker.step_keys != NULL && worker.step_values != NULL && worker.seen != NULL &&
-                worker.records != NULL && open_all(&worker);
+    bool good = worker.step_keys != NULL && worker.step_values != NULL && worker.seen != NULL && worker.records != NULL;
     good = good && (job->builds ? serve_building(&worker) : serve_steps(&worker));
-    ice_sequence_close(worker.sequence);
-    ice_landing_close(worker.landing);
-    ice_client_close(worker.client);
+    close_all(&worker);
     free(worker.step_keys);
     free(worker.step_values);
     free(worker.seen);

@@ -11,14 +11,10 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "../../client/python"))
-
-import icecache  # noqa: E402
+from service import Daemon, gpu_bytes, icecache, takes_stream
 
 try:
     import torch
@@ -38,47 +34,9 @@ def shape_of(budget):
     return dict(rows=2, layers=LAYERS, kv_heads=KV_HEADS, slots=slots, head_dim=HEAD_DIM, dtype="bf16")
 
 
-
-class Daemon:
-    def __init__(self, path, tokens):
-        self.folder = tempfile.TemporaryDirectory(prefix="icecache-")
-        pool = (tokens * LAYERS * KV_HEADS * HEAD_DIM * 4 * 3 // 2 >> 20) + 1024
-        self.log = open(os.path.join(self.folder.name, "log"), "w+", encoding="utf-8")
-        self.process = subprocess.Popen(
-            [path, "--socket-dir", self.folder.name + "/s", "--pool-bytes", f"{pool}m", "--index-bytes", "4g", "--shards", "8"],
-            stderr=self.log,
-        )
-        end = time.monotonic() + 120
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                icecache.Client(self.folder.name + "/s").close()
-                return
-            except icecache.Error:
-                time.sleep(0.05)
-        raise RuntimeError("the daemon does not answer")
-
-    def stop(self):
-        self.process.terminate()
-        status = self.process.wait(timeout=30)
-        self.log.seek(0)
-        text = self.log.read()
-        if status != 0:
-            print(text[-4000:])
-        return status == 0
-
-
-def gpu_bytes(pid):
-    """What the GPU's memory holds for a process, or None where nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    except OSError:
-        return None
-    for line in listed.splitlines():
-        found, used = line.split(",")
-        if found.strip() == str(pid) and used.strip().isdigit():
-            return int(used) << 20
-    return 0 if listed.strip() else None
+def start_daemon(path, tokens):
+    pool = (tokens * LAYERS * KV_HEADS * HEAD_DIM * 4 * 3 // 2 >> 20) + 1024
+    return Daemon(path, "--pool-bytes", f"{pool}m", "--index-bytes", "4g", "--shards", "8")
 
 
 def make_history(tokens):
@@ -118,22 +76,33 @@ class Worker:
         noise = torch.randn(256, KV_HEADS, QUERY_HEADS // KV_HEADS, HEAD_DIM, generator=generator)
         queries = (near.unsqueeze(2) + noise).reshape(256, QUERY_HEADS, HEAD_DIM).to(torch.bfloat16)
         self.queries = [bits(query.contiguous()) for query in queries]
+        self.gpu_queries = queries.cuda()
 
     def open_sequence(self):
         return self.client.open_sequence(
             model_digest=b"torch", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="bf16"
         )
 
-    def retrieve(self, landing, layer, number, budget, row=0):
+    def takes_gpu_queries(self, landing, budget):
+        """An older client asks for the buffer protocol."""
+        try:
+            self.retrieve(landing, 0, 0, budget, gpu_queries=True)
+        except (BufferError, TypeError):
+            return False
+        return True
+
+    def retrieve(self, landing, layer, number, budget, row=0, gpu_queries=False):
+        more = dict(stream=torch.cuda.current_stream().cuda_stream) if gpu_queries and takes_stream() else {}
         return self.client.retrieve(
             landing,
             layer=layer,
             sequences=[self.sequence],
             rows=[row],
             first_queries=[self.tokens - 1],
-            queries=self.queries[number % 256],
+            queries=(self.gpu_queries if gpu_queries else self.queries)[number % 256],
             query_dtype="bf16",
             budget=budget,
+            **more,
         )
 
 
@@ -184,22 +153,22 @@ def append_rates(worker):
 class Kind:
     """One kind of landing at one budget, and what its retrieves took."""
 
-    def __init__(self, worker, name, budget, options):
-        self.worker, self.name, self.budget = worker, name, budget
+    def __init__(self, worker, name, budget, options, gpu_queries=False):
+        self.worker, self.name, self.budget, self.gpu_queries = worker, name, budget, gpu_queries
         self.landing = worker.client.open_landing(**shape_of(budget), **options)
         self.walls, self.searches, self.copies = [], [], []
 
     def check(self):
         for number in range(32):
             layer, row = number % LAYERS, number // LAYERS % 2
-            found = self.worker.retrieve(self.landing, layer, number, self.budget, row)
+            found = self.worker.retrieve(self.landing, layer, number, self.budget, row, self.gpu_queries)
             if isinstance(self.landing, icecache.GpuLanding):
                 check_cells(self.worker, self.landing, layer, found.counts, row)
 
     def measure(self, steps):
         for number in range(steps):
             begun = time.perf_counter_ns()
-            found = self.worker.retrieve(self.landing, number % LAYERS, number, self.budget)
+            found = self.worker.retrieve(self.landing, number % LAYERS, number, self.budget, 0, self.gpu_queries)
             self.walls.append((time.perf_counter_ns() - begun) / 1000)
             self.searches.append(found.search_us)
             self.copies.append(found.copy_us)
@@ -232,6 +201,12 @@ def open_kinds(worker, expandable):
     return [Kind(worker, *kind) for kind in sorted(kinds, key=lambda kind: kind[0].startswith("push"))]
 
 
+def open_gpu_query_kinds(worker):
+    """The queries are where a model leaves them: what the others leave out is bringing them to the host."""
+    return [Kind(worker, mode + ", GPU queries", budget, dict(gpu=0, mode=mode), True)
+            for budget in BUDGETS for mode in ("pull", "push")]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", required=True)
@@ -245,12 +220,15 @@ def main():
         return 77
     os.environ["ICECACHE_LIBRARY"] = known.library
     expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    daemon = Daemon(known.daemon, known.tokens)
+    daemon = start_daemon(known.daemon, known.tokens)
     try:
-        worker = Worker(daemon.folder.name + "/s", known.tokens)
+        worker = Worker(daemon.sockets, known.tokens)
         worker.others = []
         memory = {"before": gpu_bytes(daemon.process.pid)}
         kinds = open_kinds(worker, expandable)
+        asks = worker.takes_gpu_queries(kinds[-1].landing, kinds[-1].budget)
+        if asks:
+            kinds += open_gpu_query_kinds(worker)
         memory["with push"] = gpu_bytes(daemon.process.pid)
         for kind in kinds:
             kind.check()
@@ -274,6 +252,8 @@ def main():
     for row in rows:
         figures = [row[key] for key in ("p50_us", "p99_us", "search_p50_us", "copy_p50_us")]
         print(f"{row['landing']:18} {row['budget']:6} {figures[0]:6.0f} {figures[1]:6.0f} {figures[2]:7.0f} {figures[3]:6.0f}")
+    if not asks:
+        print("queries in GPU memory: this client takes them from host memory only")
     print("appends, GB/s of K and V:", *(f"from {where} memory {rate:.2f}" for where, rate in rates.items()))
     print("the daemon's GPU memory, MiB:", *(f"{name} {'?' if found is None else found >> 20}" for name, found in memory.items()))
     return 0 if clean else 1

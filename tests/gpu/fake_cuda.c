@@ -9,8 +9,10 @@
 // - an event is not ready when it is first asked for.
 //
 // FAKE_CUDA_DIR is a folder that all processes share. In it: alloc-PID-N is GPU memory, open-PID-N a mapping of another
-// process's memory, and `fail` what to do wrong: "PROGRAM ENTRY CODE" (the program's short name, or *), CODE a number
-// or "hang". FAKE_CUDA_DEVICES lists the devices that the process sees ("0,1" is the default).
+// process's memory, and `fail` what to do wrong: "PROGRAM ENTRY CODE [DEVICE]" (the program's short name, or *), CODE a
+// number, "hang" (for ever), "stall" (until the file says something else, then as if nothing had been) or "slow" (50
+// ms, then the same). With DEVICE only calls whose context is that device's. FAKE_CUDA_DEVICES lists the devices that
+// the process sees ("0,1" is the default).
 #include "fake_cuda.h"
 
 #include <errno.h>
@@ -21,6 +23,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -75,23 +78,45 @@ static const char *folder(void)
     return getenv("FAKE_CUDA_DIR");
 }
 
-// The code that the file `fail` has for this call, or 0.
-static int injected(const char *entry)
+// What the file `fail` has for this call: its code, or "".
+static void injection(const char *entry, char *code)
 {
-    char path[256], line[256] = "", program[64] = "", name[64] = "", code[32] = "";
+    code[0] = '\0';
+    char path[256], line[256] = "", program[64] = "", name[64] = "";
+    int device = -1;
     (void)snprintf(path, sizeof(path), "%s/fail", folder() ? folder() : "");
     FILE *file = fopen(path, "re");
     if (!file) {
-        return 0;
+        return;
     }
-    bool mine = fgets(line, sizeof(line), file) && sscanf(line, "%63s %63s %31s", program, name, code) == 3 &&
-                (strcmp(program, "*") == 0 || strcmp(program, program_invocation_short_name) == 0) &&
-                strcmp(name, entry) == 0;
+    const struct cuda_context *current = fake_current();
+    const bool mine = fgets(line, sizeof(line), file) &&
+                      sscanf(line, "%63s %63s %31s %d", program, name, code, &device) >= 3 &&
+                      (strcmp(program, "*") == 0 || strcmp(program, program_invocation_short_name) == 0) &&
+                      strcmp(name, entry) == 0 && (device < 0 || (current && device_ids[current->device] == device));
     (void)fclose(file);
-    while (mine && strcmp(code, "hang") == 0) {
+    if (!mine) {
+        code[0] = '\0';
+    }
+}
+
+static int injected(const char *entry)
+{
+    char code[32];
+    injection(entry, code);
+    while (strcmp(code, "hang") == 0) {
         (void)pause();
     }
-    return mine ? (int)strtol(code, NULL, 10) : 0;
+    while (strcmp(code, "stall") == 0 || strcmp(code, "slow") == 0) {
+        const bool slow = strcmp(code, "slow") == 0;
+        const struct timespec pause = {0, slow ? 50000000 : 10000000};
+        (void)nanosleep(&pause, NULL);
+        if (slow) {
+            return 0;
+        }
+        injection(entry, code);
+    }
+    return (int)strtol(code, NULL, 10);
 }
 
 int fake_enter(const char *entry, bool needs_context)

@@ -56,7 +56,7 @@ struct config {
     } given;
     char socket_directory[108];
     char log_level[16];
-    char cuda_library[108];
+    char cuda_library[108], nvml_library[108];
     char spill_directory[256]; // empty: no spill tier
 };
 

@@ -39,20 +39,81 @@ ice_status gpu_check(const struct gpu *gpu, char *text)
     return ICE_OK;
 }
 
+static void read_vram(struct gpu *gpu)
+{
+    uint64_t bytes;
+    const enum nvml_source source = nvml_watch_read(&gpu->watch, &bytes);
+    const uint64_t now_ns = env_now_ns(gpu->server->env);
+    pthread_mutex_lock(&gpu->lock);
+    gpu->vram_ns = now_ns;
+    gpu->vram_bytes = bytes;
+    gpu->vram_source = source;
+    snprintf(gpu->vram_text, sizeof gpu->vram_text, "%s", gpu->watch.text);
+    pthread_mutex_unlock(&gpu->lock);
+}
+
+static void run_vram(struct task *task, void *thread)
+{
+    (void)task;
+    struct gpu *gpu = thread;
+    read_vram(gpu);
+    atomic_store_explicit(&gpu->vram_asked, false, memory_order_release); // the task may be queued again
+}
+
+void gpu_vram(struct gpu *gpu, struct gpu_vram *out)
+{
+    pthread_mutex_lock(&gpu->lock);
+    const uint64_t seen_ns = gpu->vram_ns;
+    *out = (struct gpu_vram){.bytes = gpu->vram_bytes, .source = gpu->vram_source};
+    const char *text = seen_ns == 0                       ? "not looked at yet"
+                       : gpu->vram_source == NVML_PROCESS ? "NVML"
+                       : gpu->vram_source == NVML_GROWTH  ? "what the GPU had more in use once the context was made"
+                                                          : gpu->vram_text;
+    snprintf(out->text, sizeof out->text, "%s", text);
+    pthread_mutex_unlock(&gpu->lock);
+    if (seen_ns == 0 || env_now_ns(gpu->server->env) - seen_ns < GPUS_VRAM_NS ||
+        atomic_exchange_explicit(&gpu->vram_asked, true, memory_order_acquire))
+        return;
+    gpu->vram_task.run = run_vram;
+    task_queue_push(&gpu->queue, TASK_ADMIN, &gpu->vram_task);
+}
+
+// With a look at the GPU's memory in use before and after.
+static ice_status open_device(struct gpu *gpu, char *text)
+{
+    char uuid[CUDA_TEXT_BYTES];
+    cuda_uuid_format(gpu->uuid, uuid);
+    nvml_watch_open(&gpu->watch, gpu->server->config->nvml_library, uuid);
+    const ice_status status = gpu_device_open(&gpu->server->gpus.driver, gpu->id, NULL, &gpu->device, text);
+    if (status != ICE_OK) {
+        nvml_watch_close(&gpu->watch);
+        return status;
+    }
+    nvml_watch_context(&gpu->watch);
+    read_vram(gpu);
+    return ICE_OK;
+}
+
+static void close_device(struct gpu *gpu)
+{
+    gpu_device_close(&gpu->device);
+    nvml_watch_close(&gpu->watch);
+}
+
 ice_status gpu_ready(struct gpu *gpu, char *text)
 {
     text[0] = '\0';
     if (copier_of(gpu))
         return gpu_check(gpu, text);
     struct server *server = gpu->server;
-    ice_status status = gpu_device_open(&server->gpus.driver, gpu->id, NULL, &gpu->device, text);
+    ice_status status = open_device(gpu, text);
     if (status != ICE_OK)
         return status;
     struct copier *copier;
     const int error = copier_start(server, &gpu->device, gpu->number, &copier);
     if (error) {
         snprintf(text, CUDA_TEXT_BYTES, "cannot start a copier: %s", strerror(-error));
-        gpu_device_close(&gpu->device);
+        close_device(gpu);
         return error == -ENOMEM ? ICE_NO_MEMORY : ICE_SYSTEM;
     }
     atomic_store_explicit(&gpu->copier, copier, memory_order_release);
@@ -80,7 +141,7 @@ static void *opener_main(void *argument)
     struct copier *copier = copier_of(gpu);
     if (copier) {
         copier_stop(copier);
-        gpu_device_close(&gpu->device);
+        close_device(gpu);
     }
     return NULL;
 }
@@ -101,6 +162,13 @@ static ice_status seek_driver(struct server *server, char *text)
     return gpus->driver_status;
 }
 
+static void gpu_free(struct server *server, struct gpu *gpu)
+{
+    pthread_mutex_destroy(&gpu->lock);
+    task_queue_fini(&gpu->queue);
+    server->env->release(server->env, gpu, sizeof *gpu);
+}
+
 static ice_status gpu_start(struct server *server, const uint8_t *uuid, cuda_device id, struct gpu **out, char *text)
 {
     struct gpus *gpus = &server->gpus;
@@ -117,11 +185,11 @@ static ice_status gpu_start(struct server *server, const uint8_t *uuid, cuda_dev
     gpu->id = id;
     memcpy(gpu->uuid, uuid, sizeof gpu->uuid);
     task_queue_init(&gpu->queue);
+    pthread_mutex_init(&gpu->lock, NULL);
     const int error = pthread_create(&gpu->opener, NULL, opener_main, gpu);
     if (error) {
         snprintf(text, CUDA_TEXT_BYTES, "cannot start an opener: %s", strerror(error));
-        task_queue_fini(&gpu->queue);
-        server->env->release(server->env, gpu, sizeof *gpu);
+        gpu_free(server, gpu);
         return ICE_SYSTEM;
     }
     char name[16];
@@ -225,8 +293,7 @@ bool gpus_stop(struct gpus *gpus, struct server *server)
         task_queue_stop(&gpu->queue);
         if (!join(gpu->opener, "a GPU's opener or copier"))
             return false;
-        task_queue_fini(&gpu->queue);
-        server->env->release(server->env, gpu, sizeof *gpu);
+        gpu_free(server, gpu);
         atomic_store_explicit(&gpus->count, count - 1, memory_order_relaxed);
     }
     return true;

@@ -5,11 +5,13 @@
 
 #include "cached/copier.h"
 #include "cached/task_queue.h"
+#include "gpu/nvml.h"
 
 #define GPUS_MAX              16u
 #define GPUS_LOOK_NS          (500ull * 1000000u)   // between two looks at what the driver keeps
 #define GPUS_OPEN_DEADLINE_NS (15ull * 1000000000u) // an opener that is at one thing for longer is avoided
 #define GPUS_STOP_DEADLINE_S  5                     // for each thread at the end
+#define GPUS_VRAM_NS          (1000000000ull)       // between two looks at the daemon's memory on a GPU
 
 // One GPU, from the first landing there until the end.
 struct gpu {
@@ -26,6 +28,25 @@ struct gpu {
     // Written by the opener, once; the others find it through the copier.
     struct gpu_device device;
     _Atomic(struct copier *) copier; // NULL: the GPU is not open
+    struct nvml_watch watch;         // the opener's alone
+
+    // Reactor only.
+    uint32_t landings; // open
+
+    // What the daemon takes of the GPU's memory, as the opener has last seen it.
+    struct task vram_task;
+    _Atomic bool vram_asked; // the task is queued
+    pthread_mutex_t lock;    // guards what follows
+    uint64_t vram_ns;        // when; 0: never
+    uint64_t vram_bytes;
+    enum nvml_source vram_source;
+    char vram_text[NVML_TEXT_BYTES]; // why it is unknown
+};
+
+struct gpu_vram {
+    uint64_t bytes;
+    enum nvml_source source;
+    char text[NVML_TEXT_BYTES]; // where the figure comes from, or why it is unknown
 };
 
 struct gpus {
@@ -60,6 +81,8 @@ ICE_MUST_CHECK ice_status gpus_find(struct server *server, const uint8_t *uuid, 
 ICE_MUST_CHECK ice_status gpu_check(const struct gpu *gpu, char *text);
 // The GPU's opener: opens the GPU and starts its copier where that has not been done. text[CUDA_TEXT_BYTES].
 ICE_MUST_CHECK ice_status gpu_ready(struct gpu *gpu, char *text);
+// Reactor: what was seen last, and has the opener look again where that is GPUS_VRAM_NS ago.
+void gpu_vram(struct gpu *gpu, struct gpu_vram *out);
 // Reactor, each round: notices what the driver keeps.
 void gpus_look(struct gpus *gpus, uint64_t now_ns);
 

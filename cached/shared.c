@@ -134,6 +134,8 @@ static void landing_closed(struct completion *completion, struct server *server)
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     bool asked = job->landing->close_asked;
     reply.request_id = job->landing->close_request_id;
+    if (job->landing->gpu)
+        job->landing->gpu->landings--;
     landing_free(server, job->landing);
     if (asked)
         control_reply(server, job->session, &reply, -1);
@@ -204,6 +206,8 @@ static void landing_opened(struct completion *completion, struct server *server)
     }
     landing->memory = job->opened;
     landing->gpu = job->gpu;
+    if (landing->gpu)
+        landing->gpu->landings++;
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     Icecache__Wire__LandingReply body = ICECACHE__WIRE__LANDING_REPLY__INIT;
     reply.request_id = job->request_id;

@@ -3,6 +3,12 @@
 
 #include <cuda.h>
 
+#if __has_include(<nvml.h>)
+#include "gpu/nvml.h"
+
+#include <nvml.h>
+#endif
+
 #define SAME_SIZE(ours, theirs)  _Static_assert(sizeof(ours) == sizeof(theirs), #ours " and " #theirs " differ in size")
 #define SAME_VALUE(ours, theirs) _Static_assert((int)(ours) == (int)(theirs), #ours " and " #theirs " differ")
 #define SAME_PLACE(ours, our_field, theirs, their_field)                                                               \
@@ -52,3 +58,15 @@ SAME_VALUE(CUDA_EVENT_DISABLE_TIMING, CU_EVENT_DISABLE_TIMING);
 SAME_VALUE(CUDA_HANDLE_POSIX_FD, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
 SAME_VALUE(CUDA_LOCATION_DEVICE, CU_MEM_LOCATION_TYPE_DEVICE);
 SAME_VALUE(CUDA_ACCESS_READ_WRITE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+
+#if __has_include(<nvml.h>)
+SAME_SIZE(nvml_result, nvmlReturn_t);
+SAME_SIZE(nvml_device, nvmlDevice_t);
+SAME_SIZE(struct nvml_process, nvmlProcessInfo_t);
+SAME_PLACE(struct nvml_process, pid, nvmlProcessInfo_t, pid);
+SAME_PLACE(struct nvml_process, bytes, nvmlProcessInfo_t, usedGpuMemory);
+SAME_SIZE(struct nvml_memory, nvmlMemory_t);
+SAME_PLACE(struct nvml_memory, used_bytes, nvmlMemory_t, used);
+SAME_VALUE(NVML_OK, NVML_SUCCESS);
+SAME_VALUE(NVML_INSUFFICIENT_SIZE, NVML_ERROR_INSUFFICIENT_SIZE);
+#endif

@@ -42,6 +42,7 @@ bool memory_choose_driver(void)
             abort();
         setenv("FAKE_CUDA_DIR", folder, 1);
         setenv("ICECACHE_CUDA_LIBRARY", FAKE_CUDA_PATH, 1);
+        setenv("ICECACHE_NVML_LIBRARY", FAKE_NVML_PATH, 1);
     }
     return true;
 }

@@ -128,6 +128,8 @@ static void issue(struct task *task, void *thread)
     ice_status status = landing->ops->copy(landing->memory, op->rows, op->sequence_count, op->layer, text);
     if (status != ICE_OK)
         fail_op(op, status, text);
+    else if (text[0])
+        log_warn("GPU %s: %s", copier->device->name, text);
     // Also behind copies of which some could not be issued: the others still read the staging.
     status = gpu_fence_set(copier->device, copier->next, text);
     if (!takes_off(copier, op))

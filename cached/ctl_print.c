@@ -46,8 +46,8 @@ static void print_gpu(const Icecache__Wire__GpuStats *gpu)
     char bytes[32];
     printf("gpu      %s  %s", gpu->name[0] ? gpu->name : "not open", gpu->uuid);
     printf("%s%s\n", gpu->broken[0] ? "  NOT IN USE: " : "", gpu->broken);
-    printf("  landings %u  copies %" PRIu64 "  copied %s\n", gpu->landings, gpu->copies,
-           size_text(gpu->bytes_copied, bytes, sizeof bytes));
+    printf("  landings %u  copies %" PRIu64 "  copied %s%s%s\n", gpu->landings, gpu->copies,
+           size_text(gpu->bytes_copied, bytes, sizeof bytes), gpu->copy_way[0] ? "  rows by " : "", gpu->copy_way);
     printf("  the daemon's memory there %s (%s)\n",
            gpu->vram_known ? size_text(gpu->vram_bytes, bytes, sizeof bytes) : "unknown", gpu->vram_source);
 }
@@ -172,6 +172,8 @@ static void json_gpus(const Icecache__Wire__StatsReply *stats)
         else
             printf("null,");
         json_string("vram_source", gpu->vram_source);
+        printf(",");
+        json_string("copy_way", gpu->copy_way);
         printf(",");
         json_string("broken", gpu->broken);
         printf("}");

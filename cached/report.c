@@ -127,7 +127,24 @@ struct gpu_rows {
     struct gpu_vram vram[GPUS_MAX];
 };
 
-static void fill_gpu(struct gpu *gpu, struct gpu_rows *list, uint32_t at)
+// Of the landings on a GPU, which may differ by their shapes.
+static const char *way_of(const struct server *server, const struct gpu *gpu)
+{
+    const char *found = "";
+    for (const struct session *session = server->sessions; session; session = session->next) {
+        for (const struct landing *landing = session->landings; landing; landing = landing->next) {
+            if (landing->gpu != gpu || landing->closing)
+                continue;
+            const char *way = gpu_landing_copy_way(landing->memory);
+            if (found[0] && strcmp(found, way) != 0)
+                return "differs by landing";
+            found = way;
+        }
+    }
+    return found;
+}
+
+static void fill_gpu(const struct server *server, struct gpu *gpu, struct gpu_rows *list, uint32_t at)
 {
     Icecache__Wire__GpuStats *row = &list->rows[at];
     struct copier *copier = atomic_load_explicit(&gpu->copier, memory_order_acquire);
@@ -148,14 +165,16 @@ static void fill_gpu(struct gpu *gpu, struct gpu_rows *list, uint32_t at)
     row->vram_known = list->vram[at].source != NVML_UNKNOWN;
     row->vram_source = list->vram[at].text;
     row->broken = list->broken[at];
+    row->copy_way = (char *)way_of(server, gpu);
     list->pointers[at] = row;
 }
 
-static void fill_gpus(struct gpus *gpus, struct gpu_rows *list, Icecache__Wire__StatsReply *body)
+static void fill_gpus(const struct server *server, struct gpu_rows *list, Icecache__Wire__StatsReply *body)
 {
+    const struct gpus *gpus = &server->gpus;
     const uint32_t count = atomic_load_explicit(&gpus->count, memory_order_acquire);
     for (uint32_t i = 0; i < count; i++)
-        fill_gpu(gpus->list[i], list, i);
+        fill_gpu(server, gpus->list[i], list, i);
     body->n_gpu = count;
     body->gpu = list->pointers;
 }
@@ -211,7 +230,7 @@ void report_stats(struct server *server, struct session *session, const struct e
         body.spill = &spill;
     }
     struct gpu_rows gpus;
-    fill_gpus(&server->gpus, &gpus, &body);
+    fill_gpus(server, &gpus, &body);
     body.n_phases = PHASES;
     body.phases = phases.pointers;
     body.n_sequence = list->count;

@@ -83,6 +83,18 @@ static void run_landing_open(struct task *task, void *thread)
     completion_post(&job->server->completions, &job->completion);
 }
 
+static enum gpu_copy_way copy_way_of(const struct config *config)
+{
+    switch (config->gpu_copy) {
+    case CONFIG_GPU_COPY_LOOP:
+        return GPU_COPY_LOOP;
+    case CONFIG_GPU_COPY_BATCH:
+        return GPU_COPY_BATCH;
+    default:
+        return GPU_COPY_AUTO;
+    }
+}
+
 static void run_landing_open_gpu(struct task *task, void *thread)
 {
     (void)thread;
@@ -90,9 +102,11 @@ static void run_landing_open_gpu(struct task *task, void *thread)
     const struct landing *landing = job->landing;
     job->status = gpu_ready(job->gpu, job->text);
     if (job->status == ICE_OK) {
-        const struct gpu_source source = {&job->gpu->device, job->memory};
+        const struct gpu_source source = {&job->gpu->device, job->memory, copy_way_of(job->server->config)};
         job->status =
             landing->ops->open(&job->server->gpu_system, &landing->shape, &source, &job->opened, &job->fd, job->text);
+        if (job->status == ICE_OK && job->text[0])
+            log_warn("GPU %s: %s", job->gpu->device.name, job->text);
     }
     completion_post(&job->server->completions, &job->completion);
 }
@@ -215,6 +229,7 @@ static void landing_opened(struct completion *completion, struct server *server)
     reply.landing = &body;
     body.landing_id = landing->id;
     body.bytes = job->fd >= 0 ? landing->bytes : 0;
+    body.copy_way = (char *)gpu_landing_copy_way(landing->memory);
     control_reply(server, session, &reply, job->fd);
     landing_release(server, landing); // the job's; unmaps it where the session has ended meanwhile
     job_free(server, job);

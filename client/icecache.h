@@ -140,11 +140,19 @@ enum ice_gpu_mode {
     ICE_GPU_PULL = 2,
 };
 
+// How the rows of one retrieve are copied, where it has several.
+enum ice_gpu_copy {
+    ICE_GPU_COPY_AUTO = 0,  // as measured when the landing is opened, within some 20 ms
+    ICE_GPU_COPY_LOOP = 1,  // a call of the driver for each row
+    ICE_GPU_COPY_BATCH = 2, // one for all, where the driver has it (CUDA 12.8)
+};
+
 struct ice_gpu_options {
     uint64_t address; // in this process's GPU memory (a tensor's data_ptr()), a multiple of 16; 0: made by the library
     uint64_t bytes;   // from address on, at least those of ice_landing_bytes
     int device;       // where address is 0: the GPU's number in this process
     enum ice_gpu_mode mode;
+    enum ice_gpu_copy copy; // pull; for push it is the daemon's --gpu-copy
 };
 
 // Bytes of a landing of this shape, in host or GPU memory.
@@ -164,6 +172,7 @@ struct ice_gpu_landing {
     enum ice_gpu_mode mode;  // ICE_GPU_PUSH or ICE_GPU_PULL
     const char *pull_reason; // why it is not push; "" where push was not asked for. Valid until the close
     const char *device_name;
+    const char *copy_way; // "loop", "batch", or "batch from 8 rows on", as it is now; valid as the reason is
 };
 // ICE_INVALID_ARGUMENT for a landing in host memory. (ice_landing_view is for those.)
 ICE_CHECKED ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gpu_landing *out);

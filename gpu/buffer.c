@@ -121,18 +121,19 @@ ice_status gpu_buffer_check(const struct gpu_buffer *buffer, const struct gpu_ex
 }
 
 ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_shape *shape, uint8_t *staging,
-                                char *text)
+                                enum gpu_copy_way way, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
     if (status == ICE_OK) {
         status = gpu_path_open(&buffer->path, &buffer->device, buffer->address, shape, staging, text);
-        buffer->pulls = status == ICE_OK;
+        buffer->pulls = status == ICE_OK; // until close, also where what follows fails
+        status = status == ICE_OK ? gpu_path_choose(&buffer->path, way, text) : status;
         gpu_device_leave(&buffer->device);
     }
     return status;
 }
 
-ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared, uint32_t count,
+ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared, uint32_t count,
                            uint32_t layer, uint32_t fence, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
@@ -143,9 +144,9 @@ ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows
         if (cleared[i]) {
             status = gpu_path_clear(&buffer->path, rows[i], text);
         }
-        if (status == ICE_OK) {
-            status = gpu_path_copy(&buffer->path, rows[i], layer, text);
-        }
+    }
+    if (status == ICE_OK) {
+        status = gpu_path_copy_rows(&buffer->path, rows, count, layer, text);
     }
     if (status == ICE_OK) {
         status = gpu_fence_set(&buffer->device, fence, text);

@@ -33,11 +33,12 @@ ICE_MUST_CHECK ice_status gpu_buffer_export(const struct gpu_buffer *buffer, con
 ICE_MUST_CHECK ice_status gpu_buffer_check(const struct gpu_buffer *buffer, const struct gpu_export *memory,
                                            char *text);
 
-// Pull: registers the staging of a landing of this shape, which stays until close.
+// Pull: registers the staging of a landing of this shape, which stays until close, and settles how rows are copied.
+// Both are empty.
 ICE_MUST_CHECK ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_shape *shape,
-                                               uint8_t *staging, char *text);
+                                               uint8_t *staging, enum gpu_copy_way way, char *text);
 // Issues the copies of these rows' staged layer, and a fence behind them. cleared[i]: the row's counts become 0 first.
-ICE_MUST_CHECK ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared,
+ICE_MUST_CHECK ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared,
                                           uint32_t count, uint32_t layer, uint32_t fence, char *text);
 // *done: the fence has been reached. Any thread.
 ICE_MUST_CHECK ice_status gpu_buffer_poll(const struct gpu_buffer *buffer, uint32_t fence, bool *done, char *text);

@@ -2,6 +2,7 @@
 #include "gpu/driver.h"
 
 #include <cuda.h>
+#include <cudaTypedefs.h>
 
 #if __has_include(<nvml.h>)
 #include "gpu/nvml.h"
@@ -37,6 +38,28 @@ SAME_PLACE(struct cuda_rows, to_host, CUDA_MEMCPY2D, dstHost);
 SAME_PLACE(struct cuda_rows, to_pitch, CUDA_MEMCPY2D, dstPitch);
 SAME_PLACE(struct cuda_rows, width_bytes, CUDA_MEMCPY2D, WidthInBytes);
 SAME_PLACE(struct cuda_rows, height, CUDA_MEMCPY2D, Height);
+
+#if CUDA_VERSION >= 12080
+SAME_SIZE(struct cuda_batch_attributes, CUmemcpyAttributes);
+SAME_PLACE(struct cuda_batch_attributes, source_order, CUmemcpyAttributes, srcAccessOrder);
+SAME_PLACE(struct cuda_batch_attributes, from, CUmemcpyAttributes, srcLocHint);
+SAME_PLACE(struct cuda_batch_attributes, to, CUmemcpyAttributes, dstLocHint);
+SAME_PLACE(struct cuda_batch_attributes, flags, CUmemcpyAttributes, flags);
+SAME_SIZE(((struct cuda_batch_attributes *)0)->from, CUmemLocation);
+SAME_VALUE(CUDA_SOURCE_IN_STREAM_ORDER, CU_MEMCPY_SRC_ACCESS_ORDER_STREAM);
+// That a call with our types fits each form's parameters.
+#define SAME_PARAMETERS(ours, theirs)                                                                                  \
+    _Static_assert(__builtin_types_compatible_p(__typeof__(ours), __typeof__(theirs)), #theirs " takes something "     \
+                                                                                               "else")
+SAME_PARAMETERS((CUresult(*)(CUdeviceptr *, CUdeviceptr *, size_t *, size_t, CUmemcpyAttributes *, size_t *, size_t,
+                             size_t *, CUstream))0,
+                (PFN_cuMemcpyBatchAsync_v12080)0);
+#if CUDA_VERSION >= 13000
+SAME_PARAMETERS((CUresult(*)(CUdeviceptr *, CUdeviceptr *, size_t *, size_t, CUmemcpyAttributes *, size_t *, size_t,
+                             CUstream))0,
+                (PFN_cuMemcpyBatchAsync_v13000)0);
+#endif
+#endif
 
 SAME_VALUE(CUDA_MEMORY_HOST, CU_MEMORYTYPE_HOST);
 SAME_VALUE(CUDA_INVALID_VALUE, CUDA_ERROR_INVALID_VALUE);

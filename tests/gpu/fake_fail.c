@@ -1,6 +1,6 @@
 // The file `fail` in FAKE_CUDA_DIR: "PROGRAM ENTRY CODE [DEVICE]" (the program's short name, or *), CODE a number,
-// "hang" (for ever), "stall" (until the file says something else, then as if nothing had been) or "slow" (50 ms, then
-// the same). With DEVICE only calls whose context is that device's.
+// "hang" (for ever), "stall" (until the file says something else, then as if nothing had been), "slow" (50 ms, then the
+// same) or "lag" (0.2 ms, then the same). With DEVICE only calls whose context is that device's.
 #include "fake_fail.h"
 
 #include <errno.h>
@@ -50,8 +50,8 @@ int fake_injected(const char *entry, int device)
         (void)nanosleep(&(struct timespec){0, 10000000}, NULL);
         read_code(entry, device, code);
     }
-    if (strcmp(code, "slow") == 0) {
-        (void)nanosleep(&(struct timespec){0, 50000000}, NULL);
+    if (strcmp(code, "slow") == 0 || strcmp(code, "lag") == 0) {
+        (void)nanosleep(&(struct timespec){0, code[0] == 's' ? 50000000 : 200000}, NULL);
         return 0;
     }
     return (int)strtol(code, NULL, 10);

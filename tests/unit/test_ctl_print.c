@@ -112,21 +112,23 @@ static void statistics_show_gpus(void **state)
     known.vram_bytes = 600u << 20;
     known.vram_known = 1;
     known.vram_source = TEXT("NVML");
+    known.copy_way = TEXT("batch from 8 rows on");
     unknown.uuid = TEXT("GPU-2");
     unknown.vram_source = TEXT("no NVML");
     unknown.broken = TEXT("it does not answer");
     text = printed(ctl_print_table, parts, 1);
-    expect(text, "gpu      NVIDIA H200  GPU-1\n  landings 3  copies 4  copied 5.0 MiB\n"
+    expect(text, "gpu      NVIDIA H200  GPU-1\n  landings 3  copies 4  copied 5.0 MiB  rows by batch from 8 rows on\n"
                  "  the daemon's memory there 600.0 MiB (NVML)\n"
                  "gpu      not open  GPU-2  NOT IN USE: it does not answer\n  landings 0  copies 0  copied 0 B\n"
                  "  the daemon's memory there unknown (no NVML)\n");
     free(text);
     text = printed(ctl_print_json, parts, 1);
-    expect(text,
-           ",\"gpu\":[{\"name\":\"NVIDIA H200\",\"uuid\":\"GPU-1\",\"landings\":3,\"copies\":4,"
-           "\"bytes_copied\":5242880,\"vram_bytes\":629145600,\"vram_source\":\"NVML\",\"broken\":\"\"},"
-           "{\"name\":\"\",\"uuid\":\"GPU-2\",\"landings\":0,\"copies\":0,\"bytes_copied\":0,"
-           "\"vram_bytes\":null,\"vram_source\":\"no NVML\",\"broken\":\"it does not answer\"}],\"sequence\":[]}");
+    expect(text, ",\"gpu\":[{\"name\":\"NVIDIA H200\",\"uuid\":\"GPU-1\",\"landings\":3,\"copies\":4,"
+                 "\"bytes_copied\":5242880,\"vram_bytes\":629145600,\"vram_source\":\"NVML\",\"copy_way\":\"batch from "
+                 "8 rows on\",\"broken\":\"\"},"
+                 "{\"name\":\"\",\"uuid\":\"GPU-2\",\"landings\":0,\"copies\":0,\"bytes_copied\":0,"
+                 "\"vram_bytes\":null,\"vram_source\":\"no NVML\",\"copy_way\":\"\",\"broken\":\"it does not "
+                 "answer\"}],\"sequence\":[]}");
     free(text);
 }
 

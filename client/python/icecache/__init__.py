@@ -254,6 +254,7 @@ class Landing(_Handle):
 
 
 _MODES = {"any": 0, "push": 1, "pull": 2}
+_COPIES = {"auto": 0, "loop": 1, "batch": 2}
 
 
 class GpuArray:
@@ -306,7 +307,8 @@ def _gpu_layout(array):
 
 
 class GpuLanding(_Handle):
-    """A landing in GPU memory. mode: "push" or "pull", pull_reason: why it is not push.
+    """A landing in GPU memory. mode: "push" or "pull", pull_reason: why it is not push; copy_way: how
+    several rows are copied.
 
     data is [row, layer, KV head, 2, slot, head_dim] (int16, the bit patterns, for bf16: torch.as_tensor(...) and
     .view(torch.bfloat16)); counts is int32 [row, layer, KV head], positions int32 [row, layer, KV head, slot]. What a
@@ -326,6 +328,7 @@ class GpuLanding(_Handle):
         self.mode = "push" if found.mode == _MODES["push"] else "pull"
         self.pull_reason = found.pull_reason.decode("utf-8", "replace")
         self.device_name = found.device_name.decode("utf-8", "replace")
+        self.copy_way = found.copy_way.decode("utf-8", "replace")
         cells = (shape.rows, shape.layers, shape.kv_heads)
         element = {"bf16": "<i2", "fp16": "<f2", "fp32": "<f4"}[dtype]
         step = found.layer_bytes
@@ -552,21 +555,24 @@ class Client:
             self.close()
 
     def open_landing(
-        self, *, rows, layers, kv_heads, slots, head_dim, dtype, gpu=None, mode="any", deadline_us=0
+        self, *, rows, layers, kv_heads, slots, head_dim, dtype, gpu=None, mode="any", copy="auto", deadline_us=0
     ):
         """A Landing in host memory; a GpuLanding where gpu is the number of a GPU or an array in GPU memory.
 
         The array (a torch tensor, or anything with __cuda_array_interface__) must have at least landing_bytes(...)
-        bytes and lie contiguous. mode is "push", "pull" or "any".
+        bytes and lie contiguous. mode is "push", "pull" or "any". copy is how the
+        rows of one retrieve are copied in mode pull: "loop", "batch", or "auto", which measures.
         """
         shape = _library.LandingShape(rows, layers, kv_heads, slots, head_dim, _dtype(dtype)[0])
         handle = c_void_p()
         if gpu is not None:
             if mode not in _MODES:
                 raise ValueError(f"mode {mode!r} is none of {', '.join(_MODES)}")
+            if copy not in _COPIES:
+                raise ValueError(f"copy {copy!r} is none of {', '.join(_COPIES)}")
             number = isinstance(gpu, int)
             address, nbytes = (0, 0) if number else _gpu_memory(gpu)
-            options = _library.GpuOptions(address, nbytes, gpu if number else 0, _MODES[mode])
+            options = _library.GpuOptions(address, nbytes, gpu if number else 0, _MODES[mode], _COPIES[copy])
             _check(library().ice_landing_open_gpu(self._open(), byref(shape), byref(options), deadline_us, byref(handle)))
             return GpuLanding(self, handle, shape, dtype, None if number else gpu)
         _check(library().ice_landing_open(self._open(), byref(shape), deadline_us, byref(handle)))

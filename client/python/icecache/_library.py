@@ -93,6 +93,7 @@ class GpuOptions(ctypes.Structure):
         ("bytes", c_uint64),
         ("device", c_int),
         ("mode", c_int),
+        ("copy", c_int),
     ]
 
 
@@ -106,6 +107,7 @@ class GpuLanding(ctypes.Structure):
         ("mode", c_int),
         ("pull_reason", c_char_p),
         ("device_name", c_char_p),
+        ("copy_way", c_char_p),
     ]
 
 

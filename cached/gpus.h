@@ -6,8 +6,9 @@
 #include "cached/copier.h"
 #include "cached/task_queue.h"
 #include "gpu/nvml.h"
+#include "proto/limits.h"
 
-#define GPUS_MAX              16u
+#define GPUS_MAX              WIRE_STATS_GPUS_MAX
 #define GPUS_LOOK_NS          (500ull * 1000000u)   // between two looks at what the driver keeps
 #define GPUS_OPEN_DEADLINE_NS (15ull * 1000000000u) // an opener that is at one thing for longer is avoided
 #define GPUS_STOP_DEADLINE_S  5                     // for each thread at the end

@@ -119,8 +119,10 @@ static ice_status pull_open(ice_landing *landing, enum ice_gpu_copy copy, uint64
         status = landing_map(landing, pending);
         exchange_abandon(client, pending);
         if (status == ICE_OK) {
+            (void)pthread_mutex_unlock(&client->lock); // what follows takes long, and nobody else has the landing yet
             status =
                 gpu_buffer_pull_open(&landing->gpu->buffer, &landing->shape, landing->base, copy_way_of(copy), text);
+            (void)pthread_mutex_lock(&client->lock);
             status = status == ICE_OK ? ICE_OK : set_error(status, text);
         }
         if (status != ICE_OK) {

@@ -3,6 +3,7 @@
 #include "cached/config.h"
 
 #include "gpu/driver.h"
+#include "gpu/nvml.h"
 #include "proto/control.h"
 
 #include <ctype.h>
@@ -49,6 +50,7 @@ enum {
     FLAG_LOG_LEVEL,
     FLAG_CUDA_LIBRARY,
     FLAG_SPILL_DIR,
+    FLAG_NVML_LIBRARY,
     FLAG_HELP,
     FLAG_VERSION,
     FLAG_CHOICE
@@ -186,6 +188,10 @@ static bool read_environment(struct config *config, char *error, size_t capacity
     if (library &&
         !set_text(config->cuda_library, sizeof config->cuda_library, "cuda-library", library, error, capacity))
         return blame_variable(name, error, capacity);
+    library = environment_of("nvml-library", name);
+    if (library &&
+        !set_text(config->nvml_library, sizeof config->nvml_library, "nvml-library", library, error, capacity))
+        return blame_variable(name, error, capacity);
     const char *spill = environment_of("spill-dir", name);
     if (spill &&
         !set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", spill, error, capacity))
@@ -196,7 +202,7 @@ static bool read_environment(struct config *config, char *error, size_t capacity
 static enum config_outcome read_arguments(struct config *config, int argc, char *const *argv, char *error,
                                           size_t capacity)
 {
-    struct option options[NUMBER_COUNT + CHOICE_COUNT + 7] = {{0}};
+    struct option options[NUMBER_COUNT + CHOICE_COUNT + 8] = {{0}};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         options[i] = (struct option){numbers[i].flag, required_argument, NULL, (int)i};
     options[NUMBER_COUNT] = (struct option){"socket-dir", required_argument, NULL, FLAG_SOCKET_DIR};
@@ -205,8 +211,9 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
     options[NUMBER_COUNT + 3] = (struct option){"version", no_argument, NULL, FLAG_VERSION};
     options[NUMBER_COUNT + 4] = (struct option){"cuda-library", required_argument, NULL, FLAG_CUDA_LIBRARY};
     options[NUMBER_COUNT + 5] = (struct option){"spill-dir", required_argument, NULL, FLAG_SPILL_DIR};
+    options[NUMBER_COUNT + 6] = (struct option){"nvml-library", required_argument, NULL, FLAG_NVML_LIBRARY};
     for (size_t i = 0; i < CHOICE_COUNT; i++)
-        options[NUMBER_COUNT + 6 + i] = (struct option){choices[i].flag, required_argument, NULL, FLAG_CHOICE + (int)i};
+        options[NUMBER_COUNT + 7 + i] = (struct option){choices[i].flag, required_argument, NULL, FLAG_CHOICE + (int)i};
     optind = 1;
     opterr = 0;
     for (int flag; (flag = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
@@ -227,6 +234,8 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
             ok = set_text(config->log_level, sizeof config->log_level, "log-level", optarg, error, capacity);
         else if (flag == FLAG_CUDA_LIBRARY)
             ok = set_text(config->cuda_library, sizeof config->cuda_library, "cuda-library", optarg, error, capacity);
+        else if (flag == FLAG_NVML_LIBRARY)
+            ok = set_text(config->nvml_library, sizeof config->nvml_library, "nvml-library", optarg, error, capacity);
         else if (flag == FLAG_SPILL_DIR)
             ok =
                 set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", optarg, error, capacity);
@@ -246,7 +255,8 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
 
 enum config_outcome config_read(struct config *config, int argc, char *const *argv, char *error, size_t capacity)
 {
-    *config = (struct config){.log_level = "info", .cuda_library = CUDA_LIBRARY_DEFAULT};
+    *config = (struct config){
+        .log_level = "info", .cuda_library = CUDA_LIBRARY_DEFAULT, .nvml_library = NVML_LIBRARY_DEFAULT};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         memcpy((char *)config + numbers[i].offset, &numbers[i].initial, sizeof numbers[i].initial);
     for (size_t i = 0; i < CHOICE_COUNT; i++)
@@ -273,6 +283,8 @@ void config_print_help(FILE *file)
         "  --socket-dir DIR          where the sockets and the lock file are (ICECACHE_SOCKET_DIR)\n"
         "  --log-level LEVEL         error, warn, info or debug (default info)\n"
         "  --cuda-library FILE       the CUDA driver, loaded for the first landing on a GPU (default libcuda.so.1)\n"
+        "  --nvml-library FILE       NVML, which says how much GPU memory the daemon takes (default "
+        "libnvidia-ml.so.1)\n"
         "  --spill-dir DIR           where the spill file is: pages that are not used leave memory for it (default "
         "none)\n");
     for (size_t i = 0; i < NUMBER_COUNT; i++) {

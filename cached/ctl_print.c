@@ -41,6 +41,17 @@ static void print_spill(const Icecache__Wire__SpillStats *spill)
            spill->ahead_wasted);
 }
 
+static void print_gpu(const Icecache__Wire__GpuStats *gpu)
+{
+    char bytes[32];
+    printf("gpu      %s  %s", gpu->name[0] ? gpu->name : "not open", gpu->uuid);
+    printf("%s%s\n", gpu->broken[0] ? "  NOT IN USE: " : "", gpu->broken);
+    printf("  landings %u  copies %" PRIu64 "  copied %s%s%s\n", gpu->landings, gpu->copies,
+           size_text(gpu->bytes_copied, bytes, sizeof bytes), gpu->copy_way[0] ? "  rows by " : "", gpu->copy_way);
+    printf("  the daemon's memory there %s (%s)\n",
+           gpu->vram_known ? size_text(gpu->vram_bytes, bytes, sizeof bytes) : "unknown", gpu->vram_source);
+}
+
 static void print_totals(const Icecache__Wire__StatsReply *stats)
 {
     char text[32], whole[32];
@@ -60,6 +71,8 @@ static void print_totals(const Icecache__Wire__StatsReply *stats)
     print_usage_row("shared", stats->shared_bytes, stats->shared_capacity_bytes);
     if (stats->spill)
         print_spill(stats->spill);
+    for (size_t i = 0; i < stats->n_gpu; i++)
+        print_gpu(stats->gpu[i]);
     printf("phase        count      p50 us      p99 us    p99.9 us      max us\n");
     for (size_t i = 0; i < stats->n_phases; i++) {
         const Icecache__Wire__PhaseStats *phase = stats->phases[i];
@@ -142,6 +155,32 @@ static void json_spill(const Icecache__Wire__SpillStats *spill)
            spill->ahead_wasted);
 }
 
+// All GPUs that the daemon copies to: none where workers fetch.
+static void json_gpus(const Icecache__Wire__StatsReply *stats)
+{
+    printf(",\"gpu\":[");
+    for (size_t i = 0; i < stats->n_gpu; i++) {
+        const Icecache__Wire__GpuStats *gpu = stats->gpu[i];
+        printf("%s{", i ? "," : "");
+        json_string("name", gpu->name);
+        printf(",");
+        json_string("uuid", gpu->uuid);
+        printf(",\"landings\":%u,\"copies\":%" PRIu64 ",\"bytes_copied\":%" PRIu64 ",\"vram_bytes\":", gpu->landings,
+               gpu->copies, gpu->bytes_copied);
+        if (gpu->vram_known)
+            printf("%" PRIu64 ",", gpu->vram_bytes);
+        else
+            printf("null,");
+        json_string("vram_source", gpu->vram_source);
+        printf(",");
+        json_string("copy_way", gpu->copy_way);
+        printf(",");
+        json_string("broken", gpu->broken);
+        printf("}");
+    }
+    printf("]");
+}
+
 static void json_sequence(const Icecache__Wire__SequenceStats *row)
 {
     printf("{\"id\":%" PRIu64 ",\"session\":\"%016" PRIx64 "\",\"pid\":%u,", row->sequence_id, row->session_id,
@@ -161,6 +200,7 @@ void ctl_print_json(Icecache__Wire__Reply *const *pages, size_t count)
 {
     printf("{");
     json_totals(pages[0]->stats);
+    json_gpus(pages[0]->stats);
     if (pages[0]->stats->spill)
         json_spill(pages[0]->stats->spill);
     printf(",\"sequence\":[");

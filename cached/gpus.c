@@ -1,10 +1,7 @@
-// GPUs of the daemon. A copier is the only thread that issues copies on its GPU and asks for their ends; the opener is
-// the only one that makes and unmakes mappings of workers' memory. Neither is ever waited for by the reactor, the
-// shards or the keeper: a driver that hangs costs what waits in its thread (for the opener that is every landing in GPU
-// memory that is to be opened or closed, with its session), not host landings.
-//
-// Invariants: copies of a GPU are in one stream, so they end in the order in which they were issued; an op is completed
-// after its copies have ended, or when the copier has given its GPU up.
+// GPUs of the daemon. The finder is the only thread that asks for the driver and its devices; a GPU's opener is the
+// only one that makes and unmakes mappings of workers' memory there. None of them, and no copier, is ever waited for by
+// the reactor, the shards or the keeper. A driver that hangs costs what waits in its thread: for an opener the landings
+// on its GPU that are to be opened or closed, with their sessions; for the finder the GPUs that are not in use yet.
 #include "cached/gpus.h"
 
 #include "cached/log.h"
@@ -16,154 +13,140 @@
 #include <string.h>
 #include <time.h>
 
-struct copier {
-    struct server *server;
-    struct task_queue queue;
-    pthread_t thread;
-    struct gpu_device device;
+// ---- opener ----
 
-    // Written by the copier's thread, once; read by the opener's too.
-    _Atomic bool broken;               // the GPU answers with errors, or not at all
-    char broken_text[CUDA_TEXT_BYTES]; // before the flag
-
-    // The copier's thread only.
-    struct op *flying[GPU_FENCES_MAX]; // in order of issue; the fence is the place
-    uint32_t first, count;
-};
-
-// ---- one copier ----
-
-static void fail_op(struct op *op, ice_status status, const char *text)
+static struct copier *copier_of(const struct gpu *gpu)
 {
-    uint32_t none = ICE_OK;
-    if (atomic_compare_exchange_strong_explicit(&op->failure, &none, status, memory_order_acq_rel,
-                                                memory_order_relaxed))
-        snprintf(op->copy_text, sizeof op->copy_text, "copying to the GPU: %.200s", text);
+    return atomic_load_explicit(&gpu->copier, memory_order_acquire);
 }
 
-static bool is_broken(const struct copier *copier)
+ice_status gpu_check(const struct gpu *gpu, char *text)
 {
-    return atomic_load_explicit(&copier->broken, memory_order_acquire);
-}
-
-static void break_off(struct copier *copier, const char *text)
-{
-    log_error("GPU %s is given up until the daemon starts again: %s", copier->device.name, text);
-    snprintf(copier->broken_text, sizeof copier->broken_text, "%s", text);
-    atomic_store_explicit(&copier->broken, true, memory_order_release);
-}
-
-static void complete(struct copier *copier, struct op *op)
-{
-    op->push_ns = env_now_ns(copier->server->env) - op->pushed_ns;
-    completion_post(&copier->server->completions, &op->completion);
-}
-
-// Completes everything in flight as failed: nobody knows where the copies are.
-static void abandon(struct copier *copier)
-{
-    for (; copier->count > 0; copier->count--) {
-        struct op *op = copier->flying[copier->first];
-        copier->first = (copier->first + 1) % GPU_FENCES_MAX;
-        fail_op(op, ICE_SYSTEM, copier->broken_text);
-        complete(copier, op);
+    struct copier *copier = copier_of(gpu);
+    struct copier_usage usage = {0};
+    if (copier)
+        copier_usage(copier, &usage);
+    if (usage.broken) {
+        snprintf(text, CUDA_TEXT_BYTES, "the daemon has given the GPU up: %.200s", usage.broken_text);
+        return ICE_NOT_SUPPORTED;
     }
+    const uint64_t busy_ns = atomic_load_explicit(&gpu->busy_ns, memory_order_relaxed);
+    const uint64_t now_ns = env_now_ns(gpu->server->env);
+    if (busy_ns != 0 && now_ns > busy_ns && now_ns - busy_ns >= GPUS_OPEN_DEADLINE_NS) {
+        snprintf(text, CUDA_TEXT_BYTES, "the CUDA driver does not return from the GPU's last opening or closing");
+        return ICE_NOT_SUPPORTED;
+    }
+    return ICE_OK;
 }
 
-static void issue(struct task *task, void *thread)
+static void read_vram(struct gpu *gpu)
 {
-    struct copier *copier = thread;
-    struct op *op = (struct op *)((char *)task - offsetof(struct op, copy_task));
-    struct landing *landing = op->landing;
-    char text[CUDA_TEXT_BYTES];
-    op->pushed_ns = env_now_ns(copier->server->env);
-    if (is_broken(copier)) {
-        fail_op(op, ICE_SYSTEM, copier->broken_text);
-        complete(copier, op);
+    uint64_t bytes;
+    const enum nvml_source source = nvml_watch_read(&gpu->watch, &bytes);
+    const uint64_t now_ns = env_now_ns(gpu->server->env);
+    pthread_mutex_lock(&gpu->lock);
+    gpu->vram_ns = now_ns;
+    gpu->vram_bytes = bytes;
+    gpu->vram_source = source;
+    snprintf(gpu->vram_text, sizeof gpu->vram_text, "%s", gpu->watch.text);
+    pthread_mutex_unlock(&gpu->lock);
+}
+
+static void run_vram(struct task *task, void *thread)
+{
+    (void)task;
+    struct gpu *gpu = thread;
+    read_vram(gpu);
+    atomic_store_explicit(&gpu->vram_asked, false, memory_order_release); // the task may be queued again
+}
+
+void gpu_vram(struct gpu *gpu, struct gpu_vram *out)
+{
+    pthread_mutex_lock(&gpu->lock);
+    const uint64_t seen_ns = gpu->vram_ns;
+    *out = (struct gpu_vram){.bytes = gpu->vram_bytes, .source = gpu->vram_source};
+    const char *text = seen_ns == 0                       ? "not looked at yet"
+                       : gpu->vram_source == NVML_PROCESS ? "NVML"
+                       : gpu->vram_source == NVML_GROWTH  ? "what the GPU had more in use once the context was made"
+                                                          : gpu->vram_text;
+    snprintf(out->text, sizeof out->text, "%s", text);
+    pthread_mutex_unlock(&gpu->lock);
+    if (seen_ns == 0 || env_now_ns(gpu->server->env) - seen_ns < GPUS_VRAM_NS ||
+        atomic_exchange_explicit(&gpu->vram_asked, true, memory_order_acquire))
         return;
-    }
-    ice_status status = landing->ops->copy(landing->memory, op->rows, op->sequence_count, op->layer, text);
-    if (status != ICE_OK)
-        fail_op(op, status, text);
-    // Also behind copies of which some could not be issued: the others still read the staging.
-    uint32_t fence = (copier->first + copier->count) % GPU_FENCES_MAX;
-    copier->flying[fence] = op;
-    copier->count++;
-    if (gpu_fence_set(&copier->device, fence, text) != ICE_OK) {
-        break_off(copier, text);
-        abandon(copier);
-    }
+    gpu->vram_task.run = run_vram;
+    task_queue_push(&gpu->queue, TASK_ADMIN, &gpu->vram_task);
 }
 
-// Looks at the oldest copies. False: they are still under way.
-static bool finish_first(struct copier *copier)
+// With a look at the GPU's memory in use before and after.
+static ice_status open_device(struct gpu *gpu, char *text)
 {
-    struct op *op = copier->flying[copier->first];
-    char text[CUDA_TEXT_BYTES];
-    bool done = false;
-    ice_status status = gpu_fence_poll(&copier->device, copier->first, &done, text);
-    if (status == ICE_OK && !done) {
-        if (env_now_ns(copier->server->env) - op->pushed_ns < GPUS_COPY_DEADLINE_NS)
-            return false;
-        status = ICE_SYSTEM;
-        snprintf(text, sizeof text, "a copy has not ended within %llu s", GPUS_COPY_DEADLINE_NS / 1000000000u);
-    }
+    char uuid[CUDA_TEXT_BYTES];
+    cuda_uuid_format(gpu->uuid, uuid);
+    nvml_watch_open(&gpu->watch, gpu->server->config->nvml_library, uuid);
+    const ice_status status = gpu_device_open(&gpu->server->gpus.driver, gpu->id, NULL, &gpu->device, text);
     if (status != ICE_OK) {
-        break_off(copier, text);
-        abandon(copier);
-        return true;
+        nvml_watch_close(&gpu->watch);
+        return status;
     }
-    copier->first = (copier->first + 1) % GPU_FENCES_MAX;
-    copier->count--;
-    complete(copier, op);
-    return true;
+    nvml_watch_context(&gpu->watch);
+    read_vram(gpu);
+    return ICE_OK;
 }
 
-static void pause_a_little(const struct copier *copier)
+static void close_device(struct gpu *gpu)
 {
-    const struct op *op = copier->flying[copier->first];
-    if (env_now_ns(copier->server->env) - op->pushed_ns < GPUS_SPIN_NS)
-        return;
-    const struct timespec pause = {0, GPUS_PAUSE_NS};
-    nanosleep(&pause, NULL);
+    gpu_device_close(&gpu->device);
+    nvml_watch_close(&gpu->watch);
 }
 
-static void *copier_main(void *argument)
+ice_status gpu_ready(struct gpu *gpu, char *text)
 {
-    struct copier *copier = argument;
-    char text[CUDA_TEXT_BYTES];
-    bool entered = gpu_device_enter(&copier->device, text) == ICE_OK;
-    if (!entered)
-        break_off(copier, text);
-    for (;;) {
-        bool stopped = false;
-        struct task *task = NULL;
-        if (copier->count < GPU_FENCES_MAX)
-            task = task_queue_pop(&copier->queue, copier->count > 0 ? 0 : 1000000000u, &stopped);
+    text[0] = '\0';
+    if (copier_of(gpu))
+        return gpu_check(gpu, text);
+    struct server *server = gpu->server;
+    ice_status status = open_device(gpu, text);
+    if (status != ICE_OK)
+        return status;
+    struct copier *copier;
+    const int error = copier_start(server, &gpu->device, gpu->number, &copier);
+    if (error) {
+        snprintf(text, CUDA_TEXT_BYTES, "cannot start a copier: %s", strerror(-error));
+        close_device(gpu);
+        return error == -ENOMEM ? ICE_NO_MEMORY : ICE_SYSTEM;
+    }
+    atomic_store_explicit(&gpu->copier, copier, memory_order_release);
+    char uuid[CUDA_TEXT_BYTES];
+    cuda_uuid_format(gpu->uuid, uuid);
+    log_info("copying to GPU %s (%s)", gpu->device.name, uuid);
+    return ICE_OK;
+}
+
+static void run_busy(struct gpu *gpu, struct task *task)
+{
+    atomic_store_explicit(&gpu->busy_ns, env_now_ns(gpu->server->env), memory_order_relaxed);
+    task->run(task, gpu);
+    atomic_store_explicit(&gpu->busy_ns, 0, memory_order_relaxed);
+}
+
+static void *opener_main(void *argument)
+{
+    struct gpu *gpu = argument;
+    for (bool stopped = false; !stopped;) {
+        struct task *task = task_queue_pop(&gpu->queue, 1000000000u, &stopped);
         if (task)
-            task->run(task, copier);
-        else if (copier->count > 0 && !finish_first(copier))
-            pause_a_little(copier);
-        else if (stopped && copier->count == 0)
-            break;
+            run_busy(gpu, task);
     }
-    if (entered)
-        gpu_device_leave(&copier->device);
+    struct copier *copier = copier_of(gpu);
+    if (copier) {
+        copier_stop(copier);
+        close_device(gpu);
+    }
     return NULL;
 }
 
-struct gpu_device *copier_device(struct copier *copier)
-{
-    return &copier->device;
-}
-
-void copier_push(struct copier *copier, struct op *op)
-{
-    op->copy_task.run = issue;
-    task_queue_push(&copier->queue, TASK_DECODE, &op->copy_task);
-}
-
-// ---- opener ----
+// ---- finder ----
 
 static ice_status seek_driver(struct server *server, char *text)
 {
@@ -179,73 +162,90 @@ static ice_status seek_driver(struct server *server, char *text)
     return gpus->driver_status;
 }
 
-static ice_status copier_start(struct server *server, cuda_device id, struct copier **out, char *text)
+static void gpu_free(struct server *server, struct gpu *gpu)
+{
+    pthread_mutex_destroy(&gpu->lock);
+    task_queue_fini(&gpu->queue);
+    server->env->release(server->env, gpu, sizeof *gpu);
+}
+
+static ice_status gpu_start(struct server *server, const uint8_t *uuid, cuda_device id, struct gpu **out, char *text)
 {
     struct gpus *gpus = &server->gpus;
-    if (gpus->copier_count == GPUS_MAX) {
+    const uint32_t number = atomic_load_explicit(&gpus->count, memory_order_relaxed);
+    if (number == GPUS_MAX) {
         snprintf(text, CUDA_TEXT_BYTES, "the daemon copies to %u GPUs already, as many as it can", GPUS_MAX);
         return ICE_LIMIT;
     }
-    struct copier *copier = env_acquire_zeroed(server->env, sizeof *copier);
-    if (!copier)
+    struct gpu *gpu = env_acquire_zeroed(server->env, sizeof *gpu);
+    if (!gpu)
         return ICE_NO_MEMORY;
-    copier->server = server;
-    ice_status status = gpu_device_open(&gpus->driver, id, NULL, &copier->device, text);
-    if (status != ICE_OK) {
-        server->env->release(server->env, copier, sizeof *copier);
-        return status;
-    }
-    task_queue_init(&copier->queue);
-    int error = pthread_create(&copier->thread, NULL, copier_main, copier);
+    gpu->server = server;
+    gpu->number = number;
+    gpu->id = id;
+    memcpy(gpu->uuid, uuid, sizeof gpu->uuid);
+    task_queue_init(&gpu->queue);
+    pthread_mutex_init(&gpu->lock, NULL);
+    const int error = pthread_create(&gpu->opener, NULL, opener_main, gpu);
     if (error) {
-        snprintf(text, CUDA_TEXT_BYTES, "cannot start a copier: %s", strerror(error));
-        gpu_device_close(&copier->device);
-        task_queue_fini(&copier->queue);
-        server->env->release(server->env, copier, sizeof *copier);
+        snprintf(text, CUDA_TEXT_BYTES, "cannot start an opener: %s", strerror(error));
+        gpu_free(server, gpu);
         return ICE_SYSTEM;
     }
     char name[16];
-    snprintf(name, sizeof name, "copier-%u", gpus->copier_count % 1000u);
-    pthread_setname_np(copier->thread, name);
-    gpus->copiers[gpus->copier_count++] = copier;
-    cuda_uuid_format(copier->device.uuid, text);
-    log_info("copying to GPU %s (%s)", copier->device.name, text);
-    *out = copier;
+    snprintf(name, sizeof name, "opener-%u", number);
+    pthread_setname_np(gpu->opener, name);
+    gpus->list[number] = gpu;
+    atomic_store_explicit(&gpus->count, number + 1, memory_order_release);
+    *out = gpu;
     return ICE_OK;
 }
 
-ice_status gpus_copier(struct server *server, const uint8_t *uuid, struct copier **out, char *text)
+struct gpu *gpus_known(struct gpus *gpus, const uint8_t *uuid)
 {
-    struct gpus *gpus = &server->gpus;
+    const uint32_t count = atomic_load_explicit(&gpus->count, memory_order_acquire);
+    for (uint32_t i = 0; i < count; i++)
+        if (memcmp(gpus->list[i]->uuid, uuid, CUDA_UUID_BYTES) == 0)
+            return gpus->list[i];
+    return NULL;
+}
+
+ice_status gpus_find(struct server *server, const uint8_t *uuid, struct gpu **out, char *text)
+{
     text[0] = '\0';
-    for (uint32_t i = 0; i < gpus->copier_count; i++) {
-        struct copier *copier = gpus->copiers[i];
-        if (memcmp(copier->device.uuid, uuid, CUDA_UUID_BYTES) != 0)
-            continue;
-        if (is_broken(copier)) {
-            snprintf(text, CUDA_TEXT_BYTES, "the daemon has given the GPU up: %.200s", copier->broken_text);
-            return ICE_NOT_SUPPORTED;
-        }
-        *out = copier;
+    *out = gpus_known(&server->gpus, uuid);
+    if (*out)
         return ICE_OK;
-    }
     cuda_device id;
     ice_status status = seek_driver(server, text);
     if (status == ICE_OK)
-        status = cuda_device_find(&gpus->driver, uuid, &id, text);
-    return status == ICE_OK ? copier_start(server, id, out, text) : status;
+        status = cuda_device_find(&server->gpus.driver, uuid, &id, text);
+    return status == ICE_OK ? gpu_start(server, uuid, id, out, text) : status;
 }
 
-static void *opener_main(void *argument)
+static void *finder_main(void *argument)
 {
     struct server *server = argument;
-    for (;;) {
-        bool stopped;
+    for (bool stopped = false; !stopped;) {
         struct task *task = task_queue_pop(&server->gpus.queue, 1000000000u, &stopped);
         if (task)
             task->run(task, server);
-        else if (stopped)
-            return NULL;
+    }
+    return NULL;
+}
+
+// ---- reactor ----
+
+void gpus_look(struct gpus *gpus, uint64_t now_ns)
+{
+    const uint32_t count = atomic_load_explicit(&gpus->count, memory_order_acquire);
+    if (count == 0 || now_ns - gpus->looked_ns < GPUS_LOOK_NS)
+        return;
+    gpus->looked_ns = now_ns;
+    for (uint32_t i = 0; i < count; i++) {
+        struct copier *copier = copier_of(gpus->list[i]);
+        if (copier)
+            copier_look(copier, now_ns);
     }
 }
 
@@ -264,10 +264,10 @@ void gpus_fini(struct gpus *gpus)
 
 int gpus_start(struct gpus *gpus, struct server *server)
 {
-    int error = pthread_create(&gpus->opener, NULL, opener_main, server);
-    gpus->opener_runs = error == 0;
-    if (gpus->opener_runs)
-        pthread_setname_np(gpus->opener, "gpu-opener");
+    int error = pthread_create(&gpus->finder, NULL, finder_main, server);
+    gpus->finder_runs = error == 0;
+    if (gpus->finder_runs)
+        pthread_setname_np(gpus->finder, "gpu-finder");
     return -error;
 }
 
@@ -278,24 +278,23 @@ static bool join(pthread_t thread, const char *what)
     until.tv_sec += GPUS_STOP_DEADLINE_S;
     if (pthread_timedjoin_np(thread, NULL, &until) == 0)
         return true;
-    log_error("the CUDA driver keeps the %s waiting", what);
+    log_error("the CUDA driver keeps %s waiting", what);
     return false;
 }
 
 bool gpus_stop(struct gpus *gpus, struct server *server)
 {
     task_queue_stop(&gpus->queue);
-    if (gpus->opener_runs && !join(gpus->opener, "opener"))
+    if (gpus->finder_runs && !join(gpus->finder, "the search for GPUs"))
         return false;
-    gpus->opener_runs = false;
-    for (; gpus->copier_count > 0; gpus->copier_count--) {
-        struct copier *copier = gpus->copiers[gpus->copier_count - 1];
-        task_queue_stop(&copier->queue);
-        if (!join(copier->thread, "copier"))
+    gpus->finder_runs = false;
+    for (uint32_t count; (count = atomic_load_explicit(&gpus->count, memory_order_relaxed)) > 0;) {
+        struct gpu *gpu = gpus->list[count - 1];
+        task_queue_stop(&gpu->queue);
+        if (!join(gpu->opener, "a GPU's opener or copier"))
             return false;
-        gpu_device_close(&copier->device);
-        task_queue_fini(&copier->queue);
-        server->env->release(server->env, copier, sizeof *copier);
+        gpu_free(server, gpu);
+        atomic_store_explicit(&gpus->count, count - 1, memory_order_relaxed);
     }
     return true;
 }

@@ -246,7 +246,7 @@ static void fill_retrieve(struct op *op, const Icecache__Wire__Retrieve *message
     op->append = message->append;
     op->page_wise = message->page_wise;
     op->follows = message->follows;
-    op->resend = message->resend || op->landing->copier; // a push copies whole blocks
+    op->resend = message->resend || op->landing->gpu; // a push copies whole blocks
     op->coverage = message->coverage;
     for (uint32_t i = 0; i < op->sequence_count; i++) {
         op->admissions[i] = (struct admission){.op = op, .sequence = sequences[i], .exclusive = message->append};

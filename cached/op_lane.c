@@ -473,8 +473,8 @@ static void next_phase(struct op *op)
     }
     op->completion.done = op_done;
     bool failed = atomic_load_explicit(&op->failure, memory_order_acquire) != ICE_OK;
-    if (op->kind == OP_RETRIEVE && op->landing->copier && !failed) {
-        copier_push(op->landing->copier, op);
+    if (op->kind == OP_RETRIEVE && op->landing->gpu && !failed) {
+        copier_push(op->landing->gpu->copier, op); // there since the landing was opened
         return;
     }
     completion_post(&op->server->completions, &op->completion);

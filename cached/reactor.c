@@ -174,6 +174,7 @@ static void one_round(struct server *server, bool *more)
 {
     struct epoll_event events[EVENTS_MAX];
     uint64_t now = env_now_ns(server->env);
+    gpus_look(&server->gpus, now);
     uint64_t expire_ns = session_expire(server, now);
     uint64_t accept_ns = resume_accepting(server, now);
     uint64_t idle_ns = idle_look(server, now), first_ns = expire_ns < accept_ns ? expire_ns : accept_ns;

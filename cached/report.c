@@ -121,6 +121,64 @@ static void fill_spill(struct server *server, Icecache__Wire__SpillStats *body)
     body->hibernated = atomic_load_explicit(&stats->asleep, memory_order_relaxed);
 }
 
+struct gpu_rows {
+    Icecache__Wire__GpuStats rows[GPUS_MAX], *pointers[GPUS_MAX];
+    char uuids[GPUS_MAX][CUDA_TEXT_BYTES], broken[GPUS_MAX][CUDA_TEXT_BYTES];
+    struct gpu_vram vram[GPUS_MAX];
+};
+
+// Of the landings on a GPU, which may differ by their shapes.
+static const char *way_of(const struct server *server, const struct gpu *gpu)
+{
+    const char *found = "";
+    for (const struct session *session = server->sessions; session; session = session->next) {
+        for (const struct landing *landing = session->landings; landing; landing = landing->next) {
+            if (landing->gpu != gpu || landing->closing)
+                continue;
+            const char *way = gpu_landing_copy_way(landing->memory);
+            if (found[0] && strcmp(found, way) != 0)
+                return "differs by landing";
+            found = way;
+        }
+    }
+    return found;
+}
+
+static void fill_gpu(const struct server *server, struct gpu *gpu, struct gpu_rows *list, uint32_t at)
+{
+    Icecache__Wire__GpuStats *row = &list->rows[at];
+    struct copier *copier = atomic_load_explicit(&gpu->copier, memory_order_acquire);
+    struct copier_usage usage = {0};
+    if (copier)
+        copier_usage(copier, &usage);
+    cuda_uuid_format(gpu->uuid, list->uuids[at]);
+    if (gpu_check(gpu, list->broken[at]) == ICE_OK)
+        list->broken[at][0] = '\0';
+    gpu_vram(gpu, &list->vram[at]);
+    icecache__wire__gpu_stats__init(row);
+    row->name = copier ? gpu->device.name : row->name;
+    row->uuid = list->uuids[at];
+    row->landings = gpu->landings;
+    row->copies = usage.copies;
+    row->bytes_copied = usage.bytes;
+    row->vram_bytes = list->vram[at].bytes;
+    row->vram_known = list->vram[at].source != NVML_UNKNOWN;
+    row->vram_source = list->vram[at].text;
+    row->broken = list->broken[at];
+    row->copy_way = (char *)way_of(server, gpu);
+    list->pointers[at] = row;
+}
+
+static void fill_gpus(const struct server *server, struct gpu_rows *list, Icecache__Wire__StatsReply *body)
+{
+    const struct gpus *gpus = &server->gpus;
+    const uint32_t count = atomic_load_explicit(&gpus->count, memory_order_acquire);
+    for (uint32_t i = 0; i < count; i++)
+        fill_gpu(server, gpus->list[i], list, i);
+    body->n_gpu = count;
+    body->gpu = list->pointers;
+}
+
 static void fill_totals(struct server *server, Icecache__Wire__StatsReply *body)
 {
     const struct server_stats *stats = &server->stats;
@@ -171,6 +229,8 @@ void report_stats(struct server *server, struct session *session, const struct e
         fill_spill(server, &spill);
         body.spill = &spill;
     }
+    struct gpu_rows gpus;
+    fill_gpus(server, &gpus, &body);
     body.n_phases = PHASES;
     body.phases = phases.pointers;
     body.n_sequence = list->count;

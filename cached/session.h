@@ -13,8 +13,8 @@
 #include "proto/limits.h"
 #include "proto/wire.h"
 
-struct copier; // of a GPU (gpus.c)
-struct job;    // work of the keeper (shared.c)
+struct gpu; // of the daemon (gpus.h)
+struct job; // work of the keeper (shared.c)
 struct op;
 struct sequence;
 struct server;
@@ -30,7 +30,7 @@ struct landing {
     struct session *session;
     const struct gpu_landing_ops *ops;
     struct gpu_landing *memory;
-    struct copier *copier; // of the GPU that selections are pushed to; NULL: none
+    struct gpu *gpu; // that selections are pushed to, open; NULL: none
     struct landing_shape shape;
     uint64_t bytes;      // of shared host memory
     uint64_t held_bytes; // with what the daemon keeps beside it, as the budget counts it

@@ -1,6 +1,6 @@
 // Memory shared with workers: landings and staging. The reactor owns them; the keeper thread makes and unmakes them,
 // because populating and unmapping take long, and touches nothing but its job meanwhile. What a CUDA driver is needed
-// for is the opener's: a driver may hang.
+// for is the finder's and the GPU's opener's: a driver may hang.
 //
 // Invariant: memory is unmapped only when no request uses it, and a closing needs no memory of its own (close_job).
 #include "cached/log.h"
@@ -11,7 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 
-// Work for the keeper or the opener: makes or unmakes shared memory, then reports to the reactor.
+// Work for the keeper, or the finder and a GPU's opener: makes or unmakes shared memory, then reports to the reactor.
 struct job {
     struct task task;
     struct completion completion;
@@ -23,7 +23,7 @@ struct job {
     uint8_t *base;              // staging
     int fd;                     // for the worker
     struct gpu_landing *opened; // handed to the landing on the reactor, like the next
-    struct copier *copier;
+    struct gpu *gpu;
     struct gpu_export *memory; // on the worker's GPU, of a landing being opened there; owned
     ice_status status;
     char text[CUDA_TEXT_BYTES]; // why, where the status does not say it
@@ -83,16 +83,44 @@ static void run_landing_open(struct task *task, void *thread)
     completion_post(&job->server->completions, &job->completion);
 }
 
+static enum gpu_copy_way copy_way_of(const struct config *config)
+{
+    switch (config->gpu_copy) {
+    case CONFIG_GPU_COPY_LOOP:
+        return GPU_COPY_LOOP;
+    case CONFIG_GPU_COPY_BATCH:
+        return GPU_COPY_BATCH;
+    default:
+        return GPU_COPY_AUTO;
+    }
+}
+
 static void run_landing_open_gpu(struct task *task, void *thread)
 {
     (void)thread;
     struct job *job = (struct job *)task;
     const struct landing *landing = job->landing;
-    job->status = gpus_copier(job->server, job->memory->uuid, &job->copier, job->text);
+    job->status = gpu_ready(job->gpu, job->text);
     if (job->status == ICE_OK) {
-        const struct gpu_source source = {copier_device(job->copier), job->memory};
+        const struct gpu_source source = {&job->gpu->device, job->memory, copy_way_of(job->server->config)};
         job->status =
             landing->ops->open(&job->server->gpu_system, &landing->shape, &source, &job->opened, &job->fd, job->text);
+        if (job->status == ICE_OK && job->text[0])
+            log_warn("GPU %s: %s", job->gpu->device.name, job->text);
+    }
+    completion_post(&job->server->completions, &job->completion);
+}
+
+// Finder: which GPU it is. The rest is its opener's.
+static void run_landing_find_gpu(struct task *task, void *thread)
+{
+    (void)thread;
+    struct job *job = (struct job *)task;
+    job->status = gpus_find(job->server, job->memory->uuid, &job->gpu, job->text);
+    if (job->status == ICE_OK) {
+        job->task.run = run_landing_open_gpu;
+        task_queue_push(&job->gpu->queue, TASK_BULK, &job->task);
+        return;
     }
     completion_post(&job->server->completions, &job->completion);
 }
@@ -120,6 +148,8 @@ static void landing_closed(struct completion *completion, struct server *server)
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     bool asked = job->landing->close_asked;
     reply.request_id = job->landing->close_request_id;
+    if (job->landing->gpu)
+        job->landing->gpu->landings--;
     landing_free(server, job->landing);
     if (asked)
         control_reply(server, job->session, &reply, -1);
@@ -140,7 +170,7 @@ static void landing_unmap(struct server *server, struct landing *landing)
         .landing = landing,
         .fd = -1,
     };
-    task_queue_push(landing->copier ? &server->gpus.queue : &server->keeper_queue, TASK_ADMIN, &job->task);
+    task_queue_push(landing->gpu ? &landing->gpu->queue : &server->keeper_queue, TASK_ADMIN, &job->task);
 }
 
 void landing_close(struct server *server, struct landing *landing)
@@ -166,6 +196,12 @@ struct landing *landing_find(struct session *session, uint32_t id)
     return landing && landing->memory ? landing : NULL;
 }
 
+static void log_refusal(const struct session *session, const char *text)
+{
+    log_info("landing on a GPU refused session=%llu pid=%d: %s", (unsigned long long)session->id, (int)session->pid,
+             text);
+}
+
 static void landing_opened(struct completion *completion, struct server *server)
 {
     struct job *job = job_of(completion);
@@ -177,14 +213,15 @@ static void landing_opened(struct completion *completion, struct server *server)
         server->env->release(server->env, landing->close_job, sizeof(struct job));
         landing_free(server, landing);
         if (job->memory && !session->dead)
-            log_info("landing on a GPU refused session=%llu pid=%d: %s", (unsigned long long)session->id,
-                     (int)session->pid, job->text[0] ? job->text : status_text((int)job->status));
+            log_refusal(session, job->text[0] ? job->text : status_text((int)job->status));
         control_error(server, session, job->request_id, job->status, job->text);
         job_free(server, job);
         return;
     }
     landing->memory = job->opened;
-    landing->copier = job->copier;
+    landing->gpu = job->gpu;
+    if (landing->gpu)
+        landing->gpu->landings++;
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     Icecache__Wire__LandingReply body = ICECACHE__WIRE__LANDING_REPLY__INIT;
     reply.request_id = job->request_id;
@@ -192,6 +229,7 @@ static void landing_opened(struct completion *completion, struct server *server)
     reply.landing = &body;
     body.landing_id = landing->id;
     body.bytes = job->fd >= 0 ? landing->bytes : 0;
+    body.copy_way = (char *)gpu_landing_copy_way(landing->memory);
     control_reply(server, session, &reply, job->fd);
     landing_release(server, landing); // the job's; unmaps it where the session has ended meanwhile
     job_free(server, job);
@@ -300,7 +338,10 @@ static void landing_start(struct server *server, struct job *job, const struct l
     landing->ops = ops_of(place);
     job->landing = landing;
     server->gpus.used = server->gpus.used || place == LANDING_PUSH;
-    task_queue_push(place == LANDING_PUSH ? &server->gpus.queue : &server->keeper_queue, TASK_BULK, &job->task);
+    struct task_queue *queue = job->gpu                ? &job->gpu->queue
+                               : place == LANDING_PUSH ? &server->gpus.queue
+                                                       : &server->keeper_queue;
+    task_queue_push(queue, TASK_BULK, &job->task);
 }
 
 void landing_open(struct server *server, struct session *session, uint64_t request_id,
@@ -315,8 +356,12 @@ void landing_open(struct server *server, struct session *session, uint64_t reque
         if (!memory)
             return;
     }
-    struct job *job =
-        job_create(server, session, place == LANDING_PUSH ? run_landing_open_gpu : run_landing_open, landing_opened);
+    struct gpu *gpu = memory ? gpus_known(&server->gpus, memory->uuid) : NULL;
+    struct job *job = job_create(server, session,
+                                 gpu      ? run_landing_open_gpu
+                                 : memory ? run_landing_find_gpu
+                                          : run_landing_open,
+                                 landing_opened);
     if (!job) {
         if (memory) {
             session->descriptors -= memory->piece_count;
@@ -327,7 +372,16 @@ void landing_open(struct server *server, struct session *session, uint64_t reque
         return;
     }
     job->memory = memory;
+    job->gpu = gpu;
     job->request_id = request_id;
+    char text[CUDA_TEXT_BYTES];
+    const ice_status status = gpu ? gpu_check(gpu, text) : ICE_OK;
+    if (status != ICE_OK) { // at once: its opener may not answer
+        log_refusal(session, text);
+        control_error(server, session, request_id, status, text);
+        job_free(server, job);
+        return;
+    }
     landing_start(server, job, &shape, place);
 }
 

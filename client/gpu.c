@@ -44,6 +44,8 @@ static ice_status push_request(ice_landing *landing, struct gpu_export *memory, 
     (void)pthread_mutex_lock(&client->lock);
     struct pending *pending = landing_request(landing, &gpu, memory->fds, memory->piece_count, until_us, &status);
     if (pending != NULL) {
+        (void)strncpy(landing->gpu->copy_way, pending->control_reply->landing->copy_way,
+                      sizeof landing->gpu->copy_way - 1);
         exchange_abandon(client, pending);
     }
     (void)pthread_mutex_unlock(&client->lock);
@@ -109,7 +111,17 @@ static ice_status kernel_check(const ice_landing *landing, ice_status opened, co
     return ICE_OK;
 }
 
-static ice_status pull_open(ice_landing *landing, uint64_t until_us)
+static enum gpu_copy_way copy_way_of(enum ice_gpu_copy copy)
+{
+    return copy == ICE_COPY_LOOP ? GPU_COPY_LOOP : copy == ICE_COPY_BATCH ? GPU_COPY_BATCH : GPU_COPY_AUTO;
+}
+
+static bool wants_kernel(enum ice_gpu_copy copy)
+{
+    return copy == ICE_COPY_ANY || copy == ICE_COPY_CHANGED;
+}
+
+static ice_status pull_open(ice_landing *landing, enum ice_gpu_copy copy, uint64_t until_us)
 {
     ice_client *client = landing->client;
     char text[CUDA_TEXT_BYTES] = "";
@@ -126,10 +138,12 @@ static ice_status pull_open(ice_landing *landing, uint64_t until_us)
         status = landing_map(landing, pending);
         exchange_abandon(client, pending);
         if (status == ICE_OK) {
+            (void)pthread_mutex_unlock(&client->lock); // what follows takes long, and nobody else has the landing yet
             status = kernel_check(landing,
                                   gpu_buffer_pull_open(&landing->gpu->buffer, &landing->shape, landing->base,
-                                                       landing->gpu->copy != ICE_COPY_BLOCKS, text),
+                                                       copy_way_of(copy), wants_kernel(copy), text),
                                   text);
+            (void)pthread_mutex_lock(&client->lock);
         }
         if (status != ICE_OK) {
             error_hold();
@@ -149,7 +163,7 @@ static ice_status options_check(const struct ice_gpu_options *options, uint64_t 
     if (options->mode != ICE_GPU_ANY && options->mode != ICE_GPU_PUSH && options->mode != ICE_GPU_PULL) {
         return error_set(ICE_INVALID_ARGUMENT, "options.mode %d is unknown", (int)options->mode);
     }
-    if (options->copy != ICE_COPY_ANY && options->copy != ICE_COPY_BLOCKS && options->copy != ICE_COPY_CHANGED) {
+    if (options->copy < ICE_COPY_ANY || options->copy > ICE_COPY_BATCH) {
         return error_set(ICE_INVALID_ARGUMENT, "options.copy %d is unknown", (int)options->copy);
     }
     if (options->copy == ICE_COPY_CHANGED && options->mode == ICE_GPU_PUSH) {
@@ -190,19 +204,19 @@ static bool may_pull(ice_status status, enum ice_gpu_mode mode)
            status != ICE_LIMIT;
 }
 
-static ice_status place_open(ice_landing *landing, enum ice_gpu_mode mode, uint64_t until_us)
+static ice_status place_open(ice_landing *landing, const struct ice_gpu_options *options, uint64_t until_us)
 {
     ice_status status = ICE_OK;
-    if (mode != ICE_GPU_PULL && landing->gpu->copy != ICE_COPY_CHANGED) {
+    if (options->mode != ICE_GPU_PULL && options->copy != ICE_COPY_CHANGED) {
         status = push_open(landing, until_us);
-        if (status == ICE_OK || !may_pull(status, mode)) {
+        if (status == ICE_OK || !may_pull(status, options->mode)) {
             return status;
         }
         (void)strncpy(landing->gpu->pull_reason, ice_last_error(), sizeof landing->gpu->pull_reason - 1);
     }
     char text[CUDA_TEXT_BYTES] = "";
     status = gpu_buffer_clear(&landing->gpu->buffer, text); // of the probe too
-    return status == ICE_OK ? pull_open(landing, until_us) : set_error(status, text);
+    return status == ICE_OK ? pull_open(landing, options->copy, until_us) : set_error(status, text);
 }
 
 ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_shape *shape,
@@ -231,7 +245,7 @@ ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_sha
     if (status == ICE_OK) {
         char text[CUDA_TEXT_BYTES] = "";
         status = gpu_buffer_clear(&landing->gpu->buffer, text);
-        status = status == ICE_OK ? place_open(landing, options->mode, until_us) : set_error(status, text);
+        status = status == ICE_OK ? place_open(landing, options, until_us) : set_error(status, text);
     }
     if (status != ICE_OK) {
         if (status == ICE_TIMEOUT && landing->place == LANDING_PUSH) {
@@ -266,6 +280,8 @@ ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gpu_landing *o
         .mode = landing->place == LANDING_PUSH ? ICE_GPU_PUSH : ICE_GPU_PULL,
         .pull_reason = landing->gpu->pull_reason,
         .device_name = landing->gpu->buffer.device.name,
+        .copy_way =
+            landing->place == LANDING_PULL ? gpu_path_way(&landing->gpu->buffer.pull.path) : landing->gpu->copy_way,
     };
     if (landing->place == LANDING_PULL) {
         const struct gpu_pull *pull = &landing->gpu->buffer.pull;

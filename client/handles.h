@@ -23,7 +23,8 @@ struct ice_landing {
 
 // The GPU's side of a landing.
 struct gpu_landing_side {
-    struct gpu_buffer buffer;          // constant after open
+    struct gpu_buffer buffer;          // constant after open, but for the path's way to copy
+    char copy_way[32];                 // push: how the daemon copies rows
     char pull_reason[CUDA_TEXT_BYTES]; // why the daemon does not push; "" where that was not asked for
     enum ice_gpu_copy copy;
     // Of a pull, guarded by the client's lock.

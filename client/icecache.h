@@ -146,10 +146,13 @@ enum ice_gpu_mode {
 };
 
 enum ice_gpu_copy {
-    ICE_COPY_ANY = 0, // what is faster
-    ICE_COPY_BLOCKS = 1,
-    ICE_COPY_CHANGED =
-        2, // wherever the GPU has the selection before; by pull, ICE_NOT_SUPPORTED where there is no kernel
+    ICE_COPY_ANY = 0,    // what is faster
+    ICE_COPY_BLOCKS = 1, // never what has changed alone
+    // What has changed, wherever the GPU has the selection before; by pull, ICE_NOT_SUPPORTED where there is no kernel.
+    ICE_COPY_CHANGED = 2,
+    // Blocks; where a retrieve has several rows, a call of the driver for each, or one for all, which takes CUDA 12.8.
+    ICE_COPY_LOOP = 3,
+    ICE_COPY_BATCH = 4,
 };
 
 struct ice_gpu_options {
@@ -157,7 +160,7 @@ struct ice_gpu_options {
     uint64_t bytes;   // from address on, at least those of ice_landing_bytes
     int device;       // where address is 0: the GPU's number in this process
     enum ice_gpu_mode mode;
-    enum ice_gpu_copy copy;
+    enum ice_gpu_copy copy; // pull; for push it is the daemon's --gpu-copy
 };
 
 // Bytes of a landing of this shape, in host or GPU memory.
@@ -177,6 +180,7 @@ struct ice_gpu_landing {
     enum ice_gpu_mode mode;  // ICE_GPU_PUSH or ICE_GPU_PULL
     const char *pull_reason; // why it is not push; "" where push was not asked for. Valid until the close
     const char *device_name;
+    const char *copy_way;    // several rows: "loop", "batch", or "batch from 8 rows on", as it is now; valid as above
     bool copies_changed;     // a pull that has the kernel
     const char *copy_reason; // why not; "" otherwise. Valid until the close
     // A pull: what one row takes until it has landed, us: a block, no slot changed, all slots changed.

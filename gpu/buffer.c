@@ -121,18 +121,19 @@ ice_status gpu_buffer_check(const struct gpu_buffer *buffer, const struct gpu_ex
 }
 
 ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_shape *shape, uint8_t *staging,
-                                bool wants_kernel, char *text)
+                                enum gpu_copy_way way, bool wants_kernel, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
     if (status == ICE_OK) {
-        status = gpu_pull_open(&buffer->pull, &buffer->device, buffer->address, shape, staging, wants_kernel, text);
-        buffer->pulls = status == ICE_OK;
+        status =
+            gpu_pull_open(&buffer->pull, &buffer->device, buffer->address, shape, staging, way, wants_kernel, text);
+        buffer->pulls = buffer->pull.path.registered_bytes > 0; // until close, also where what follows fails
         gpu_device_leave(&buffer->device);
     }
     return status;
 }
 
-ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared, uint32_t count,
+ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared, uint32_t count,
                            uint32_t layer, bool whole, uint32_t fence, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);

@@ -35,10 +35,10 @@ ICE_MUST_CHECK ice_status gpu_buffer_check(const struct gpu_buffer *buffer, cons
 
 // Pull: registers the staging of a landing of this shape, which stays until close. As gpu_pull_open.
 ICE_MUST_CHECK ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_shape *shape,
-                                               uint8_t *staging, bool wants_kernel, char *text);
+                                               uint8_t *staging, enum gpu_copy_way way, bool wants_kernel, char *text);
 // Issues what brings these rows' staged layer to the landing, as gpu_pull_issue, and a fence behind it. cleared[i]: the
 // row's counts become 0 first.
-ICE_MUST_CHECK ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared,
+ICE_MUST_CHECK ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared,
                                           uint32_t count, uint32_t layer, bool whole, uint32_t fence, char *text);
 // *done: the fence has been reached. Any thread.
 ICE_MUST_CHECK ice_status gpu_buffer_poll(const struct gpu_buffer *buffer, uint32_t fence, bool *done, char *text);

@@ -5,6 +5,9 @@
 // the GPU sees the slots too. Threads: one at a time per path.
 #include "gpu/copy.h"
 
+#include <stdatomic.h>
+#include <stdio.h>
+
 static void unregister(const struct gpu_device *device, uint8_t *memory, uint64_t bytes)
 {
     for (uint64_t offset = 0; offset < bytes; offset += GPU_REGISTER_BYTES) {
@@ -26,6 +29,7 @@ ice_status gpu_path_open(struct gpu_path *path, const struct gpu_device *device,
         const cuda_result result = device->driver.host_register(staging + path->registered_bytes, bytes, 0);
         if (result != CUDA_OK) {
             unregister(device, staging, path->registered_bytes);
+            path->registered_bytes = 0;
             return cuda_failed(&device->driver, "cuMemHostRegister", result, text);
         }
         path->registered_bytes += bytes;
@@ -61,6 +65,75 @@ ice_status gpu_path_copy(const struct gpu_path *path, uint32_t row, uint32_t lay
     const struct landing_shape held = landing_held_shape(&path->shape, LANDING_PULL);
     return copy_piece(path, landing_block(&path->layout, &path->shape, row, layer),
                       landing_block(&path->held, &held, row, 0), path->layout.block_bytes, text);
+}
+
+// ---- one call for several rows ----
+
+struct batch {
+    cuda_address to[GPU_BATCH_MAX], from[GPU_BATCH_MAX];
+    size_t bytes[GPU_BATCH_MAX];
+    size_t count;
+};
+
+static ice_status issue_batch(const struct gpu_path *path, struct batch *batch, char *text)
+{
+    const struct cuda_driver *driver = &path->device->driver;
+    struct cuda_batch_attributes attributes = {.source_order = CUDA_SOURCE_IN_STREAM_ORDER};
+    size_t first = 0, failed = 0; // one attribute, for all copies from the first on
+    if (batch->count == 0) {
+        return ICE_OK;
+    }
+    const cuda_result result = driver->copy_batch
+                                   ? driver->copy_batch(batch->to, batch->from, batch->bytes, batch->count, &attributes,
+                                                        &first, 1, path->device->stream)
+                                   : driver->copy_batch_12(batch->to, batch->from, batch->bytes, batch->count,
+                                                           &attributes, &first, 1, &failed, path->device->stream);
+    batch->count = 0;
+    return result == CUDA_OK ? ICE_OK : cuda_failed(driver, "cuMemcpyBatchAsync", result, text);
+}
+
+// Copies of one call are in no order, so a block in two pieces is copied by itself: its counts come last.
+static ice_status copy_batched(const struct gpu_path *path, const uint32_t *rows, uint32_t count, uint32_t layer,
+                               char *text)
+{
+    const struct landing_shape held = landing_held_shape(&path->shape, LANDING_PULL);
+    struct batch batch;
+    batch.count = 0;
+    ice_status status = ICE_OK;
+    for (uint32_t i = 0; i < count && status == ICE_OK; i++) {
+        const uint64_t bytes = path->layout.block_bytes, from = landing_block(&path->held, &held, rows[i], 0);
+        if (from / GPU_REGISTER_BYTES != (from + bytes - 1) / GPU_REGISTER_BYTES) {
+            status = gpu_path_copy(path, rows[i], layer, text);
+            continue;
+        }
+        batch.to[batch.count] = path->to + landing_block(&path->layout, &path->shape, rows[i], layer);
+        batch.from[batch.count] = (cuda_address)(uintptr_t)(path->from + from);
+        batch.bytes[batch.count++] = bytes;
+        if (batch.count == GPU_BATCH_MAX) {
+            status = issue_batch(path, &batch, text);
+        }
+    }
+    return status == ICE_OK ? issue_batch(path, &batch, text) : status;
+}
+
+ice_status gpu_path_copy_rows(struct gpu_path *path, const uint32_t *rows, uint32_t count, uint32_t layer, char *text)
+{
+    const uint32_t batch_from = atomic_load_explicit(&path->batch_from, memory_order_relaxed);
+    text[0] = '\0';
+    if (batch_from != 0 && count >= batch_from) {
+        char reason[CUDA_TEXT_BYTES];
+        if (copy_batched(path, rows, count, layer, reason) == ICE_OK) {
+            return ICE_OK;
+        }
+        // What was issued is issued again behind it: the same bytes.
+        atomic_store_explicit(&path->batch_from, 0, memory_order_relaxed);
+        (void)snprintf(text, CUDA_TEXT_BYTES, "rows are copied one by one from now on: %.200s", reason);
+    }
+    ice_status status = ICE_OK;
+    for (uint32_t i = 0; i < count && status == ICE_OK; i++) {
+        status = gpu_path_copy(path, rows[i], layer, text);
+    }
+    return status;
 }
 
 ice_status gpu_path_clear(const struct gpu_path *path, uint32_t row, char *text)

@@ -1,6 +1,7 @@
 // Finding the CUDA driver and its entry points.
 //
-// Invariants: a driver is never unloaded; a table of entry points is complete or not handed out at all.
+// Invariants: a driver is never unloaded; a table of entry points is complete, apart from the optional ones, or not
+// handed out at all.
 // Threads: stateless, any thread.
 #include "gpu/driver.h"
 
@@ -48,6 +49,24 @@ static ice_status find_entries(const char *library, proc_address_call find, stru
     return ICE_OK;
 }
 
+// A driver answers with the newest form that is no newer than the version asked for, so a form that it may not have yet
+// must not be asked for: another one would come, with other parameters.
+static void find_optional(proc_address_call find, struct cuda_driver *driver)
+{
+    int version = 0;
+    driver->copy_batch = NULL;
+    driver->copy_batch_12 = NULL;
+    if (driver->driver_version(&version) != CUDA_OK || version < CUDA_BATCH_12) {
+        return;
+    }
+    void *symbol = NULL;
+    int found = 0;
+    const int form = version >= CUDA_BATCH_13 ? CUDA_BATCH_13 : CUDA_BATCH_12;
+    if (find("cuMemcpyBatchAsync", &symbol, form, CUDA_PROC_ADDRESS_DEFAULT, &found) == CUDA_OK && symbol) {
+        set_function(form == CUDA_BATCH_13 ? (void *)&driver->copy_batch : (void *)&driver->copy_batch_12, symbol);
+    }
+}
+
 ice_status cuda_driver_open(const char *library, struct cuda_driver *out, char *text)
 {
     const char *const name = library ? library : CUDA_LIBRARY_DEFAULT;
@@ -80,6 +99,7 @@ ice_status cuda_driver_open(const char *library, struct cuda_driver *out, char *
         (void)cuda_failed(&driver, "cuInit", result, reason);
         return no_driver(text, name, reason);
     }
+    find_optional(find, &driver);
     *out = driver;
     return ICE_OK;
 }

@@ -39,6 +39,10 @@ enum {
     CUDA_HANDLE_POSIX_FD = 1,
     CUDA_LOCATION_DEVICE = 1,
     CUDA_ACCESS_READ_WRITE = 3,
+    CUDA_SOURCE_IN_STREAM_ORDER = 1,
+    // Versions that entry points changed with.
+    CUDA_BATCH_12 = 12080,
+    CUDA_BATCH_13 = 13000,
 };
 
 typedef int cuda_result;
@@ -81,6 +85,15 @@ struct cuda_rows {
     void *to_array;
     size_t to_pitch;
     size_t width_bytes, height;
+};
+
+// How the copies of a batch read their sources.
+struct cuda_batch_attributes {
+    int source_order;
+    struct {
+        int type, id;
+    } from, to; // hints, which do not apply to the memory that is used here
+    unsigned flags;
 };
 
 // Every entry point that is used: field, symbol, the CUDA version whose form of it is meant, parameters.
@@ -126,16 +139,22 @@ struct cuda_rows {
     X(copy_to_device_waiting, "cuMemcpyHtoD",                   3020,  (cuda_address to, const void *from, size_t bytes)) \
     X(copy_to_host_waiting,   "cuMemcpyDtoH",                   3020,  (void *to, cuda_address from, size_t bytes)) \
     X(fill_waiting,           "cuMemsetD8",                     3020,  (cuda_address to, unsigned char value, size_t bytes)) \
+    X(driver_version,         "cuDriverGetVersion",             2020,  (int *version)) \
     X(host_address,           "cuMemHostGetDevicePointer",      3020,  (cuda_address *address, void *memory, unsigned flags)) \
     X(module_load,            "cuModuleLoadData",               2000,  (cuda_module *module, const void *image)) \
     X(module_unload,          "cuModuleUnload",                 2000,  (cuda_module module)) \
     X(module_function,        "cuModuleGetFunction",            2000,  (cuda_function *function, cuda_module module, const char *name)) \
     X(launch,                 "cuLaunchKernel",                 4000,  (cuda_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, cuda_stream stream, void **parameters, void **extra))
+// Those that a driver may lack, NULL then. copy_batch_12 is the form of CUDA 12, with the number of the copy that failed.
+#define CUDA_OPTIONAL_ENTRIES(X) \
+    X(copy_batch,    "cuMemcpyBatchAsync", CUDA_BATCH_13, (cuda_address *to, cuda_address *from, size_t *bytes, size_t count, struct cuda_batch_attributes *attributes, size_t *firsts, size_t attribute_count, cuda_stream stream)) \
+    X(copy_batch_12, "cuMemcpyBatchAsync", CUDA_BATCH_12, (cuda_address *to, cuda_address *from, size_t *bytes, size_t count, struct cuda_batch_attributes *attributes, size_t *firsts, size_t attribute_count, size_t *failed, cuda_stream stream))
 // clang-format on
 
 #define CUDA_ENTRY_FIELD(field, symbol, version, parameters) cuda_result(*field) parameters;
 struct cuda_driver {
     CUDA_ENTRIES(CUDA_ENTRY_FIELD)
+    CUDA_OPTIONAL_ENTRIES(CUDA_ENTRY_FIELD)
 };
 #undef CUDA_ENTRY_FIELD
 

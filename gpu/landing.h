@@ -8,6 +8,7 @@
 #ifndef ICECACHE_GPU_LANDING_H
 #define ICECACHE_GPU_LANDING_H
 
+#include "gpu/copy.h"
 #include "gpu/record.h"
 #include "proto/shm.h"
 #include "proto/status.h"
@@ -41,12 +42,14 @@ struct gpu_target {
 struct gpu_source {
     struct gpu_device *device; // borrowed until close
     const struct gpu_export *memory;
+    enum gpu_copy_way copy_way;
 };
 
 struct gpu_landing_ops {
     const char *name;
     // *fd_out: what is passed to the worker, owned by the caller; -1 where nothing is passed. text[CUDA_TEXT_BYTES]:
-    // why it failed where the status does not say enough, else "".
+    // why it failed where the status does not say enough; on success what
+    // the log should say; else "".
     ice_status (*open)(const struct gpu_system *system, const struct landing_shape *shape,
                        const struct gpu_source *source, struct gpu_landing **out, int *fd_out, char *text);
     void (*close)(struct gpu_landing *landing);
@@ -62,7 +65,7 @@ struct gpu_landing_ops {
     // Empties every cell of a row (the row is bound to another sequence).
     void (*clear_row)(struct gpu_landing *landing, uint32_t row);
     // Issues the copies of a layer of these rows to the GPU; they are done when a later fence of the device is. NULL
-    // where submit was all. text[CUDA_TEXT_BYTES]: the failing call.
+    // where submit was all. text[CUDA_TEXT_BYTES]: the failing call; on success what the log should say, or "".
     ice_status (*copy)(struct gpu_landing *landing, const uint32_t *rows, uint32_t count, uint32_t layer, char *text);
 };
 
@@ -74,5 +77,7 @@ uint64_t gpu_landing_own_bytes(const struct landing_shape *shape);
 // Of the whole landing.
 const struct landing_layout *gpu_landing_layout(const struct gpu_landing *landing);
 const struct landing_shape *gpu_landing_shape(const struct gpu_landing *landing);
+// How the rows of one retrieve are copied to the GPU from here; "": not at all. Static. Any thread.
+const char *gpu_landing_copy_way(const struct gpu_landing *landing);
 
 #endif

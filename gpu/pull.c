@@ -75,17 +75,11 @@ static ice_status issue_kernel(const struct gpu_pull *pull, const uint32_t *rows
     return gpu_scatter_launch(path->device, &pull->scatter, &job, text);
 }
 
-ice_status gpu_pull_issue(const struct gpu_pull *pull, const uint32_t *rows, uint32_t count, uint32_t layer, bool whole,
+ice_status gpu_pull_issue(struct gpu_pull *pull, const uint32_t *rows, uint32_t count, uint32_t layer, bool whole,
                           char *text)
 {
-    if (!whole) {
-        return issue_kernel(pull, rows, count, layer, text);
-    }
-    ice_status status = ICE_OK;
-    for (uint32_t i = 0; i < count && status == ICE_OK; i++) {
-        status = gpu_path_copy(&pull->path, rows[i], layer, text);
-    }
-    return status;
+    return whole ? gpu_path_copy_rows(&pull->path, rows, count, layer, text)
+                 : issue_kernel(pull, rows, count, layer, text);
 }
 
 // ---- measuring ----
@@ -104,7 +98,7 @@ static void name_changed(const struct gpu_pull *pull, uint32_t count)
     }
 }
 
-static ice_status time_once(const struct gpu_pull *pull, bool whole, uint64_t *best_ns, char *text)
+static ice_status time_once(struct gpu_pull *pull, bool whole, uint64_t *best_ns, char *text)
 {
     const uint32_t row = 0;
     const uint64_t begun = now_ns();
@@ -125,7 +119,7 @@ static ice_status time_once(const struct gpu_pull *pull, bool whole, uint64_t *b
 }
 
 // The first round warms up: what it takes does not count, unless there is time for no other.
-static ice_status time_way(const struct gpu_pull *pull, bool whole, float *us, char *text)
+static ice_status time_way(struct gpu_pull *pull, bool whole, float *us, char *text)
 {
     const uint64_t until = now_ns() + MEASURE_NS / 3;
     uint64_t warm_ns = UINT64_MAX, best_ns = UINT64_MAX;
@@ -156,17 +150,19 @@ bool gpu_pull_prefers_kernel(const struct gpu_pull *pull, uint32_t rows, float s
 // ---- open and close ----
 
 ice_status gpu_pull_open(struct gpu_pull *pull, const struct gpu_device *device, cuda_address to,
-                         const struct landing_shape *shape, uint8_t *staging, bool wants_kernel, char *text)
+                         const struct landing_shape *shape, uint8_t *staging, enum gpu_copy_way way, bool wants_kernel,
+                         char *text)
 {
     *pull = (struct gpu_pull){0};
     ice_status status = gpu_path_open(&pull->path, device, to, shape, LANDING_PULL, staging, text);
-    if (status != ICE_OK) {
-        return status;
+    if (status == ICE_OK) {
+        status = gpu_path_choose(&pull->path, way, text);
     }
-    status = time_way(pull, true, &pull->costs.block, text);
+    if (status == ICE_OK) {
+        status = time_way(pull, true, &pull->costs.block, text);
+    }
     if (status != ICE_OK) {
-        gpu_path_close(&pull->path);
-        return status;
+        return status; // copies may be under way: what is registered stays so until the close
     }
     char reason[CUDA_TEXT_BYTES] = "it was not asked for";
     status = wants_kernel ? find_staging(pull, reason) : ICE_NOT_SUPPORTED;

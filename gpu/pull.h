@@ -27,15 +27,16 @@ struct gpu_pull {
 // of which nothing is held to yet, for some ms. Where the kernel cannot be had that is no error: reason says why.
 // wants_kernel false: it is not tried.
 ICE_MUST_CHECK ice_status gpu_pull_open(struct gpu_pull *pull, const struct gpu_device *device, cuda_address to,
-                                        const struct landing_shape *shape, uint8_t *staging, bool wants_kernel,
-                                        char *text);
-void gpu_pull_close(struct gpu_pull *pull); // no copy may be in flight
+                                        const struct landing_shape *shape, uint8_t *staging, enum gpu_copy_way way,
+                                        bool wants_kernel, char *text);
+// Also after a failure where path.registered_bytes is not 0. No copy may be in flight.
+void gpu_pull_close(struct gpu_pull *pull);
 
 // Whether the kernel is the faster one for this many rows, of whose slots this share will have changed.
 bool gpu_pull_prefers_kernel(const struct gpu_pull *pull, uint32_t rows, float share);
 // Issues, in the device's stream, what brings the staged layer of these rows to the landing: whole blocks, or what has
 // changed in them (then there is a kernel). At most SCATTER_ROWS_MAX rows.
-ICE_MUST_CHECK ice_status gpu_pull_issue(const struct gpu_pull *pull, const uint32_t *rows, uint32_t count,
-                                         uint32_t layer, bool whole, char *text);
+ICE_MUST_CHECK ice_status gpu_pull_issue(struct gpu_pull *pull, const uint32_t *rows, uint32_t count, uint32_t layer,
+                                         bool whole, char *text);
 
 #endif

@@ -13,6 +13,7 @@
 #include "gpu/held.h"
 
 #include <assert.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 struct gpu_push {
@@ -22,7 +23,7 @@ struct gpu_push {
     bool stale_rows[]; // the GPU's counts of the row are another sequence's
 };
 
-// With the device entered: opens the memory, proves that it is the worker's and leaves the inverted pattern there.
+// With the device entered: opens the memory and proves that it is the worker's.
 static ice_status import_memory(struct gpu_push *push, const struct gpu_export *memory, uint64_t bytes, char *text)
 {
     ice_status status = gpu_import_open(push->device, memory, bytes, &push->import, text);
@@ -31,28 +32,45 @@ static ice_status import_memory(struct gpu_push *push, const struct gpu_export *
     }
     const cuda_address address = push->import.address;
     status = gpu_probe_check(push->device, address, bytes, memory->probe, false, text);
-    if (status == ICE_OK) {
-        uint8_t inverted[WIRE_GPU_PROBE_BYTES];
-        for (size_t i = 0; i < sizeof(inverted); i++) {
-            inverted[i] = (uint8_t)~memory->probe[i];
-        }
-        status = gpu_probe_write(push->device, address, bytes, inverted, text);
-    }
     if (status != ICE_OK) {
         gpu_import_close(push->device, &push->import);
     }
     return status;
 }
 
-static ice_status open_entered(struct gpu_landing *landing, struct gpu_push *push, const struct gpu_export *memory,
+// The worker looks for the inverted pattern, which proves this side to it.
+static ice_status answer_probe(const struct gpu_push *push, const struct gpu_export *memory, uint64_t bytes, char *text)
+{
+    uint8_t inverted[WIRE_GPU_PROBE_BYTES];
+    for (size_t i = 0; i < sizeof(inverted); i++) {
+        inverted[i] = (uint8_t)~memory->probe[i];
+    }
+    return gpu_probe_write(push->device, push->import.address, bytes, inverted, text);
+}
+
+static ice_status open_entered(struct gpu_landing *landing, struct gpu_push *push, const struct gpu_source *source,
                                char *text)
 {
-    ice_status status = import_memory(push, memory, landing->layout.total_bytes, text);
+    const uint64_t bytes = landing->layout.total_bytes;
+    ice_status status = import_memory(push, source->memory, bytes, text);
     if (status != ICE_OK) {
         return status;
     }
     status = gpu_path_open(&push->path, push->device, push->import.address, &landing->shape, LANDING_PUSH,
                            landing->memory, text);
+    if (status == ICE_OK) {
+        status = gpu_path_choose(&push->path, source->copy_way, text); // may write over the pattern
+        char reason[CUDA_TEXT_BYTES];
+        if (status == ICE_OK) {
+            status = answer_probe(push, source->memory, bytes, reason);
+            if (status != ICE_OK) {
+                (void)snprintf(text, CUDA_TEXT_BYTES, "%s", reason);
+            }
+        }
+        if (status != ICE_OK) {
+            gpu_path_close(&push->path);
+        }
+    }
     if (status != ICE_OK) {
         gpu_import_close(push->device, &push->import);
     }
@@ -78,7 +96,7 @@ static ice_status push_open(const struct gpu_system *system, const struct landin
     push->device = source->device;
     status = gpu_device_enter(push->device, text);
     if (status == ICE_OK) {
-        status = open_entered(landing, push, source->memory, text);
+        status = open_entered(landing, push, source, text);
         gpu_device_leave(push->device);
     }
     if (status != ICE_OK) {
@@ -127,12 +145,13 @@ static ice_status push_copy(struct gpu_landing *landing, const uint32_t *rows, u
             }
             push->stale_rows[rows[i]] = false;
         }
-        const ice_status status = gpu_path_copy(&push->path, rows[i], layer, text);
-        if (status != ICE_OK) {
-            return status;
-        }
     }
-    return ICE_OK;
+    return gpu_path_copy_rows(&push->path, rows, count, layer, text);
+}
+
+const char *gpu_landing_copy_way(const struct gpu_landing *landing)
+{
+    return landing->push ? gpu_path_way(&landing->push->path) : "";
 }
 
 const struct gpu_landing_ops gpu_push_ops = {

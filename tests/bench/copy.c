@@ -263,7 +263,7 @@ static int run_selection(struct selection *selection, uint32_t rounds, json_t *r
     }
     if (gpu_buffer_open(getenv("ICECACHE_CUDA_LIBRARY"), 0, selection->layout.total_bytes, 0, &gpu, text) == ICE_OK) {
         selection->gpu = &gpu;
-        if (gpu_buffer_pull_open(&gpu, &selection->shape, selection->landing, true, text) != ICE_OK) {
+        if (gpu_buffer_pull_open(&gpu, &selection->shape, selection->landing, GPU_COPY_AUTO, true, text) != ICE_OK) {
             (void)fprintf(stderr, "icecache-bench: copy: %s\n", text);
             goto close_gpu;
         }

@@ -2,6 +2,13 @@
 #include "gpu/driver.h"
 
 #include <cuda.h>
+#include <cudaTypedefs.h>
+
+#if __has_include(<nvml.h>)
+#include "gpu/nvml.h"
+
+#include <nvml.h>
+#endif
 
 #define SAME_SIZE(ours, theirs)  _Static_assert(sizeof(ours) == sizeof(theirs), #ours " and " #theirs " differ in size")
 #define SAME_VALUE(ours, theirs) _Static_assert((int)(ours) == (int)(theirs), #ours " and " #theirs " differ")
@@ -34,6 +41,28 @@ SAME_PLACE(struct cuda_rows, to_pitch, CUDA_MEMCPY2D, dstPitch);
 SAME_PLACE(struct cuda_rows, width_bytes, CUDA_MEMCPY2D, WidthInBytes);
 SAME_PLACE(struct cuda_rows, height, CUDA_MEMCPY2D, Height);
 
+#if CUDA_VERSION >= 12080
+SAME_SIZE(struct cuda_batch_attributes, CUmemcpyAttributes);
+SAME_PLACE(struct cuda_batch_attributes, source_order, CUmemcpyAttributes, srcAccessOrder);
+SAME_PLACE(struct cuda_batch_attributes, from, CUmemcpyAttributes, srcLocHint);
+SAME_PLACE(struct cuda_batch_attributes, to, CUmemcpyAttributes, dstLocHint);
+SAME_PLACE(struct cuda_batch_attributes, flags, CUmemcpyAttributes, flags);
+SAME_SIZE(((struct cuda_batch_attributes *)0)->from, CUmemLocation);
+SAME_VALUE(CUDA_SOURCE_IN_STREAM_ORDER, CU_MEMCPY_SRC_ACCESS_ORDER_STREAM);
+// That a call with our types fits each form's parameters.
+#define SAME_PARAMETERS(ours, theirs)                                                                                  \
+    _Static_assert(__builtin_types_compatible_p(__typeof__(ours), __typeof__(theirs)), #theirs " takes something "     \
+                                                                                               "else")
+SAME_PARAMETERS((CUresult(*)(CUdeviceptr *, CUdeviceptr *, size_t *, size_t, CUmemcpyAttributes *, size_t *, size_t,
+                             size_t *, CUstream))0,
+                (PFN_cuMemcpyBatchAsync_v12080)0);
+#if CUDA_VERSION >= 13000
+SAME_PARAMETERS((CUresult(*)(CUdeviceptr *, CUdeviceptr *, size_t *, size_t, CUmemcpyAttributes *, size_t *, size_t,
+                             CUstream))0,
+                (PFN_cuMemcpyBatchAsync_v13000)0);
+#endif
+#endif
+
 SAME_VALUE(CUDA_MEMORY_HOST, CU_MEMORYTYPE_HOST);
 SAME_VALUE(CUDA_INVALID_VALUE, CUDA_ERROR_INVALID_VALUE);
 SAME_VALUE(CUDA_OUT_OF_MEMORY, CUDA_ERROR_OUT_OF_MEMORY);
@@ -54,3 +83,15 @@ SAME_VALUE(CUDA_EVENT_DISABLE_TIMING, CU_EVENT_DISABLE_TIMING);
 SAME_VALUE(CUDA_HANDLE_POSIX_FD, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
 SAME_VALUE(CUDA_LOCATION_DEVICE, CU_MEM_LOCATION_TYPE_DEVICE);
 SAME_VALUE(CUDA_ACCESS_READ_WRITE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+
+#if __has_include(<nvml.h>)
+SAME_SIZE(nvml_result, nvmlReturn_t);
+SAME_SIZE(nvml_device, nvmlDevice_t);
+SAME_SIZE(struct nvml_process, nvmlProcessInfo_t);
+SAME_PLACE(struct nvml_process, pid, nvmlProcessInfo_t, pid);
+SAME_PLACE(struct nvml_process, bytes, nvmlProcessInfo_t, usedGpuMemory);
+SAME_SIZE(struct nvml_memory, nvmlMemory_t);
+SAME_PLACE(struct nvml_memory, used_bytes, nvmlMemory_t, used);
+SAME_VALUE(NVML_OK, NVML_SUCCESS);
+SAME_VALUE(NVML_INSUFFICIENT_SIZE, NVML_ERROR_INSUFFICIENT_SIZE);
+#endif

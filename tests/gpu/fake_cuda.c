@@ -9,11 +9,12 @@
 // - an event is not ready when it is first asked for.
 //
 // FAKE_CUDA_DIR is a folder that all processes share. In it: alloc-PID-N is GPU memory, open-PID-N a mapping of another
-// process's memory, and `fail` what to do wrong: "PROGRAM ENTRY CODE" (the program's short name, or *), CODE a number
-// or "hang". FAKE_CUDA_DEVICES lists the devices that the process sees ("0,1" is the default).
+// process's memory, context-PID-DEVICE a context, and `fail` what to do wrong (fake_fail.c). FAKE_CUDA_DEVICES lists
+// the devices that the process sees ("0,1" is the default).
 #include "fake_cuda.h"
 
-#include <errno.h>
+#include "fake_fail.h"
+
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -70,28 +71,10 @@ static _Thread_local int depth;
 
 // ---- what every entry point begins with ----
 
-static const char *folder(void)
-{
-    return getenv("FAKE_CUDA_DIR");
-}
-
-// The code that the file `fail` has for this call, or 0.
 static int injected(const char *entry)
 {
-    char path[256], line[256] = "", program[64] = "", name[64] = "", code[32] = "";
-    (void)snprintf(path, sizeof(path), "%s/fail", folder() ? folder() : "");
-    FILE *file = fopen(path, "re");
-    if (!file) {
-        return 0;
-    }
-    bool mine = fgets(line, sizeof(line), file) && sscanf(line, "%63s %63s %31s", program, name, code) == 3 &&
-                (strcmp(program, "*") == 0 || strcmp(program, program_invocation_short_name) == 0) &&
-                strcmp(name, entry) == 0;
-    (void)fclose(file);
-    while (mine && strcmp(code, "hang") == 0) {
-        (void)pause();
-    }
-    return mine ? (int)strtol(code, NULL, 10) : 0;
+    const struct cuda_context *current = fake_current();
+    return fake_injected(entry, current ? device_ids[current->device] : -1);
 }
 
 int fake_enter(const char *entry, bool needs_context)
@@ -144,7 +127,7 @@ EXPORT cuda_result cuInit(unsigned flags)
         }
     }
     initialised = true;
-    return fake_leave(folder() && device_count > 0 ? CUDA_OK : CUDA_NO_DEVICE);
+    return fake_leave(fake_folder() && device_count > 0 ? CUDA_OK : CUDA_NO_DEVICE);
 }
 
 EXPORT cuda_result cuGetErrorName(cuda_result error, const char **name);
@@ -193,12 +176,22 @@ EXPORT cuda_result cuDeviceGetUuid(struct cuda_uuid *uuid, cuda_device device)
     return fake_leave(CUDA_OK);
 }
 
+// NVML's fake counts them.
+static const char *context_path(cuda_device device, char *path, size_t capacity)
+{
+    (void)snprintf(path, capacity, "%.180s/context-%d-%d", fake_folder(), (int)getpid(), device_ids[device]);
+    return path;
+}
+
 EXPORT cuda_result cuDevicePrimaryCtxRetain(cuda_context *context, cuda_device device);
 EXPORT cuda_result cuDevicePrimaryCtxRetain(cuda_context *context, cuda_device device)
 {
     ENTER("cuDevicePrimaryCtxRetain", false);
     primaries[device].device = device;
-    primaries[device].retains++;
+    if (primaries[device].retains++ == 0) {
+        char path[256];
+        close(open(context_path(device, path, sizeof(path)), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+    }
     *context = &primaries[device];
     return fake_leave(CUDA_OK);
 }
@@ -210,7 +203,10 @@ EXPORT cuda_result cuDevicePrimaryCtxRelease(cuda_device device)
     if (primaries[device].retains == 0) {
         return fake_leave(CUDA_INVALID_CONTEXT);
     }
-    primaries[device].retains--;
+    if (--primaries[device].retains == 0) {
+        char path[256];
+        (void)unlink(context_path(device, path, sizeof(path)));
+    }
     return fake_leave(CUDA_OK);
 }
 
@@ -267,7 +263,8 @@ static struct region *make(enum kind kind, cuda_address base, size_t bytes)
 
 static void mark(struct region *region)
 {
-    (void)snprintf(region->marker, sizeof(region->marker), "%.180s/open-%d-%u", folder(), (int)getpid(), next_number++);
+    (void)snprintf(region->marker, sizeof(region->marker), "%.180s/open-%d-%u", fake_folder(), (int)getpid(),
+                   next_number++);
     close(open(region->marker, O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
     region->foreign = true;
 }
@@ -304,7 +301,8 @@ EXPORT cuda_result cuMemAlloc(cuda_address *address, size_t bytes)
 {
     ENTER("cuMemAlloc", true);
     struct region *region = make(ALLOCATED, 0, bytes);
-    (void)snprintf(region->path, sizeof(region->path), "%.180s/alloc-%d-%u", folder(), (int)getpid(), next_number++);
+    (void)snprintf(region->path, sizeof(region->path), "%.180s/alloc-%d-%u", fake_folder(), (int)getpid(),
+                   next_number++);
     int fd = open(region->path, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0) {
         abort();
@@ -419,7 +417,7 @@ EXPORT cuda_result cuIpcOpenMemHandle(cuda_address *address, struct cuda_handle 
         return fake_leave(CUDA_INVALID_CONTEXT);
     }
     char path[256];
-    (void)snprintf(path, sizeof(path), "%.180s/%s", folder(), in.name);
+    (void)snprintf(path, sizeof(path), "%.180s/%s", fake_folder(), in.name);
     for (int i = 0; i < REGIONS_MAX; i++) {
         if (regions[i].kind == OPENED && strcmp(regions[i].path, path) == 0) {
             regions[i].opens++;

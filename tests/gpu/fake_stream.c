@@ -11,7 +11,9 @@ enum {
     ALREADY_REGISTERED = 712,
     NOT_REGISTERED = 713,
     RANGES_MAX = 1024,
-    WORKS_MAX = 4096
+    WORKS_MAX = 4096,
+    BATCH_MAX = 2048,
+    VERSION = 13000
 };
 
 struct host_range {
@@ -205,6 +207,46 @@ EXPORT cuda_result cuMemcpyHtoDAsync(cuda_address to, const void *from, size_t b
         return fake_leave(CUDA_INVALID_VALUE);
     }
     return fake_leave(issue(stream, (struct work){.to = to, .from = from, .bytes = bytes}));
+}
+
+// The copies of one call are in no order: here the last one is the first.
+static cuda_result copy_batch(const cuda_address *to, const cuda_address *from, const size_t *bytes, size_t count,
+                              const struct cuda_batch_attributes *attributes, const size_t *firsts,
+                              size_t attribute_count, cuda_stream stream)
+{
+    const bool valid = count > 0 && count <= BATCH_MAX && attribute_count == 1 && firsts[0] == 0 && stream &&
+                       attributes->source_order >= 1 && attributes->source_order <= 3 && attributes->flags == 0;
+    cuda_result result = valid ? CUDA_OK : CUDA_INVALID_VALUE;
+    for (size_t i = count; i > 0 && result == CUDA_OK; i--) {
+        const uint8_t *source = (const uint8_t *)(uintptr_t)from[i - 1];
+        result = registered(source, bytes[i - 1])
+                     ? issue(stream, (struct work){.to = to[i - 1], .from = source, .bytes = bytes[i - 1]})
+                     : CUDA_INVALID_VALUE;
+    }
+    return result;
+}
+
+EXPORT cuda_result cuMemcpyBatchAsync_v2(cuda_address *to, cuda_address *from, size_t *bytes, size_t count,
+                                         struct cuda_batch_attributes *attributes, size_t *firsts,
+                                         size_t attribute_count, cuda_stream stream);
+EXPORT cuda_result cuMemcpyBatchAsync_v2(cuda_address *to, cuda_address *from, size_t *bytes, size_t count,
+                                         struct cuda_batch_attributes *attributes, size_t *firsts,
+                                         size_t attribute_count, cuda_stream stream)
+{
+    ENTER("cuMemcpyBatchAsync_v2", true);
+    return fake_leave(copy_batch(to, from, bytes, count, attributes, firsts, attribute_count, stream));
+}
+
+EXPORT cuda_result cuMemcpyBatchAsync(cuda_address *to, cuda_address *from, size_t *bytes, size_t count,
+                                      struct cuda_batch_attributes *attributes, size_t *firsts, size_t attribute_count,
+                                      size_t *failed, cuda_stream stream);
+EXPORT cuda_result cuMemcpyBatchAsync(cuda_address *to, cuda_address *from, size_t *bytes, size_t count,
+                                      struct cuda_batch_attributes *attributes, size_t *firsts, size_t attribute_count,
+                                      size_t *failed, cuda_stream stream)
+{
+    ENTER("cuMemcpyBatchAsync", true);
+    *failed = SIZE_MAX; // of no copy in particular
+    return fake_leave(copy_batch(to, from, bytes, count, attributes, firsts, attribute_count, stream));
 }
 
 EXPORT cuda_result cuMemcpy2DAsync(const struct cuda_rows *rows, cuda_stream stream);
@@ -496,6 +538,33 @@ EXPORT cuda_result cuEventDestroy(cuda_event event)
 CUDA_ENTRIES(DECLARE)
 #undef DECLARE
 
+// FAKE_CUDA_VERSION, or the newest.
+static int version_of_driver(void)
+{
+    const char *wanted = getenv("FAKE_CUDA_VERSION");
+    return wanted ? (int)strtol(wanted, NULL, 10) : VERSION;
+}
+
+EXPORT cuda_result cuDriverGetVersion(int *version);
+EXPORT cuda_result cuDriverGetVersion(int *version)
+{
+    const int code = fake_enter("cuDriverGetVersion", false);
+    if (code != 0) {
+        return code;
+    }
+    *version = version_of_driver();
+    return fake_leave(CUDA_OK);
+}
+
+// As the real one: the newest form that is no newer than what was asked for, or than the driver.
+static void (*find_batch(int version))(void)
+{
+    version = version < version_of_driver() ? version : version_of_driver();
+    return version >= CUDA_BATCH_13   ? (void (*)(void))cuMemcpyBatchAsync_v2
+           : version >= CUDA_BATCH_12 ? (void (*)(void))cuMemcpyBatchAsync
+                                      : NULL;
+}
+
 EXPORT cuda_result cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t flags, int *found);
 EXPORT cuda_result cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t flags, int *found)
 {
@@ -509,6 +578,12 @@ EXPORT cuda_result cuGetProcAddress_v2(const char *symbol, void **out, int versi
 #undef ROW
     };
     const char *missing = getenv("FAKE_CUDA_MISSING"); // an entry point that this driver is too old for
+    if (strcmp(symbol, "cuMemcpyBatchAsync") == 0 && !(missing && strcmp(missing, symbol) == 0)) {
+        void (*call)(void) = find_batch(version);
+        memcpy(out, &call, sizeof(*out));
+        *found = call ? 0 : 1;
+        return call ? CUDA_OK : NOT_FOUND;
+    }
     for (size_t i = 0; i < sizeof(entries) / sizeof(entries[0]); i++) {
         if (strcmp(entries[i].symbol, symbol) == 0 && version == entries[i].version && flags == 0 &&
             !(missing && strcmp(missing, symbol) == 0)) {

@@ -42,6 +42,7 @@ bool memory_choose_driver(void)
             abort();
         setenv("FAKE_CUDA_DIR", folder, 1);
         setenv("ICECACHE_CUDA_LIBRARY", FAKE_CUDA_PATH, 1);
+        setenv("ICECACHE_NVML_LIBRARY", FAKE_NVML_PATH, 1);
     }
     return true;
 }
@@ -232,4 +233,42 @@ void gpu_check(const struct worker *worker, uint32_t row, uint32_t layer, const 
         free(seen);
     }
     free(block);
+}
+
+// ---- service ----
+
+ice_status gpu_retrieve_all(const struct worker *worker, const struct history *history, uint32_t row, uint32_t layer,
+                            bool check)
+{
+    const uint32_t length = (uint32_t)history->length;
+    struct retrieve retrieve;
+    retrieve_init(&retrieve, worker, history, layer, length - 1, 1);
+    retrieve.row = row;
+    retrieve_ends(&retrieve, length, 0, 0);
+    ice_status status = ice_retrieve(worker->client, &retrieve.options, NULL);
+    if (status == ICE_OK && check)
+        gpu_check(worker, row, layer, history, length, length);
+    if (status != ICE_OK)
+        assert_string_not_equal(ice_last_error(), "");
+    retrieve_fini(&retrieve);
+    return status;
+}
+
+void gpu_expect_service(const struct daemon *daemon, const struct history *history, enum ice_gpu_mode mode)
+{
+    const uint32_t rows = 2, slots = (uint32_t)history->length + 8;
+    struct worker worker;
+    worker_open(&worker, daemon->sockets, &history->shape, rows, slots);
+    worker_append(&worker, history, 0, history->length);
+    struct retrieve retrieve;
+    retrieve_init(&retrieve, &worker, history, 0, history->length - 1, 1);
+    retrieve_ends(&retrieve, (uint32_t)history->length, 0, 0);
+    assert_ok(ice_retrieve(worker.client, &retrieve.options, NULL));
+    landing_check_all(worker.landing, 0, 0, history, history->length);
+    retrieve_fini(&retrieve);
+    worker_close(&worker);
+    worker_open_gpu(&worker, daemon->sockets, &history->shape, rows, slots, &(struct ice_gpu_options){.mode = mode});
+    worker_append(&worker, history, 0, history->length);
+    assert_ok(gpu_retrieve_all(&worker, history, 1, 1, true));
+    worker_close(&worker);
 }

@@ -12,7 +12,7 @@
 bool memory_choose_driver(void);
 bool memory_is_fake(void);
 const char *memory_library(void); // ICECACHE_CUDA_LIBRARY, or NULL
-// The fake driver: PROGRAM ENTRY CODE to do wrong from now on in all processes; NULL: nothing.
+// The fake driver: PROGRAM ENTRY CODE [DEVICE] to do wrong from now on in all processes; NULL: nothing.
 void memory_fail(const char *line);
 // How many mappings of another process's memory there are, by all processes of the fake driver.
 uint32_t memory_foreign_mappings(void);
@@ -44,5 +44,12 @@ void gpu_check(const struct worker *worker, uint32_t row, uint32_t layer, const 
                uint64_t visible);
 // All counts of the (row, layer) are this.
 void gpu_check_counts(const struct worker *worker, uint32_t row, uint32_t layer, uint32_t count);
+
+// All of the worker's sequence, which is the history, into a row; answers the status. check: on success the bytes are
+// right.
+ice_status gpu_retrieve_all(const struct worker *worker, const struct history *history, uint32_t row, uint32_t layer,
+                            bool check);
+// A landing in host memory and another one on the GPU work, whatever has happened to others.
+void gpu_expect_service(const struct daemon *daemon, const struct history *history, enum ice_gpu_mode mode);
 
 #endif

@@ -34,39 +34,14 @@ static uint64_t landing_bytes(void)
     return bytes;
 }
 
-// All of the sequence into a row; answers the status. On success the bytes are right.
 static ice_status try_retrieve(const struct worker *worker, uint32_t row, uint32_t layer, bool check)
 {
-    struct retrieve retrieve;
-    retrieve_init(&retrieve, worker, &history, layer, LENGTH - 1, 1);
-    retrieve.row = row;
-    retrieve_ends(&retrieve, LENGTH, 0, 0);
-    ice_status status = ice_retrieve(worker->client, &retrieve.options, NULL);
-    if (status == ICE_OK && check)
-        gpu_check(worker, row, layer, &history, LENGTH, LENGTH);
-    if (status != ICE_OK)
-        assert_string_not_equal(ice_last_error(), "");
-    retrieve_fini(&retrieve);
-    return status;
+    return gpu_retrieve_all(worker, &history, row, layer, check);
 }
 
-// A landing in host memory and another one on the GPU work, whatever has happened to others.
 static void expect_service(const struct daemon *daemon, enum ice_gpu_mode mode)
 {
-    struct worker worker;
-    worker_open(&worker, daemon->sockets, &shape, ROWS, SLOTS);
-    worker_append(&worker, &history, 0, LENGTH);
-    struct retrieve retrieve;
-    retrieve_init(&retrieve, &worker, &history, 0, LENGTH - 1, 1);
-    retrieve_ends(&retrieve, LENGTH, 0, 0);
-    assert_ok(ice_retrieve(worker.client, &retrieve.options, NULL));
-    landing_check_all(worker.landing, 0, 0, &history, LENGTH);
-    retrieve_fini(&retrieve);
-    worker_close(&worker);
-    worker_open_gpu(&worker, daemon->sockets, &shape, ROWS, SLOTS, &(struct ice_gpu_options){.mode = mode});
-    worker_append(&worker, &history, 0, LENGTH);
-    assert_ok(try_retrieve(&worker, 1, 1, true));
-    worker_close(&worker);
+    gpu_expect_service(daemon, &history, mode);
 }
 
 // Memory of either kind, for a landing.

@@ -30,9 +30,10 @@ int daemon_teardown(void **state);
 #define DAEMON_TEST(function) DAEMON_TEST_WITH(function, daemon_default_options)
 #define DAEMON_TEST_WITH(function, options)                                                                            \
     cmocka_unit_test_prestate_setup_teardown(function, daemon_setup, daemon_teardown, (void *)(uintptr_t)(options))
-#define FOLDER_TEST(function)                                                                                          \
+#define FOLDER_TEST(function) FOLDER_TEST_WITH(function, daemon_default_options)
+#define FOLDER_TEST_WITH(function, options)                                                                            \
     cmocka_unit_test_prestate_setup_teardown(function, daemon_setup_stopped, daemon_teardown,                          \
-                                             (void *)(uintptr_t)daemon_default_options)
+                                             (void *)(uintptr_t)(options))
 
 #define DAEMON_ARGUMENTS_MAX (CHILD_ARGUMENTS_MAX + 8)
 // What it is started by, NULL-terminated.

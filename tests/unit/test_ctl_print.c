@@ -90,6 +90,48 @@ static void statistics_show_the_disk(void **state)
     free(text);
 }
 
+static void statistics_show_gpus(void **state)
+{
+    (void)state;
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT, *const parts[] = {&reply};
+    Icecache__Wire__StatsReply stats = ICECACHE__WIRE__STATS_REPLY__INIT;
+    Icecache__Wire__GpuStats known = ICECACHE__WIRE__GPU_STATS__INIT, unknown = known;
+    Icecache__Wire__GpuStats *rows[] = {&known, &unknown};
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_STATS;
+    reply.stats = &stats;
+    char *text = printed(ctl_print_json, parts, 1);
+    expect(text, ",\"gpu\":[],\"sequence\":[]}\n");
+    free(text);
+    stats.gpu = rows;
+    stats.n_gpu = 2;
+    known.name = TEXT("NVIDIA H200");
+    known.uuid = TEXT("GPU-1");
+    known.landings = 3;
+    known.copies = 4;
+    known.bytes_copied = 5u << 20;
+    known.vram_bytes = 600u << 20;
+    known.vram_known = 1;
+    known.vram_source = TEXT("NVML");
+    known.copy_way = TEXT("batch from 8 rows on");
+    unknown.uuid = TEXT("GPU-2");
+    unknown.vram_source = TEXT("no NVML");
+    unknown.broken = TEXT("it does not answer");
+    text = printed(ctl_print_table, parts, 1);
+    expect(text, "gpu      NVIDIA H200  GPU-1\n  landings 3  copies 4  copied 5.0 MiB  rows by batch from 8 rows on\n"
+                 "  the daemon's memory there 600.0 MiB (NVML)\n"
+                 "gpu      not open  GPU-2  NOT IN USE: it does not answer\n  landings 0  copies 0  copied 0 B\n"
+                 "  the daemon's memory there unknown (no NVML)\n");
+    free(text);
+    text = printed(ctl_print_json, parts, 1);
+    expect(text, ",\"gpu\":[{\"name\":\"NVIDIA H200\",\"uuid\":\"GPU-1\",\"landings\":3,\"copies\":4,"
+                 "\"bytes_copied\":5242880,\"vram_bytes\":629145600,\"vram_source\":\"NVML\",\"copy_way\":\"batch from "
+                 "8 rows on\",\"broken\":\"\"},"
+                 "{\"name\":\"\",\"uuid\":\"GPU-2\",\"landings\":0,\"copies\":0,\"bytes_copied\":0,"
+                 "\"vram_bytes\":null,\"vram_source\":\"no NVML\",\"copy_way\":\"\",\"broken\":\"it does not "
+                 "answer\"}],\"sequence\":[]}");
+    free(text);
+}
+
 static void prefixes_are_listed(void **state)
 {
     (void)state;
@@ -136,6 +178,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(statistics_show_the_disk),
+        cmocka_unit_test(statistics_show_gpus),
         cmocka_unit_test(prefixes_are_listed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

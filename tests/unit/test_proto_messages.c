@@ -423,6 +423,26 @@ static void stats_list_a_bounded_number_of_sequences(void **state)
     assert_null(out);
 }
 
+static void stats_list_a_bounded_number_of_gpus(void **state)
+{
+    (void)state;
+    Icecache__Wire__GpuStats gpu = ICECACHE__WIRE__GPU_STATS__INIT, *list[WIRE_STATS_GPUS_MAX + 1];
+    for (size_t i = 0; i <= WIRE_STATS_GPUS_MAX; i++)
+        list[i] = &gpu;
+    Icecache__Wire__StatsReply stats = ICECACHE__WIRE__STATS_REPLY__INIT;
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT, *out = NULL;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_STATS;
+    reply.stats = &stats;
+    stats.gpu = list;
+    stats.n_gpu = WIRE_STATS_GPUS_MAX;
+    assert_int_equal(decode_reply(&reply, &out), ICE_OK);
+    icecache__wire__reply__free_unpacked(out, NULL);
+    out = NULL;
+    stats.n_gpu++;
+    assert_int_equal(decode_reply(&reply, &out), ICE_BAD_MESSAGE);
+    assert_null(out);
+}
+
 static void replies_are_capped(void **state)
 {
     (void)state;
@@ -491,6 +511,7 @@ int main(void)
         cmocka_unit_test(retrieve_replies_agree_with_themselves),
         cmocka_unit_test(other_replies_pass),
         cmocka_unit_test(stats_list_a_bounded_number_of_sequences),
+        cmocka_unit_test(stats_list_a_bounded_number_of_gpus),
         cmocka_unit_test(replies_are_capped),
         cmocka_unit_test(control_replies_carry_a_whole_token),
     };

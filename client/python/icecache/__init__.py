@@ -254,7 +254,7 @@ class Landing(_Handle):
 
 
 _MODES = {"any": 0, "push": 1, "pull": 2}
-_COPIES = {"any": 0, "blocks": 1, "changed": 2}
+_COPIES = {"any": 0, "blocks": 1, "changed": 2, "loop": 3, "batch": 4}
 
 
 class GpuArray:
@@ -318,7 +318,8 @@ def _gpu_layout(array, dtype):
 
 
 class GpuLanding(_Handle):
-    """A landing in GPU memory. mode: "push" or "pull", pull_reason: why it is not push.
+    """A landing in GPU memory. mode: "push" or "pull", pull_reason: why it is not push; copy_way: how
+    several rows are copied.
 
     copies_changed: a pull that can leave what is there where it is, copy_reason: why it cannot; block_us,
     changed_none_us, changed_all_us: what one row takes until it has landed.
@@ -345,6 +346,7 @@ class GpuLanding(_Handle):
         self.copy_reason = found.copy_reason.decode("utf-8", "replace")
         self.block_us, self.changed_none_us = found.block_us, found.changed_none_us
         self.changed_all_us = found.changed_all_us
+        self.copy_way = found.copy_way.decode("utf-8", "replace")
         cells = (shape.rows, shape.layers, shape.kv_heads)
         element = {"bf16": "<i2", "fp16": "<f2", "fp32": "<f4"}[dtype]
         step = found.layer_bytes
@@ -578,8 +580,9 @@ class Client:
         """A Landing in host memory; a GpuLanding where gpu is the number of a GPU or an array in GPU memory.
 
         The array (a torch tensor, or anything with __cuda_array_interface__) must have at least landing_bytes(...)
-        bytes and lie contiguous. mode is "push", "pull" or "any"; copy, of a pull, "blocks", "changed" (only what is not
-        on the GPU already) or "any" (what is faster).
+        bytes and lie contiguous. mode is "push", "pull" or "any"; copy, of a pull, "changed" (only what is not on the
+        GPU already), "blocks", or "any" (what is faster); "loop" and "batch" are blocks, a call of the driver for each
+        row of a retrieve or one for all.
         """
         shape = _library.LandingShape(rows, layers, kv_heads, slots, head_dim, _dtype(dtype)[0])
         handle = c_void_p()

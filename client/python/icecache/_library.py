@@ -107,6 +107,7 @@ class GpuLanding(ctypes.Structure):
         ("mode", c_int),
         ("pull_reason", c_char_p),
         ("device_name", c_char_p),
+        ("copy_way", c_char_p),
         ("copies_changed", c_bool),
         ("copy_reason", c_char_p),
         ("block_us", c_float),

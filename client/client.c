@@ -6,6 +6,7 @@
 #include "client/exchange.h"
 #include "client/handles.h"
 #include "client/staging.h"
+#include "client/vectors.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -250,6 +251,7 @@ void ice_client_close(ice_client *client)
     while (client->landings.next != &client->landings) {
         ice_landing_close((ice_landing *)client->landings.next);
     }
+    vectors_close(client);
     session_close(&client->session);
     context_destroy(client->context);
     (void)close(client->wake_fd);

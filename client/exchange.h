@@ -18,6 +18,7 @@
 #define EXCHANGE_REQUESTS_MAX 256u // a power of two: the low bits of a request id are its place in the table
 
 struct staging;
+struct vectors;
 
 // A thread that waits for something that only a reply (or another thread) can bring about. On the waiter's stack.
 struct waiter {
@@ -85,6 +86,8 @@ struct ice_client {
     bool staging_opening;
     ice_status staging_status; // why there is none
     char staging_text[WIRE_TEXT_BYTES_MAX + 1];
+
+    struct vectors *vectors; // ways of queries from GPUs, one for each; owned (vectors.c)
 
     struct handle landings, sequences, tickets; // list heads
 };

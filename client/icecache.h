@@ -346,6 +346,18 @@ struct ice_retrieve_result {
 ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,
                                     struct ice_retrieve_result *result);
 
+// The same with query_vectors, keys and values in GPU memory, all on the GPU of the landing (of one GPU where the
+// landing is in host memory). The library copies them on `stream` (a CUstream or cudaStream_t of the memory's context;
+// NULL: the default stream), so behind whatever has been issued there, waits for the copies (spinning at first), and
+// sends the request: the memory may be used again when the call, also ice_retrieve_submit_gpu, returns. The copies and
+// their wait are within the deadline: ICE_TIMEOUT where the stream does not get there, and nothing was sent.
+// ICE_NOT_SUPPORTED: the stream is being captured into a CUDA graph. ICE_INVALID_ARGUMENT names the address that is not
+// on the GPU.
+ICE_CHECKED ice_status ice_retrieve_gpu(ice_client *client, const struct ice_retrieve_options *options, void *stream,
+                                        struct ice_retrieve_result *result);
+ICE_CHECKED ice_status ice_retrieve_submit_gpu(ice_client *client, const struct ice_retrieve_options *options,
+                                               void *stream, ice_ticket **out);
+
 // The rows belong to the daemon from submit until the reply has come, also after a time-out: until then submits to them
 // answer ICE_BUSY. All memory in options is copied. *out is owned by the caller until ice_ticket_close. A client has at
 // most 256 requests in flight, fewer where the daemon's --inflight-max is smaller; more answer ICE_QUEUE_FULL.

@@ -36,6 +36,7 @@ enum {
     CUDA_IPC_LAZY_PEER = 1,
     CUDA_STREAM_NON_BLOCKING = 1,
     CUDA_EVENT_DISABLE_TIMING = 2,
+    CUDA_CAPTURE_NONE = 0, // of a stream that is not being captured into a graph
     CUDA_HANDLE_POSIX_FD = 1,
     CUDA_LOCATION_DEVICE = 1,
     CUDA_ACCESS_READ_WRITE = 3,
@@ -118,6 +119,7 @@ struct cuda_rows {
     X(event_record,           "cuEventRecord",                  2000,  (cuda_event event, cuda_stream stream)) \
     X(event_query,            "cuEventQuery",                   2000,  (cuda_event event)) \
     X(event_destroy,          "cuEventDestroy",                 4000,  (cuda_event event)) \
+    X(stream_capturing,       "cuStreamIsCapturing",            10000, (cuda_stream stream, int *capture)) \
     X(copy_to_device,         "cuMemcpyHtoDAsync",              3020,  (cuda_address to, const void *from, size_t bytes, cuda_stream stream)) \
     X(copy_rows,              "cuMemcpy2DAsync",                3020,  (const struct cuda_rows *rows, cuda_stream stream)) \
     X(fill,                   "cuMemsetD8Async",                3020,  (cuda_address to, unsigned char value, size_t bytes, cuda_stream stream)) \

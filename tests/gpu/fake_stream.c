@@ -9,6 +9,7 @@ enum {
     NOT_FOUND = 500,
     ALREADY_REGISTERED = 712,
     NOT_REGISTERED = 713,
+    CAPTURE_UNSUPPORTED = 900,
     RANGES_MAX = 1024,
     WORKS_MAX = 4096
 };
@@ -29,6 +30,7 @@ struct work {
 
 struct cuda_stream {
     struct cuda_context *context;
+    int capture; // of a graph that is being captured: nothing is carried out
     uint64_t issued, done;
     struct work works[WORKS_MAX]; // number n at n % WORKS_MAX
     struct cuda_stream *next;
@@ -121,6 +123,9 @@ static struct cuda_stream *named(struct cuda_stream *stream)
 static cuda_result issue(struct cuda_stream *stream, struct work work)
 {
     stream = named(stream);
+    if (stream && stream->capture) {
+        return CAPTURE_UNSUPPORTED; // the real one would record it, and whoever waits for it would wait for ever
+    }
     if (!stream || (!work.outwards && !reachable(work.to, work.bytes)) || stream->issued - stream->done == WORKS_MAX) {
         return CUDA_INVALID_VALUE;
     }
@@ -277,6 +282,37 @@ EXPORT cuda_result cuStreamDestroy(cuda_stream stream)
     return fake_leave(CUDA_OK);
 }
 
+EXPORT cuda_result cuStreamIsCapturing(cuda_stream stream, int *capture);
+EXPORT cuda_result cuStreamIsCapturing(cuda_stream stream, int *capture)
+{
+    ENTER("cuStreamIsCapturing", true);
+    stream = named(stream);
+    if (!stream) {
+        return fake_leave(INVALID_HANDLE);
+    }
+    *capture = stream->capture;
+    return fake_leave(CUDA_OK);
+}
+
+// Not of the table: what a worker of the tests calls.
+EXPORT cuda_result cuStreamBeginCapture(cuda_stream stream, int mode);
+EXPORT cuda_result cuStreamBeginCapture(cuda_stream stream, int mode)
+{
+    ENTER("cuStreamBeginCapture", true);
+    (void)mode;
+    stream->capture = 1;
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuStreamEndCapture(cuda_stream stream, void **graph);
+EXPORT cuda_result cuStreamEndCapture(cuda_stream stream, void **graph)
+{
+    ENTER("cuStreamEndCapture", true);
+    stream->capture = 0;
+    *graph = NULL;
+    return fake_leave(CUDA_OK);
+}
+
 EXPORT cuda_result cuEventCreate(cuda_event *event, unsigned flags);
 EXPORT cuda_result cuEventCreate(cuda_event *event, unsigned flags)
 {
@@ -300,6 +336,9 @@ EXPORT cuda_result cuEventRecord(cuda_event event, cuda_stream stream)
     stream = named(stream);
     if (!event || !stream) {
         return fake_leave(INVALID_HANDLE);
+    }
+    if (stream->capture) {
+        return fake_leave(CAPTURE_UNSUPPORTED);
     }
     *event = (struct cuda_event){.stream = stream, .number = stream->issued, .next = event->next};
     return fake_leave(CUDA_OK);

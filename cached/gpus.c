@@ -56,6 +56,7 @@ static void break_off(struct copier *copier, const char *text)
 static void complete(struct copier *copier, struct op *op)
 {
     op->push_ns = env_now_ns(copier->server->env) - op->pushed_ns;
+    op_signal(op);
     completion_post(&copier->server->completions, &op->completion);
 }
 

@@ -61,6 +61,7 @@ struct op {
     uint32_t queries, query_dtype, budget, sinks, window;
     bool holds_ends, append, page_wise;
     float coverage;
+    uint64_t signal; // for the rows' timeline words; 0: none
     uint32_t sequence_count;
     struct admission *admissions; // [sequence_count]
     uint32_t *rows;               // [sequence_count]
@@ -124,6 +125,10 @@ struct op_totals {
     bool partial;
 };
 struct op_totals op_totals(const struct op *op);
+// Tells a worker's GPU that waits for a retrieve that it is over, however: what the retrieve leaves is there. Any
+// thread, also twice, until the reply is sent. The second: of a retrieve that was refused before there was an op.
+void op_signal(const struct op *op);
+void op_signal_refused(struct session *session, const Icecache__Wire__Request *request);
 // Reactor: ends an op: reply, statistics, next in the queues.
 void op_finish(struct op *op, ice_status status, const char *text);
 // Shards (op_lane.c).

@@ -396,6 +396,7 @@ static void next_phase(struct op *op)
         copier_push(op->landing->copier, op);
         return;
     }
+    op_signal(op); // here, so that a GPU need not wait for the reactor
     completion_post(&op->server->completions, &op->completion);
 }
 

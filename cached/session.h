@@ -32,7 +32,8 @@ struct landing {
     struct gpu_landing *memory;
     struct copier *copier; // of the GPU that selections are pushed to; NULL: none
     struct landing_shape shape;
-    uint64_t bytes; // of host memory
+    uint64_t bytes;        // of host memory
+    uint64_t passed_bytes; // of the memfd that the worker maps
     struct landing_row *rows;
     uint32_t users; // requests in flight
     bool closing;

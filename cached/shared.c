@@ -6,6 +6,7 @@
 #include "cached/log.h"
 #include "cached/server.h"
 #include "gpu/export.h"
+#include "proto/timeline.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -191,7 +192,7 @@ static void landing_opened(struct completion *completion, struct server *server)
     reply.body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING;
     reply.landing = &body;
     body.landing_id = landing->id;
-    body.bytes = job->fd >= 0 ? landing->bytes : 0;
+    body.bytes = landing->passed_bytes;
     control_reply(server, session, &reply, job->fd);
     landing_release(server, landing); // the job's; unmaps it where the session has ended meanwhile
     job_free(server, job);
@@ -287,9 +288,9 @@ static void landing_start(struct server *server, struct job *job, const struct l
     const struct landing_shape held_shape = landing_held_shape(shape, place);
     struct landing_layout held;
     struct landing *landing = NULL;
-    ice_status status = landing_layout_init(&held, &held_shape)
-                            ? landing_allocate(server, session, shape, held.total_bytes, &landing)
-                            : ICE_TOO_LARGE;
+    ice_status status = ICE_TOO_LARGE;
+    if (landing_layout_init(&held, &held_shape))
+        status = landing_allocate(server, session, shape, held.total_bytes + timeline_bytes(shape, place), &landing);
     if (status != ICE_OK) {
         control_error(server, session, job->request_id, status,
                       status == ICE_LIMIT ? "the session has as many landings as --landings-max allows" : NULL);
@@ -297,6 +298,7 @@ static void landing_start(struct server *server, struct job *job, const struct l
         return;
     }
     landing->ops = ops_of(place);
+    landing->passed_bytes = timeline_passed_bytes(&held, shape, place);
     job->landing = landing;
     server->gpus.used = server->gpus.used || place == LANDING_PUSH;
     task_queue_push(place == LANDING_PUSH ? &server->gpus.queue : &server->keeper_queue, TASK_BULK, &job->task);

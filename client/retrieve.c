@@ -219,7 +219,7 @@ static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_re
     retrieve->page_wise = options->granularity == ICE_PAGE_WISE;
 }
 
-static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_options *options)
+static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_options *options, uint64_t until_us)
 {
     ice_ticket *ticket = calloc(1, sizeof *ticket);
     struct pending *pending = pending_create();
@@ -246,6 +246,7 @@ static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_o
     ticket->sequence_ids = sequence_ids;
     ticket->generation = options->landing->generation;
     ticket->pending = pending;
+    ticket->until_us = until_us;
     ticket->head_count = options->sequence_count * options->landing->shape.kv_heads;
     return ticket;
 }
@@ -274,6 +275,10 @@ static ice_status ticket_submit(ice_ticket *ticket, const struct ice_retrieve_op
     }
     retrieve.deadline_us = daemon_deadline_us(until_us); // of what is left now
     (void)pthread_mutex_lock(&client->lock);
+    if (options->landing->words != NULL) {
+        // Rows are taken in the order of these values: nothing releases the lock before exchange_submit has them.
+        ticket->signal = retrieve.signal = ++options->landing->signals;
+    }
     status = exchange_submit(client, ticket->generation, &request, &vectors, ticket->pending, until_us);
     if (status == ICE_OK) {
         handle_link(&client->tickets, &ticket->handle);
@@ -300,7 +305,7 @@ static ice_status retrieve_submit(ice_client *client, const struct ice_retrieve_
     if (status != ICE_OK) {
         return status;
     }
-    ice_ticket *ticket = ticket_create(client, options);
+    ice_ticket *ticket = ticket_create(client, options, *until_us);
     if (ticket == NULL) {
         return ICE_NO_MEMORY;
     }
@@ -366,7 +371,9 @@ static ice_status ticket_wait(ice_ticket *ticket, uint64_t until_us, struct ice_
     ice_client *client = ticket->client;
     (void)pthread_mutex_lock(&client->lock);
     ice_status status = exchange_wait(client, ticket->generation, ticket->pending, until_us);
-    if (status == ICE_OK && ticket->pending->pull != PULL_NONE) {
+    if (ticket->streamed && ticket->pending->done) {
+        status = stream_finish(ticket, status, until_us);
+    } else if (status == ICE_OK && ticket->pending->pull != PULL_NONE) {
         status = pull_finish(ticket, until_us);
     }
     if (status == ICE_OK) {
@@ -398,6 +405,7 @@ void ice_ticket_close(ice_ticket *ticket)
     }
     (void)pthread_mutex_lock(&client->lock);
     pull_abandon(ticket, client_until(client, 0));
+    stream_leave(ticket);
     handle_unlink(&ticket->handle);
     exchange_abandon(client, ticket->pending);
     (void)pthread_mutex_unlock(&client->lock);

@@ -4,7 +4,7 @@
 # The run path is the old DT_RPATH: unlike DT_RUNPATH it also holds for what the carried libraries need themselves.
 set(portable_folder ${CMAKE_BINARY_DIR}/portable)
 if(TARGET test_gpu_landing) # for tests/gpu/run on a machine with a GPU
-    list(APPEND programs test_gpu_landing test_gpu_append test_gpu_queries retrieve_times)
+    list(APPEND programs test_gpu_landing test_gpu_append test_gpu_queries test_gpu_stream_wait retrieve_times)
 endif()
 foreach(target icecache ${programs})
     set_target_properties(${target} PROPERTIES BUILD_RPATH "$ORIGIN" INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON)

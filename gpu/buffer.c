@@ -132,6 +132,22 @@ ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_
     return status;
 }
 
+// With the device entered.
+static ice_status copy_rows(const struct gpu_path *path, const uint32_t *rows, const bool *cleared, uint32_t count,
+                            uint32_t layer, char *text)
+{
+    ice_status status = ICE_OK;
+    for (uint32_t i = 0; i < count && status == ICE_OK; i++) {
+        if (cleared[i]) {
+            status = gpu_path_clear(path, rows[i], text);
+        }
+        if (status == ICE_OK) {
+            status = gpu_path_copy(path, rows[i], layer, text);
+        }
+    }
+    return status;
+}
+
 ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared, uint32_t count,
                            uint32_t layer, uint32_t fence, char *text)
 {
@@ -139,17 +155,24 @@ ice_status gpu_buffer_pull(const struct gpu_buffer *buffer, const uint32_t *rows
     if (status != ICE_OK) {
         return status;
     }
-    for (uint32_t i = 0; i < count && status == ICE_OK; i++) {
-        if (cleared[i]) {
-            status = gpu_path_clear(&buffer->path, rows[i], text);
-        }
-        if (status == ICE_OK) {
-            status = gpu_path_copy(&buffer->path, rows[i], layer, text);
-        }
-    }
+    status = copy_rows(&buffer->path, rows, cleared, count, layer, text);
     if (status == ICE_OK) {
         status = gpu_fence_set(&buffer->device, fence, text);
     }
+    gpu_device_leave(&buffer->device);
+    return status;
+}
+
+ice_status gpu_buffer_pull_in(const struct gpu_buffer *buffer, void *stream, const uint32_t *rows, const bool *cleared,
+                              uint32_t count, uint32_t layer, char *text)
+{
+    ice_status status = gpu_device_enter(&buffer->device, text);
+    if (status != ICE_OK) {
+        return status;
+    }
+    struct gpu_path path = buffer->path;
+    path.stream = stream;
+    status = copy_rows(&path, rows, cleared, count, layer, text);
     gpu_device_leave(&buffer->device);
     return status;
 }

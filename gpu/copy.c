@@ -15,7 +15,7 @@ static void unregister(const struct gpu_device *device, uint8_t *memory, uint64_
 ice_status gpu_path_open(struct gpu_path *path, const struct gpu_device *device, cuda_address to,
                          const struct landing_shape *shape, uint8_t *staging, char *text)
 {
-    *path = (struct gpu_path){.device = device, .to = to, .shape = *shape, .from = staging};
+    *path = (struct gpu_path){.device = device, .stream = device->stream, .to = to, .shape = *shape, .from = staging};
     const struct landing_shape held = landing_held_shape(shape, LANDING_PULL);
     if (!landing_layout_init(&path->layout, shape) || !landing_layout_init(&path->held, &held)) {
         text[0] = '\0';
@@ -46,7 +46,7 @@ static ice_status copy_piece(const struct gpu_path *path, uint64_t to, uint64_t 
     while (bytes > 0) {
         const uint64_t room = GPU_REGISTER_BYTES - from % GPU_REGISTER_BYTES;
         const uint64_t part = bytes < room ? bytes : room;
-        const cuda_result result = driver->copy_to_device(path->to + to, path->from + from, part, path->device->stream);
+        const cuda_result result = driver->copy_to_device(path->to + to, path->from + from, part, path->stream);
         if (result != CUDA_OK) {
             return cuda_failed(driver, "cuMemcpyHtoDAsync", result, text);
         }
@@ -70,7 +70,7 @@ ice_status gpu_path_clear(const struct gpu_path *path, uint32_t row, char *text)
     for (uint32_t layer = 0; layer < path->shape.layers; layer++) {
         const uint64_t counts = landing_block(&path->layout, &path->shape, row, layer) + path->layout.counts_offset;
         const cuda_result result =
-            driver->fill(path->to + counts, 0, path->shape.kv_heads * sizeof(uint32_t), path->device->stream);
+            driver->fill(path->to + counts, 0, path->shape.kv_heads * sizeof(uint32_t), path->stream);
         if (result != CUDA_OK) {
             return cuda_failed(driver, "cuMemsetD8Async", result, text);
         }

@@ -36,7 +36,10 @@ enum {
     CUDA_IPC_LAZY_PEER = 1,
     CUDA_STREAM_NON_BLOCKING = 1,
     CUDA_EVENT_DISABLE_TIMING = 2,
-    CUDA_CAPTURE_NONE = 0, // of a stream that is not being captured into a graph
+    CUDA_HOST_DEVICE_MAPPED = 2,
+    CUDA_WAIT_AT_LEAST = 0,
+    CUDA_DEVICE_CAN_WAIT_FOR_64_BITS = 122, // an attribute of a device
+    CUDA_CAPTURE_NONE = 0,                  // of a stream that is not being captured into a graph
     CUDA_HANDLE_POSIX_FD = 1,
     CUDA_LOCATION_DEVICE = 1,
     CUDA_ACCESS_READ_WRITE = 3,
@@ -82,7 +85,8 @@ struct cuda_rows {
     size_t width_bytes, height;
 };
 
-// Every entry point that is used: field, symbol, the CUDA version whose form of it is meant, parameters.
+// Every entry point that is used; cuStreamWaitValue64 may be missing (NULL), all others are there. Field, symbol, the
+// CUDA version whose form of it is meant, parameters.
 // clang-format off
 #define CUDA_ENTRIES(X) \
     X(init,                   "cuInit",                         2000,  (unsigned flags)) \
@@ -120,6 +124,9 @@ struct cuda_rows {
     X(event_query,            "cuEventQuery",                   2000,  (cuda_event event)) \
     X(event_destroy,          "cuEventDestroy",                 4000,  (cuda_event event)) \
     X(stream_capturing,       "cuStreamIsCapturing",            10000, (cuda_stream stream, int *capture)) \
+    X(stream_wait_value,      "cuStreamWaitValue64",            11070, (cuda_stream stream, cuda_address word, uint64_t value, unsigned flags)) \
+    X(host_address,           "cuMemHostGetDevicePointer",      3020,  (cuda_address *address, void *memory, unsigned flags)) \
+    X(device_attribute,       "cuDeviceGetAttribute",           2000,  (int *value, int attribute, cuda_device device)) \
     X(copy_to_device,         "cuMemcpyHtoDAsync",              3020,  (cuda_address to, const void *from, size_t bytes, cuda_stream stream)) \
     X(copy_rows,              "cuMemcpy2DAsync",                3020,  (const struct cuda_rows *rows, cuda_stream stream)) \
     X(fill,                   "cuMemsetD8Async",                3020,  (cuda_address to, unsigned char value, size_t bytes, cuda_stream stream)) \

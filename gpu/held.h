@@ -4,6 +4,7 @@
 #define ICECACHE_GPU_HELD_H
 
 #include "gpu/landing.h"
+#include "proto/timeline.h"
 
 struct gpu_push;
 
@@ -14,8 +15,10 @@ struct gpu_landing {
     struct landing_shape held_shape; // of `memory`: equal where nothing is staged, else of one layer
     struct landing_layout held;
     struct gpu_system system; // owner borrowed until close
-    uint8_t *memory;          // held.total_bytes
-    struct gpu_push *push;    // the GPU's side, owned; NULL: none
+    uint8_t *memory;          // held.total_bytes, and the timeline words behind it of a pull landing
+    uint64_t memory_bytes;
+    _Atomic uint64_t *words; // timeline words, [rows]; NULL: none
+    struct gpu_push *push;   // the GPU's side, owned; NULL: none
 };
 
 // Makes the landing with its host memory for a place. *fd_out is the caller's.
@@ -26,5 +29,6 @@ void held_close(struct gpu_landing *landing);
 void held_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, struct gpu_target *out);
 void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count);
 void held_clear_row(struct gpu_landing *landing, uint32_t row);
+void held_signal(struct gpu_landing *landing, const uint32_t *rows, uint32_t count, uint64_t value);
 
 #endif

@@ -1,8 +1,10 @@
 // The fake driver's host memory, streams, events and copies, and the way to its entry points.
 #include "fake_cuda.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     INVALID_HANDLE = 400,
@@ -17,7 +19,10 @@ enum {
 struct host_range {
     const uint8_t *memory; // NULL: free
     size_t bytes;
+    bool mapped; // the GPU has it at an address of its own
 };
+
+#define HOST_ALIAS 0x4000000000000000ull // from host memory to where the GPU has it
 
 struct work {
     cuda_address to;
@@ -26,6 +31,8 @@ struct work {
     size_t bytes;
     bool outwards; // rows, from the GPU
     struct cuda_rows rows;
+    const _Atomic uint64_t *word; // wait until it has at least `least`
+    uint64_t least;
 };
 
 struct cuda_stream {
@@ -46,6 +53,7 @@ struct cuda_event {
 static struct host_range ranges[RANGES_MAX];
 static struct cuda_stream *streams;
 static struct cuda_event *events;
+static struct cuda_stream default_streams[4];
 
 // ---- copies ----
 
@@ -93,16 +101,25 @@ static void copy_out(uint8_t *to, cuda_address from, size_t bytes)
     }
 }
 
+static bool is_waiting(const struct work *work)
+{
+    return work->word && (int64_t)(atomic_load(work->word) - work->least) < 0;
+}
+
+// As far as the stream gets: not beyond a word that it waits for.
 static void carry_out(struct cuda_stream *stream, uint64_t until)
 {
     for (; stream->done < until; stream->done++) {
         const struct work *work = &stream->works[stream->done % WORKS_MAX];
         const struct cuda_rows *rows = &work->rows;
+        if (is_waiting(work)) {
+            return;
+        }
         for (size_t i = 0; work->outwards && i < rows->height; i++) {
             copy_out((uint8_t *)rows->to_host + i * rows->to_pitch, rows->from_device + i * rows->from_pitch,
                      rows->width_bytes);
         }
-        if (!work->outwards) {
+        if (!work->outwards && !work->word) {
             copy_in(work->to, work->from, work->value, work->bytes);
         }
     }
@@ -111,7 +128,6 @@ static void carry_out(struct cuda_stream *stream, uint64_t until)
 // The stream itself, or the context's default one.
 static struct cuda_stream *named(struct cuda_stream *stream)
 {
-    static struct cuda_stream default_streams[4];
     struct cuda_context *current = fake_current();
     if (stream) {
         return stream->context == current ? stream : NULL;
@@ -126,7 +142,8 @@ static cuda_result issue(struct cuda_stream *stream, struct work work)
     if (stream && stream->capture) {
         return CAPTURE_UNSUPPORTED; // the real one would record it, and whoever waits for it would wait for ever
     }
-    if (!stream || (!work.outwards && !reachable(work.to, work.bytes)) || stream->issued - stream->done == WORKS_MAX) {
+    if (!stream || (!work.outwards && !work.word && !reachable(work.to, work.bytes)) ||
+        stream->issued - stream->done == WORKS_MAX) {
         return CUDA_INVALID_VALUE;
     }
     stream->works[stream->issued++ % WORKS_MAX] = work;
@@ -213,6 +230,11 @@ EXPORT cuda_result cuMemsetD8(cuda_address to, unsigned char value, size_t bytes
 
 // ---- host memory ----
 
+static uintptr_t page_of(const uint8_t *memory)
+{
+    return (uintptr_t)memory / 4096;
+}
+
 EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags);
 EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags)
 {
@@ -222,26 +244,45 @@ EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags)
     for (int i = 0; i < RANGES_MAX; i++) {
         if (!ranges[i].memory) {
             place = place ? place : &ranges[i];
-        } else if (from < ranges[i].memory + ranges[i].bytes && ranges[i].memory < from + bytes) {
-            return fake_leave(ALREADY_REGISTERED);
+        } else if (page_of(from) <= page_of(ranges[i].memory + ranges[i].bytes - 1) &&
+                   page_of(ranges[i].memory) <= page_of(from + bytes - 1)) {
+            return fake_leave(ALREADY_REGISTERED); // pages are pinned as a whole
         }
     }
-    if (flags != 0 || bytes == 0 || !place) {
+    if ((flags != 0 && flags != CUDA_HOST_DEVICE_MAPPED) || bytes == 0 || !place) {
         return fake_leave(CUDA_INVALID_VALUE);
     }
-    *place = (struct host_range){from, bytes};
+    *place = (struct host_range){from, bytes, flags == CUDA_HOST_DEVICE_MAPPED};
     return fake_leave(CUDA_OK);
+}
+
+// What a stream still has to do must not need the range: the real one would read what is not there.
+static void check_unused(struct cuda_stream *stream, const struct host_range *range)
+{
+    carry_out(stream, stream->issued);
+    for (uint64_t n = stream->done; n < stream->issued; n++) {
+        const struct work *work = &stream->works[n % WORKS_MAX];
+        const uint8_t *uses = work->word       ? (const uint8_t *)work->word
+                              : work->outwards ? work->rows.to_host
+                                               : work->from;
+        if (uses && uses >= range->memory && uses < range->memory + range->bytes) {
+            abort();
+        }
+    }
 }
 
 EXPORT cuda_result cuMemHostUnregister(void *memory);
 EXPORT cuda_result cuMemHostUnregister(void *memory)
 {
     ENTER("cuMemHostUnregister", true);
-    for (struct cuda_stream *stream = streams; stream; stream = stream->next) {
-        carry_out(stream, stream->issued);
-    }
     for (int i = 0; i < RANGES_MAX; i++) {
         if (ranges[i].memory && ranges[i].memory == memory) {
+            for (struct cuda_stream *stream = streams; stream; stream = stream->next) {
+                check_unused(stream, &ranges[i]);
+            }
+            for (size_t j = 0; j < sizeof(default_streams) / sizeof(default_streams[0]); j++) {
+                check_unused(&default_streams[j], &ranges[i]);
+            }
             ranges[i].memory = NULL;
             return fake_leave(CUDA_OK);
         }
@@ -249,7 +290,38 @@ EXPORT cuda_result cuMemHostUnregister(void *memory)
     return fake_leave(NOT_REGISTERED);
 }
 
+EXPORT cuda_result cuMemHostGetDevicePointer(cuda_address *address, void *memory, unsigned flags);
+EXPORT cuda_result cuMemHostGetDevicePointer(cuda_address *address, void *memory, unsigned flags)
+{
+    ENTER("cuMemHostGetDevicePointer", true);
+    const uint8_t *at = memory;
+    for (int i = 0; i < RANGES_MAX; i++) {
+        if (ranges[i].memory && ranges[i].mapped && at >= ranges[i].memory && at < ranges[i].memory + ranges[i].bytes &&
+            flags == 0) {
+            *address = (uintptr_t)memory + HOST_ALIAS;
+            return fake_leave(CUDA_OK);
+        }
+    }
+    return fake_leave(CUDA_INVALID_VALUE);
+}
+
 // ---- streams and events ----
+
+EXPORT cuda_result cuStreamWaitValue64(cuda_stream stream, cuda_address address, uint64_t value, unsigned flags);
+EXPORT cuda_result cuStreamWaitValue64(cuda_stream stream, cuda_address address, uint64_t value, unsigned flags)
+{
+    ENTER("cuStreamWaitValue64", true);
+    const uint8_t *word = (const uint8_t *)(uintptr_t)(address - HOST_ALIAS);
+    bool mapped = false;
+    for (int i = 0; i < RANGES_MAX; i++) {
+        mapped = mapped || (ranges[i].memory && ranges[i].mapped && word >= ranges[i].memory &&
+                            word + sizeof(value) <= ranges[i].memory + ranges[i].bytes);
+    }
+    if (!mapped || address % sizeof(value) != 0 || flags != CUDA_WAIT_AT_LEAST) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    return fake_leave(issue(stream, (struct work){.word = (const void *)word, .least = value}));
+}
 
 EXPORT cuda_result cuStreamCreateWithPriority(cuda_stream *stream, unsigned flags, int priority);
 EXPORT cuda_result cuStreamCreateWithPriority(cuda_stream *stream, unsigned flags, int priority)
@@ -272,7 +344,16 @@ EXPORT cuda_result cuStreamDestroy(cuda_stream stream);
 EXPORT cuda_result cuStreamDestroy(cuda_stream stream)
 {
     ENTER("cuStreamDestroy", true);
-    carry_out(stream, stream->issued);
+    while (carry_out(stream, stream->issued), stream->done < stream->issued) {
+        (void)fake_leave(CUDA_OK); // the real one goes on behind the call
+        (void)usleep(1000);
+        ENTER("cuStreamDestroy", true);
+    }
+    for (struct cuda_event *event = events; event; event = event->next) {
+        if (event->stream == stream) {
+            event->stream = NULL; // all before it is done
+        }
+    }
     struct cuda_stream **link = &streams;
     while (*link != stream) {
         link = &(*link)->next;
@@ -356,7 +437,7 @@ EXPORT cuda_result cuEventQuery(cuda_event event)
         return fake_leave(CUDA_NOT_READY);
     }
     carry_out(event->stream, event->number);
-    return fake_leave(CUDA_OK);
+    return fake_leave(event->stream->done >= event->number ? CUDA_OK : CUDA_NOT_READY);
 }
 
 EXPORT cuda_result cuEventDestroy(cuda_event event);

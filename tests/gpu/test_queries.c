@@ -157,6 +157,7 @@ static void behind_what_is_in_the_stream(void **state)
     cuda_stream stream = stream_create();
     worker_open(&worker, daemon->sockets, &shape, 1, SLOTS);
     worker_append(&worker, &history, 0, LENGTH);
+    worker_wait_idle(&worker); // or masses change meanwhile
     for (uint32_t round = 0; round < 20; round++) {
         struct retrieve retrieve;
         struct on_gpu moved;

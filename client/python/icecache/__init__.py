@@ -514,6 +514,16 @@ class Ticket(_Handle):
         return _selection(result)
 
 
+    def stream_wait(self, stream=0):
+        """Lets a stream wait for the selection instead of the CPU: what is issued in it from now on sees the selection.
+
+        stream is a handle such as torch.cuda.current_stream().cuda_stream (0: the default stream). For landings in GPU
+        memory, once for a ticket, outside of a capture. Call wait before you trust what that work made: it raises where
+        the stream went on without the selection (the request failed, its deadline passed, the daemon died).
+        """
+        _check(library().ice_ticket_stream_wait(self._open(), stream))
+
+
 class Client:
     """One session with the daemon. Its calls may come from any thread, except close."""
 

@@ -561,6 +561,25 @@ class GpuTest(ClientBase):
         with self.assertRaises(ValueError):
             sequence.append_gpu(sides[0][1], sides[1][1], first=50)
 
+    def test_a_stream_waits(self):
+        client = self.connect()
+        host, sequence = self.open(client, rows=2)
+        sequence.append(numbers(1, LAYERS * 50 * ROW), numbers(2, LAYERS * 50 * ROW), first=0)
+        for mode in ("push", "pull"):
+            landing = client.open_landing(**self.shape, gpu=0, mode=mode)
+            for _ in range(5):
+                with client.submit(landing, **self.arguments(sequence, row=1, at=49)) as ticket:
+                    ticket.stream_wait(stream=0)
+                    self.assertEqual(ticket.wait().counts, [14] * KV_HEADS)
+                counts = memoryview(self.content(landing.counts, 1, 1)).cast("i")
+                self.assertEqual(counts[0], 14)
+            landing.close()
+        with client.submit(host, **self.arguments(sequence, row=1, at=49)) as ticket:
+            with self.assertRaises(icecache.Error) as caught:
+                ticket.stream_wait()
+            self.assertEqual(caught.exception.status, icecache.Status.NOT_SUPPORTED)
+            ticket.wait()
+
     def on_gpu(self, host, packed=True):
         """A copy of an array in GPU memory, with the interface that torch tensors have there too."""
         data = bytes(host)

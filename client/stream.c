@@ -444,8 +444,8 @@ bool stream_close(ice_landing *landing, uint64_t until_us)
     }
     if (passed) {
         gpu_timeline_close(&streams->timeline);
-        free(streams);
-        landing->gpu->streams = NULL;
     }
+    free(streams); // where a stream has not passed, the words stay registered
+    landing->gpu->streams = NULL;
     return passed;
 }

@@ -101,14 +101,17 @@ static int injected(const char *entry)
 int fake_enter(const char *entry, bool needs_context)
 {
     int code = injected(entry);
-    if (code == 0 && !initialised) {
-        code = NOT_INITIALIZED;
+    if (code != 0) {
+        return code;
     }
-    if (code == 0 && needs_context && (depth == 0 || !stack[depth - 1] || stack[depth - 1]->retains == 0)) {
+    (void)pthread_mutex_lock(&lock);
+    if (!initialised) {
+        code = NOT_INITIALIZED;
+    } else if (needs_context && (depth == 0 || !stack[depth - 1] || stack[depth - 1]->retains == 0)) {
         code = CUDA_INVALID_CONTEXT;
     }
-    if (code == 0) {
-        (void)pthread_mutex_lock(&lock);
+    if (code != 0) {
+        (void)pthread_mutex_unlock(&lock);
     }
     return code;
 }

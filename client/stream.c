@@ -83,7 +83,8 @@ static ice_status streams_open(ice_landing *landing)
     return ICE_OK;
 }
 
-static ice_status wait_create(struct streams *streams, struct stream_wait **out)
+// NULL: there is none, and why.
+static struct stream_wait *wait_create(struct streams *streams, ice_status *status)
 {
     char text[CUDA_TEXT_BYTES] = "";
     struct stream_wait *wait = streams->waits;
@@ -93,18 +94,19 @@ static ice_status wait_create(struct streams *streams, struct stream_wait **out)
     if (wait == NULL) {
         wait = calloc(1, sizeof *wait);
         if (wait == NULL) {
-            return error_set(ICE_NO_MEMORY, "no memory for a record of a wait in a stream");
+            *status = error_set(ICE_NO_MEMORY, "no memory for a record of a wait in a stream");
+            return NULL;
         }
-        ice_status status = gpu_mark_create(streams->timeline.device, &wait->mark, text);
-        if (status != ICE_OK) {
+        *status = gpu_mark_create(streams->timeline.device, &wait->mark, text);
+        if (*status != ICE_OK) {
             free(wait);
-            return failed(status, text);
+            (void)failed(*status, text);
+            return NULL;
         }
         wait->next = streams->waits;
         streams->waits = wait;
     }
-    *out = wait;
-    return ICE_OK;
+    return wait;
 }
 
 // ---- passing ----
@@ -202,9 +204,8 @@ static ice_status order_prepare(ice_ticket *ticket, void *stream, struct order *
     if (status != ICE_OK) {
         return failed(status, text);
     }
-    struct stream_wait *wait = NULL;
-    status = wait_create(streams, &wait);
-    if (status != ICE_OK) {
+    struct stream_wait *wait = wait_create(streams, &status);
+    if (wait == NULL) {
         return status;
     }
     *order =
@@ -214,7 +215,7 @@ static ice_status order_prepare(ice_ticket *ticket, void *stream, struct order *
         const uint64_t holds = landing->gpu->row_sequences[pending->rows[i]];
         order->cleared[i] = holds != 0 && holds != ticket->sequence_ids[i];
     }
-    wait->watch.word = &landing->words[order->word];
+    wait->watch.word = landing->words + order->word;
     wait->watch.value = ticket->signal;
     wait->watch.until_us = ticket->until_us;
     status = watchdog_add(&ticket->client->watchdog, &wait->watch);

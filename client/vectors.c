@@ -54,8 +54,8 @@ static struct vectors *find(const ice_client *client, cuda_device device)
     return vectors;
 }
 
-// With the lock held: the way from the GPU of the first piece.
-static ice_status way_open(ice_client *client, const struct vectors_piece *piece, struct vectors **out)
+// With the lock held: the way from the GPU of the first piece. NULL: there is none, and why.
+static struct vectors *way_open(ice_client *client, const struct vectors_piece *piece, ice_status *status)
 {
     char text[CUDA_TEXT_BYTES] = "";
     const cuda_address address = (uintptr_t)piece->from;
@@ -63,29 +63,30 @@ static ice_status way_open(ice_client *client, const struct vectors_piece *piece
     if (client->vectors != NULL) {
         cuda_device device = 0;
         cuda_context context = NULL;
-        const ice_status status =
-            gpu_address_find(&client->vectors->fetch.device.driver, address, &device, &context, text);
-        if (status != ICE_OK) {
-            return refused(status, piece->name, text);
+        *status = gpu_address_find(&client->vectors->fetch.device.driver, address, &device, &context, text);
+        if (*status != ICE_OK) {
+            (void)refused(*status, piece->name, text);
+            return NULL;
         }
-        *out = find(client, device);
-        if (*out != NULL) {
-            return ICE_OK;
+        struct vectors *known = find(client, device);
+        if (known != NULL) {
+            return known;
         }
     }
     struct vectors *vectors = calloc(1, sizeof *vectors);
     if (vectors == NULL) {
-        return error_set(ICE_NO_MEMORY, "no memory for a record of queries from a GPU");
+        *status = error_set(ICE_NO_MEMORY, "no memory for a record of queries from a GPU");
+        return NULL;
     }
-    const ice_status status = gpu_fetch_open(secure_getenv("ICECACHE_CUDA_LIBRARY"), address, &vectors->fetch, text);
-    if (status != ICE_OK) {
+    *status = gpu_fetch_open(secure_getenv("ICECACHE_CUDA_LIBRARY"), address, &vectors->fetch, text);
+    if (*status != ICE_OK) {
         free(vectors);
-        return refused(status, piece->name, text);
+        (void)refused(*status, piece->name, text);
+        return NULL;
     }
     vectors->next = client->vectors;
     client->vectors = vectors;
-    *out = vectors;
-    return ICE_OK;
+    return vectors;
 }
 
 // All pieces are on one GPU, the landing's where that is on one.
@@ -221,18 +222,19 @@ ice_status vectors_fetch(ice_landing *landing, const struct vectors_piece *piece
                          uint64_t until_us, uint8_t *to)
 {
     ice_client *client = landing->client;
-    struct vectors *vectors = NULL;
     uint32_t number = 0;
     size_t bytes = 0;
     for (uint32_t i = 0; i < count; i++) {
         bytes += pieces[i].bytes;
     }
     (void)pthread_mutex_lock(&client->lock);
-    ice_status status = way_open(client, &pieces[0], &vectors);
+    ice_status status = ICE_OK;
+    struct vectors *vectors = way_open(client, &pieces[0], &status);
     (void)pthread_mutex_unlock(&client->lock);
-    if (status == ICE_OK) {
-        status = pieces_check(vectors, landing, pieces, count);
+    if (vectors == NULL) {
+        return status;
     }
+    status = pieces_check(vectors, landing, pieces, count);
     if (status != ICE_OK) {
         return status;
     }

@@ -46,6 +46,7 @@ static void complete(struct copier *copier, struct op *op)
 {
     if (op->pushed_ns > 0)
         op->push_ns = env_now_ns(copier->server->env) - op->pushed_ns;
+    op_signal(op);
     completion_post(&copier->server->completions, &op->completion);
 }
 

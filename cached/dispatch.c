@@ -101,6 +101,7 @@ static void dispatch_request(struct server *server, const Icecache__Wire__Reques
     ice_status status = admissible(server, session, request);
     if (status != ICE_OK) {
         server->stats.errors++;
+        op_signal_refused(session, request);
         reply_error(server, session, message, request->request_id, status,
                     status == ICE_PERMISSION
                         ? "an admin session can only ask for statistics and for sealed prefixes, and remove these"

@@ -467,6 +467,13 @@ static void end_sleep(struct op *op, ice_status status)
         sequence->used_ns = env_now_ns(op->server->env); // not again at once
 }
 
+void op_signal(const struct op *op)
+{
+    const struct landing *landing = op->landing;
+    if (op->signal != 0 && landing->ops->signal)
+        landing->ops->signal(landing->memory, op->rows, op->sequence_count, op->signal);
+}
+
 void op_finish(struct op *op, ice_status status, const char *text)
 {
     struct server *server = op->server;
@@ -482,6 +489,7 @@ void op_finish(struct op *op, ice_status status, const char *text)
     if (op->kind == OP_APPEND && (status != ICE_OK || op->reserve_tokens <= op->tokens))
         sequence_unreserve(op->admissions[0].sequence);
     note_stats(op, status);
+    op_signal(op); // also of what failed before it came to a shard
     // The rows are the worker's again before it can read the reply.
     release_memory(op);
     if (!session->dead && op->kind != OP_SLEEP && op->kind != OP_WAKE)

@@ -66,6 +66,7 @@ struct op {
     bool follows; // the layer takes its anchor's selection: there are no queries
     bool resend;  // nothing of the selection is taken to be in the landing
     float coverage;
+    uint64_t signal; // for the rows' timeline words; 0: none
     uint32_t sequence_count;
     struct admission *admissions; // [sequence_count]
     uint32_t *rows;               // [sequence_count]
@@ -129,6 +130,10 @@ struct op_totals {
     bool partial;
 };
 struct op_totals op_totals(const struct op *op);
+// Tells a worker's GPU that waits for a retrieve that it is over, however: what the retrieve leaves is there. Any
+// thread, also twice, until the reply is sent. The second: of a retrieve that was refused before there was an op.
+void op_signal(const struct op *op);
+void op_signal_refused(struct session *session, const Icecache__Wire__Request *request);
 // Reactor: ends an op: reply, statistics, next in the queues.
 void op_finish(struct op *op, ice_status status, const char *text);
 // The tokens that sequence i of a retrieve takes over from its anchor's selection: those that are neither sinks nor in

@@ -248,6 +248,7 @@ static void fill_retrieve(struct op *op, const Icecache__Wire__Retrieve *message
     op->follows = message->follows;
     op->resend = message->resend || op->landing->gpu; // a push copies whole blocks
     op->coverage = message->coverage;
+    op->signal = message->signal;
     for (uint32_t i = 0; i < op->sequence_count; i++) {
         op->admissions[i] = (struct admission){.op = op, .sequence = sequences[i], .exclusive = message->append};
         op->rows[i] = message->rows[i];
@@ -301,6 +302,21 @@ static struct op *create_retrieve(struct server *server, struct session *session
     return op;
 }
 
+// A row that another request has is left alone: its word is that request's.
+void op_signal_refused(struct session *session, const Icecache__Wire__Request *request)
+{
+    if (request->body_case != ICECACHE__WIRE__REQUEST__BODY_RETRIEVE || request->retrieve->signal == 0)
+        return;
+    const Icecache__Wire__Retrieve *message = request->retrieve;
+    struct landing *landing = landing_find(session, message->landing_id);
+    if (!landing || !landing->ops->signal)
+        return;
+    for (size_t i = 0; i < message->n_rows; i++) {
+        if (message->rows[i] < landing->shape.rows && !landing->rows[message->rows[i]].busy)
+            landing->ops->signal(landing->memory, &message->rows[i], 1, message->signal);
+    }
+}
+
 static void set_sender(struct op *op, struct session *session, uint64_t request_id, const struct env_message *message)
 {
     op_attach(op, session);
@@ -328,6 +344,7 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
     }
     if (!op) {
         server->stats.errors++;
+        op_signal_refused(session, request);
         reply_error(server, session, message, request->request_id, refusal.status, refusal.text);
         server->env->bus_release(server->env, message);
         return NULL;

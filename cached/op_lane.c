@@ -477,6 +477,7 @@ static void next_phase(struct op *op)
         copier_push(op->landing->gpu->copier, op); // there since the landing was opened
         return;
     }
+    op_signal(op); // here, so that a GPU need not wait for the reactor
     completion_post(&op->server->completions, &op->completion);
 }
 

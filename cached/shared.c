@@ -6,6 +6,7 @@
 #include "cached/log.h"
 #include "cached/server.h"
 #include "gpu/export.h"
+#include "proto/timeline.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -228,7 +229,7 @@ static void landing_opened(struct completion *completion, struct server *server)
     reply.body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_LANDING;
     reply.landing = &body;
     body.landing_id = landing->id;
-    body.bytes = job->fd >= 0 ? landing->bytes : 0;
+    body.bytes = landing->passed_bytes;
     body.copy_way = (char *)gpu_landing_copy_way(landing->memory);
     control_reply(server, session, &reply, job->fd);
     landing_release(server, landing); // the job's; unmaps it where the session has ended meanwhile
@@ -326,9 +327,9 @@ static void landing_start(struct server *server, struct job *job, const struct l
     struct session *session = job->session;
     struct landing_layout held;
     struct landing *landing = NULL;
-    ice_status status = landing_held_init(&held, shape, place)
-                            ? landing_allocate(server, session, shape, held.total_bytes, &landing)
-                            : ICE_TOO_LARGE;
+    ice_status status = ICE_TOO_LARGE;
+    if (landing_held_init(&held, shape, place))
+        status = landing_allocate(server, session, shape, held.total_bytes + timeline_bytes(shape, place), &landing);
     if (status != ICE_OK) {
         control_error(server, session, job->request_id, status,
                       status == ICE_LIMIT ? "the session has as many landings as --landings-max allows" : NULL);
@@ -336,6 +337,7 @@ static void landing_start(struct server *server, struct job *job, const struct l
         return;
     }
     landing->ops = ops_of(place);
+    landing->passed_bytes = timeline_passed_bytes(&held, shape, place);
     job->landing = landing;
     server->gpus.used = server->gpus.used || place == LANDING_PUSH;
     struct task_queue *queue = job->gpu                ? &job->gpu->queue

@@ -6,6 +6,7 @@
 #include "client/exchange.h"
 #include "client/handles.h"
 #include "client/staging.h"
+#include "client/vectors.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -144,7 +145,12 @@ static ice_status locks_init(ice_client *client)
         (void)pthread_mutex_destroy(&client->lock);
         return error_set(ICE_NO_MEMORY, "no memory for a condition variable");
     }
-    return ICE_OK;
+    const ice_status status = watchdog_init(&client->watchdog);
+    if (status != ICE_OK) {
+        (void)pthread_cond_destroy(&client->receiver_left);
+        (void)pthread_mutex_destroy(&client->lock);
+    }
+    return status;
 }
 
 static void context_destroy(void *context)
@@ -184,6 +190,7 @@ static ice_status client_init(ice_client *client, const struct ice_client_option
         goto no_session;
     }
     client->generation = 1;
+    watchdog_session(&client->watchdog, client->session.control_fd);
     atomic_store(&client->boot_token, client->session.boot_token);
     return ICE_OK;
 
@@ -192,6 +199,7 @@ no_session:
 no_context:
     (void)close(client->wake_fd);
 no_eventfd:
+    watchdog_fini(&client->watchdog);
     (void)pthread_cond_destroy(&client->receiver_left);
     (void)pthread_mutex_destroy(&client->lock);
     return status;
@@ -225,6 +233,7 @@ static void close_forked(ice_client *client)
         (void)close(client->session.control_fd);
     }
     (void)close(client->wake_fd);
+    watchdog_close_forked(&client->watchdog);
     free(client); // the staging area is not mapped in a child (MADV_DONTFORK)
 }
 
@@ -250,6 +259,8 @@ void ice_client_close(ice_client *client)
     while (client->landings.next != &client->landings) {
         ice_landing_close((ice_landing *)client->landings.next);
     }
+    vectors_close(client);
+    watchdog_fini(&client->watchdog); // before the socket that it polls goes
     session_close(&client->session);
     context_destroy(client->context);
     (void)close(client->wake_fd);
@@ -291,6 +302,7 @@ ice_status ice_client_reconnect(ice_client *client)
     if (status != ICE_OK) {
         return status;
     }
+    watchdog_session(&client->watchdog, -1);
     session_close(&session);
     status = session_connect(&session, client->context, client->directory, client->name, client_until(client, 0));
 
@@ -302,6 +314,7 @@ ice_status ice_client_reconnect(ice_client *client)
         client->dead = false;
         client->writable = true;
         atomic_store(&client->boot_token, session.boot_token);
+        watchdog_session(&client->watchdog, session.control_fd);
     }
     (void)pthread_mutex_unlock(&client->lock);
     return status;

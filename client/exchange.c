@@ -107,7 +107,9 @@ static void finish(ice_client *client, struct pending *pending)
 {
     client->table[pending->id % EXCHANGE_REQUESTS_MAX] = NULL;
     client->pending_count--;
-    if (pending->pull == PULL_NONE || pending->status != ICE_OK || pending->abandoned) {
+    // What a stream copies or will copy is given back when it has (stream.c).
+    if (pending->pull != PULL_STREAM &&
+        (pending->pull == PULL_NONE || pending->status != ICE_OK || pending->abandoned)) {
         landing_rows_release(pending);
     }
     pending->done = true;
@@ -291,6 +293,7 @@ void exchange_die(ice_client *client, const char *text)
         }
     }
     staging_forget(client);
+    watchdog_lose(&client->watchdog);
     // Nobody may answer at that address for this session any more: stop trying to reach it.
     if (client->session.socket != NULL) {
         (void)zmq_disconnect(client->session.socket, client->session.endpoint);
@@ -338,6 +341,9 @@ static ice_status enlist(ice_client *client, uint64_t generation, struct pending
         status = exchange_check(client, generation);
         if (status != ICE_OK) {
             return status;
+        }
+        if (pending->landing != NULL) {
+            stream_reap(pending->landing); // as may a stream that has passed
         }
     }
     if (reserve(client, pending) == 0) {

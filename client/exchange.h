@@ -5,6 +5,7 @@
 #include "client/icecache.h"
 
 #include "client/session.h"
+#include "client/watchdog.h"
 #include "proto/control.h"
 #include "proto/limits.h"
 #include "proto/wire.h"
@@ -18,6 +19,7 @@
 #define EXCHANGE_REQUESTS_MAX 256u // a power of two: the low bits of a request id are its place in the table
 
 struct staging;
+struct vectors;
 
 // A thread that waits for something that only a reply (or another thread) can bring about. On the waiter's stack.
 struct waiter {
@@ -43,8 +45,9 @@ struct pending {
     ice_landing *landing; // whose rows belong to the daemon until the reply; NULL: none
     uint32_t *rows;
     uint32_t row_count;
-    // The rows stay taken until the landing has its copy (pull.c); for good where its end cannot be known (PULL_LOST).
-    enum { PULL_NONE, PULL_DUE, PULL_ISSUED, PULL_LOST } pull;
+    // The rows stay taken until the landing has its copy (pull.c; stream.c where it is issued in the worker's stream);
+    // for good where its end cannot be known (PULL_LOST).
+    enum { PULL_NONE, PULL_DUE, PULL_ISSUED, PULL_LOST, PULL_STREAM } pull;
     struct staging *staging; // part of the staging area that the daemon uses until the reply; NULL: none
     uint32_t staging_half;
     bool opens_staging; // the reply is the staging area itself, for all threads
@@ -64,6 +67,7 @@ struct ice_client {
     void *context; // ZeroMQ's
     int wake_fd;   // eventfd: ends the receiver's poll
     _Atomic uint64_t boot_token;
+    struct watchdog watchdog; // has its own lock
 
     // Everything below is guarded by the lock, which is never held while sleeping.
     pthread_mutex_t lock;
@@ -85,6 +89,8 @@ struct ice_client {
     bool staging_opening;
     ice_status staging_status; // why there is none
     char staging_text[WIRE_TEXT_BYTES_MAX + 1];
+
+    struct vectors *vectors; // ways of queries from GPUs, one for each; owned (vectors.c)
 
     struct handle landings, sequences, tickets; // list heads
 };

@@ -20,9 +20,14 @@ static ice_status open_locked(struct staging *staging, uint64_t address, char *t
     if (fetch == NULL) {
         return ICE_NO_MEMORY;
     }
-    ice_status status = gpu_fetch_open(secure_getenv("ICECACHE_CUDA_LIBRARY"), address, staging->base,
-                                       staging->mapped_bytes, fetch, text);
+    ice_status status = gpu_fetch_open(secure_getenv("ICECACHE_CUDA_LIBRARY"), address, fetch, text);
     if (status != ICE_OK) {
+        free(fetch);
+        return status;
+    }
+    status = gpu_fetch_register(fetch, staging->base, staging->mapped_bytes, text);
+    if (status != ICE_OK) {
+        gpu_fetch_close(fetch);
         free(fetch);
         return status;
     }
@@ -42,6 +47,7 @@ ice_status staging_fetch_open(ice_client *client, struct staging *staging, uint6
 void staging_fetch_close(struct staging *staging)
 {
     if (staging->fetch != NULL) {
+        gpu_fetch_unregister(staging->fetch, staging->base);
         gpu_fetch_close(staging->fetch);
         free(staging->fetch);
         staging->fetch = NULL;

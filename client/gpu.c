@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 
 #define ADDRESS_ALIGNMENT 16u // what kernels that read slots need at least
@@ -44,12 +45,29 @@ static ice_status push_request(ice_landing *landing, struct gpu_export *memory, 
     (void)pthread_mutex_lock(&client->lock);
     struct pending *pending = landing_request(landing, &gpu, memory->fds, memory->piece_count, until_us, &status);
     if (pending != NULL) {
+        status = landing_map(landing, pending);
         (void)strncpy(landing->gpu->copy_way, pending->control_reply->landing->copy_way,
                       sizeof landing->gpu->copy_way - 1);
         exchange_abandon(client, pending);
+        if (status != ICE_OK) {
+            error_hold();
+            ice_status ignored = landing_request_close(client, landing->generation, landing->id, until_us);
+            (void)ignored;
+            error_let_go();
+        }
     }
     (void)pthread_mutex_unlock(&client->lock);
     return status;
+}
+
+// What the daemon has made for a push that does not come about.
+static void push_unmap(ice_landing *landing)
+{
+    if (landing->base != NULL) {
+        (void)munmap(landing->base, (size_t)landing->base_bytes);
+    }
+    landing->base = NULL;
+    landing->words = NULL;
 }
 
 static void push_close(ice_landing *landing, uint64_t until_us)
@@ -88,6 +106,7 @@ static ice_status push_open(ice_landing *landing, uint64_t until_us)
         status = status == ICE_OK ? gpu_buffer_clear(buffer, text) : status; // of the probe
         if (status != ICE_OK) {
             push_close(landing, until_us);
+            push_unmap(landing);
             status = set_error(status, text);
         }
     }

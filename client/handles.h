@@ -17,7 +17,9 @@ struct ice_landing {
     enum landing_place place;
     uint8_t *base; // the mapping of what is held in host memory; NULL: none
     uint64_t base_bytes;
-    uint64_t *row_owners; // [rows] id of the request that a row belongs to; 0: ours. Guarded by the client's lock
+    _Atomic uint64_t *words; // timeline words in the mapping, [rows]; NULL: none
+    uint64_t signals;        // values of them that requests have been given; guarded by the client's lock, as are
+    uint64_t *row_owners;    // [rows] id of the request that a row belongs to; 0: ours. Guarded by the client's lock
     struct gpu_landing_side *gpu; // of a landing in GPU memory, owned; NULL: none
 };
 
@@ -27,9 +29,10 @@ struct gpu_landing_side {
     char copy_way[32];                 // push: how the daemon copies rows
     char pull_reason[CUDA_TEXT_BYTES]; // why the daemon does not push; "" where that was not asked for
     enum ice_gpu_copy copy;
+    struct streams *streams; // after the first wait in a stream (stream.c), owned. Guarded by the lock
     // Of a pull, guarded by the client's lock.
     uint64_t *row_sequences; // [rows] whose counts the GPU has; 0: nobody's
-    uint64_t *cells;         // [rows][layers] whose last selection the GPU has whole; 0: nobody's
+    uint64_t *cells;         // [rows][layers] whose last selection the GPU has whole; 0, or a request's mark: nobody's
     float turnover;          // share of the slots that change from one retrieve to the next, lately
 };
 
@@ -50,9 +53,13 @@ struct ice_ticket {
     uint64_t generation;
     struct pending *pending; // owned
     uint32_t head_count;
-    uint32_t layer;         // of a pull, like the next
-    uint64_t *sequence_ids; // [rows of the record], owned
-    bool whole;             // all of the selection is staged, not what has changed only
+    uint32_t layer;           // of a pull, like the next
+    uint64_t *sequence_ids;   // [rows of the record], owned
+    bool whole;               // all of the selection is staged, not what has changed only
+    uint64_t signal;          // what the rows' timeline words have when it is over; 0: there are none
+    uint64_t until_us;        // its deadline
+    struct stream_wait *wait; // in a stream, the landing's; NULL: none
+    bool streamed;            // there has been one
 };
 
 // Frees a handle's local part; called with no lock needed.
@@ -89,6 +96,21 @@ void pull_forget(ice_landing *landing, uint64_t until_us);
 // Must the daemon stage all of the selection? Asked before the submit; told when it has succeeded.
 bool pull_wants_whole(const ice_ticket *ticket);
 void pull_submitted(ice_ticket *ticket);
+// The GPU has, or will have before whatever is issued there next, what the ticket has selected.
+void pull_landed(ice_ticket *ticket);
+
+// Waits in streams (stream.c), with the lock held, which is released while a stream runs. Of a ticket that has one and
+// whose reply, of this status, is here: until its copies, where the library makes them, have ended; then whether the
+// stream has waited for the selection.
+ICE_MUST_CHECK ice_status stream_finish(ice_ticket *ticket, ice_status replied, uint64_t until_us);
+// The ticket goes; its wait stays until the stream has passed.
+void stream_leave(ice_ticket *ticket);
+// Gives rows back whose streams have passed and whose replies are here.
+void stream_reap(ice_landing *landing);
+// At the landing's close: its tickets forget their waits. Then: lets all streams go on and waits until they have passed
+// the landing's work. False: one has not within the deadline, and what it uses must stay where it is.
+void stream_detach(const ice_landing *landing);
+ICE_MUST_CHECK bool stream_close(ice_landing *landing, uint64_t until_us);
 
 // Opening a sequence, plain or attached (sequence.c). The options' ranges, with a text; the request's fields, borrowed
 // from the options; a handle that no daemon knows yet, of the client's session (NULL: no memory, the error is set).

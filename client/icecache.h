@@ -4,7 +4,8 @@
 // produces them, and at each layer of a decode step retrieves the tokens that its queries attend to.
 //
 // Thread-safety: every call may be made from any thread, also on the same handle, except *_close, which no other call
-// on that handle may overlap. No call aborts, prints, exits or starts a thread. After fork() the child's calls answer
+// on that handle may overlap. No call aborts, prints or exits, and none but the first ice_ticket_stream_wait of a
+// client starts a thread, which ends with the client and takes no signals. After fork() the child's calls answer
 // ICE_FORKED. Deadlines are durations in microseconds; 0 takes the client's default. Handles of a client are invalid
 // after ice_client_close. When the daemon dies, pending and later calls answer ICE_DISCONNECTED; ice_client_reconnect
 // starts a new session: landings and sequences of the old one must be closed and opened again.
@@ -108,7 +109,8 @@ struct ice_landing_shape {
 
 ICE_CHECKED ice_status ice_landing_open(ice_client *client, const struct ice_landing_shape *shape, uint64_t deadline_us,
                                         ice_landing **out);
-// Waits for requests in flight on its rows at most one default deadline; then frees. Accepts NULL.
+// Waits for requests in flight on its rows at most one default deadline; then frees. Accepts NULL. (Streams that wait:
+// see ice_ticket_stream_wait.)
 ICE_API void ice_landing_close(ice_landing *landing);
 
 // What a retrieve left for one (row, layer, KV head). Borrowed: valid until the row's next submit or the close.
@@ -379,6 +381,18 @@ struct ice_retrieve_result {
 ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,
                                     struct ice_retrieve_result *result);
 
+// The same with query_vectors, keys and values in GPU memory, all on the GPU of the landing (of one GPU where the
+// landing is in host memory). The library copies them on `stream` (a CUstream or cudaStream_t of the memory's context;
+// NULL: the default stream), so behind whatever has been issued there, waits for the copies (spinning at first), and
+// sends the request: the memory may be used again when the call, also ice_retrieve_submit_gpu, returns. The copies and
+// their wait are within the deadline: ICE_TIMEOUT where the stream does not get there, and nothing was sent.
+// ICE_NOT_SUPPORTED: the stream is being captured into a CUDA graph. ICE_INVALID_ARGUMENT names the address that is not
+// on the GPU.
+ICE_CHECKED ice_status ice_retrieve_gpu(ice_client *client, const struct ice_retrieve_options *options, void *stream,
+                                        struct ice_retrieve_result *result);
+ICE_CHECKED ice_status ice_retrieve_submit_gpu(ice_client *client, const struct ice_retrieve_options *options,
+                                               void *stream, ice_ticket **out);
+
 // The rows belong to the daemon from submit until the reply has come, also after a time-out: until then submits to them
 // answer ICE_BUSY. All memory in options is copied. *out is owned by the caller until ice_ticket_close. A client has at
 // most 256 requests in flight, fewer where the daemon's --inflight-max is smaller; more answer ICE_QUEUE_FULL.
@@ -387,6 +401,35 @@ ICE_CHECKED ice_status ice_retrieve_submit(ice_client *client, const struct ice_
 // Waits until the reply or the time-out. ICE_TIMEOUT: the ticket stays open and may be waited for again. result's
 // arrays are borrowed until ice_ticket_close.
 ICE_CHECKED ice_status ice_retrieve_wait(ice_ticket *ticket, uint64_t deadline_us, struct ice_retrieve_result *result);
+// Waiting on the GPU's side, for landings in GPU memory: what is issued in `stream` (a CUstream or cudaStream_t of the
+// landing's context; NULL: the default stream) after this call begins when the selection is in the landing. The CPU
+// does not wait: submit, this call, the kernels that read the landing, in any number of rows and layers.
+//
+// pull: the library issues the copies of the ticket's rows in the stream, behind the wait; they are the landing's from
+// there on in stream order, for other streams behind an event or ice_retrieve_wait. The rows are free for the next
+// submit (ICE_BUSY before) when the stream has passed the copies and the daemon has answered, whether or not the ticket
+// is still open. push: the rows are free when the daemon has answered.
+//
+// A stream never waits for longer than the ticket's deadline (that of its submit), nor for a request that has failed,
+// nor for a daemon that has died: then it goes on, and what it finds in the ticket's cells is not the selection. So
+// ice_retrieve_wait must be called before results of that work are trusted, at the latest when they are used; it is ok
+// only where the stream has waited for the selection. It gives the request's error where that failed, ICE_TIMEOUT where
+// the deadline passed first (for good, also where the selection has come since), ICE_DISCONNECTED where the session
+// ended. For a pull it returns when the stream has passed the copies.
+//
+// Once for a ticket, in one stream; ICE_INVALID_ARGUMENT otherwise. Where the selection has been waited for already,
+// nothing is issued. An error of the call leaves the stream and the ticket as they were, but for ICE_SYSTEM behind a
+// driver's call that failed half-way: then ice_retrieve_wait fails too. ICE_NOT_SUPPORTED: the driver or the GPU cannot
+// (cuStreamWaitValue64), the stream is being captured into a CUDA graph, or the landing is in host memory. A request
+// that has been refused answers with its own error. Before ice_landing_close the streams that wait should have passed:
+// it lets them go on without their selections, and waits for them another default deadline; the memory that a stream
+// needs which has still not passed is never unmapped.
+//
+// CUDA graphs: a landing's address, and with it the addresses of all data, counts and positions, is the same for its
+// life. So kernels that read counts, positions and slots can be captured once and replayed for each step, outside of
+// the capture: submit, ice_ticket_stream_wait(ticket, stream), launch the graph in that stream.
+ICE_CHECKED ice_status ice_ticket_stream_wait(ice_ticket *ticket, void *stream);
+
 // Forgets the ticket (the rows stay busy until the daemon has answered). Accepts NULL.
 ICE_API void ice_ticket_close(ice_ticket *ticket);
 

@@ -8,6 +8,7 @@
 #include "client/handles.h"
 
 #include "proto/dtype.h"
+#include "proto/timeline.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -189,22 +190,26 @@ ice_status landing_map(ice_landing *landing, const struct pending *pending)
         return error_set(ICE_BAD_MESSAGE, "the daemon's answer brings no landing memory");
     }
     int seals = fcntl(pending->fd, F_GET_SEALS);
-    if (reply->landing->bytes != held.total_bytes || fstat(pending->fd, &stat) != 0 || stat.st_size < 0 ||
-        (uint64_t)stat.st_size < held.total_bytes) {
+    const uint64_t bytes = timeline_passed_bytes(&held, &landing->shape, landing->place);
+    if (reply->landing->bytes != bytes || fstat(pending->fd, &stat) != 0 || stat.st_size < 0 ||
+        (uint64_t)stat.st_size < bytes) {
         return error_set(ICE_INTERNAL, "the landing's memory does not have the %llu bytes of its shape",
-                         (unsigned long long)held.total_bytes);
+                         (unsigned long long)bytes);
     }
     if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
         return error_set(ICE_INTERNAL, "the landing's memory is not sealed against shrinking");
     }
     int protection = landing->place == LANDING_HOST ? PROT_READ : PROT_READ | PROT_WRITE;
-    void *base = mmap(NULL, (size_t)held.total_bytes, protection, MAP_SHARED, pending->fd, 0);
+    void *base = mmap(NULL, (size_t)bytes, protection, MAP_SHARED, pending->fd, 0);
     if (base == MAP_FAILED) {
         return error_set(errno == ENOMEM ? ICE_NO_MEMORY : ICE_SYSTEM, "mmap of a landing: %s", strerror(errno));
     }
-    (void)madvise(base, (size_t)held.total_bytes, MADV_DONTDUMP);
+    (void)madvise(base, (size_t)bytes, MADV_DONTDUMP);
     landing->base = base;
-    landing->base_bytes = held.total_bytes;
+    landing->base_bytes = bytes;
+    if (landing->place != LANDING_HOST) {
+        landing->words = (void *)(landing->base + timeline_offset(&held, landing->place));
+    }
     return ICE_OK;
 }
 
@@ -310,6 +315,15 @@ void landing_free(ice_landing *landing)
     free(landing);
 }
 
+// A stream still has work with the landing's memory before it: what it uses is left where it is.
+static void landing_lose(ice_landing *landing)
+{
+    free(landing->gpu->row_sequences);
+    free(landing->gpu);
+    landing->gpu = NULL;
+    landing->base = NULL;
+}
+
 void ice_landing_close(ice_landing *landing)
 {
     if (landing == NULL) {
@@ -323,6 +337,7 @@ void ice_landing_close(ice_landing *landing)
     uint64_t until_us = client_until(client, 0);
     error_hold();
     (void)pthread_mutex_lock(&client->lock);
+    stream_detach(landing);
     pull_forget(landing, until_us);
     if (exchange_check(client, landing->generation) == ICE_OK) {
         ice_status status = exchange_wait_until(client, landing->generation, all_rows_free, landing, until_us);
@@ -332,6 +347,7 @@ void ice_landing_close(ice_landing *landing)
             landing->gpu->buffer.owned = false; // the daemon may still have it open: rather lost than freed under it
         }
     }
+    const bool passed = stream_close(landing, client_until(client, 0));
     for (uint32_t i = 0; i < EXCHANGE_REQUESTS_MAX; i++) {
         if (client->table[i] != NULL && client->table[i]->landing == landing) {
             client->table[i]->landing = NULL;
@@ -340,6 +356,9 @@ void ice_landing_close(ice_landing *landing)
     handle_unlink(&landing->handle);
     (void)pthread_mutex_unlock(&client->lock);
     error_let_go();
+    if (!passed) {
+        landing_lose(landing);
+    }
     landing_free(landing);
 }
 

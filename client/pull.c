@@ -40,8 +40,8 @@ bool pull_wants_whole(const ice_ticket *ticket)
 {
     const struct pending *pending = ticket->pending;
     const struct gpu_landing_side *gpu = pending->landing->gpu;
-    if (gpu->copy == ICE_COPY_BLOCKS) {
-        return true;
+    if (gpu->buffer.pull.staging == 0) {
+        return true; // there is no kernel
     }
     for (uint32_t i = 0; i < pending->row_count; i++) {
         if (*cell_of(ticket, i) != ticket->sequence_ids[i]) {
@@ -51,11 +51,17 @@ bool pull_wants_whole(const ice_ticket *ticket)
     return gpu->copy == ICE_COPY_ANY && !gpu_pull_prefers_kernel(&gpu->buffer.pull, pending->row_count, gpu->turnover);
 }
 
+// What stands in the cells of a retrieve that is under way: neither a sequence's id nor another request's mark.
+static uint64_t mark_of(const ice_ticket *ticket)
+{
+    return ticket->pending->id | UINT64_C(1) << 63;
+}
+
 // Until the copies of this retrieve are issued nobody knows what the cells hold.
 void pull_submitted(ice_ticket *ticket)
 {
     for (uint32_t i = 0; i < ticket->pending->row_count; i++) {
-        *cell_of(ticket, i) = 0;
+        *cell_of(ticket, i) = mark_of(ticket);
     }
 }
 
@@ -77,6 +83,16 @@ static void note_turnover(const ice_ticket *ticket)
     }
 }
 
+// A later retrieve of the cells, which a stream's ticket may outlive, has its own mark there.
+void pull_landed(ice_ticket *ticket)
+{
+    for (uint32_t i = 0; i < ticket->pending->row_count; i++) {
+        uint64_t *cell = cell_of(ticket, i);
+        *cell = *cell == mark_of(ticket) ? ticket->sequence_ids[i] : *cell;
+    }
+    note_turnover(ticket);
+}
+
 // ---- copies ----
 
 static ice_status issue(ice_ticket *ticket, char *text)
@@ -91,10 +107,10 @@ static ice_status issue(ice_ticket *ticket, char *text)
     ice_status status = gpu_buffer_pull(&gpu->buffer, pending->rows, cleared, pending->row_count, ticket->layer,
                                         ticket->whole, fence_of(ticket), text);
     for (uint32_t i = 0; i < pending->row_count && status == ICE_OK; i++) {
-        gpu->row_sequences[pending->rows[i]] = *cell_of(ticket, i) = ticket->sequence_ids[i];
+        gpu->row_sequences[pending->rows[i]] = ticket->sequence_ids[i];
     }
-    if (gpu->copy != ICE_COPY_BLOCKS) {
-        note_turnover(ticket);
+    if (status == ICE_OK) {
+        pull_landed(ticket);
     }
     return status;
 }

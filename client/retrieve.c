@@ -6,6 +6,7 @@
 #include "client/error.h"
 #include "client/exchange.h"
 #include "client/handles.h"
+#include "client/vectors.h"
 
 #include "proto/dtype.h"
 
@@ -157,8 +158,36 @@ static ice_status options_check(const ice_client *client, const struct ice_retri
 
 // ---- submit ----
 
+// Where a request's vectors are: in this process's memory, or on a GPU, whose stream makes them.
+struct origin {
+    bool on_gpu;
+    void *stream;
+};
+
+static ice_status vectors_fill(const struct ice_retrieve_options *options, const struct origin *origin,
+                               size_t query_bytes, size_t side_bytes, uint64_t until_us, uint8_t *to)
+{
+    if (origin->on_gpu) {
+        const struct vectors_piece pieces[VECTORS_PIECES_MAX] = {
+            {"query_vectors", options->query_vectors, query_bytes},
+            {"keys", options->keys, side_bytes},
+            {"values", options->values, side_bytes},
+        };
+        return vectors_fetch(options->landing, pieces, options->keys != NULL ? 3 : 1, origin->stream, until_us, to);
+    }
+    if (query_bytes > 0) {
+        memcpy(to, options->query_vectors, query_bytes);
+    }
+    if (options->keys != NULL) {
+        memcpy(to + query_bytes, options->keys, side_bytes);
+        memcpy(to + query_bytes + side_bytes, options->values, side_bytes);
+    }
+    return ICE_OK;
+}
+
 static ice_status vectors_create(ice_client *client, const struct ice_retrieve_options *options,
-                                 const Icecache__Wire__Retrieve *retrieve, zmq_msg_t *vectors)
+                                 const struct origin *origin, const Icecache__Wire__Retrieve *retrieve,
+                                 uint64_t until_us, zmq_msg_t *vectors)
 {
     const struct wire_shape *shape = &options->sequences[0]->shape;
     uint64_t bytes = wire_retrieve_vectors_bytes(retrieve, shape);
@@ -173,16 +202,12 @@ static ice_status vectors_create(ice_client *client, const struct ice_retrieve_o
     if (zmq_msg_init_size(vectors, (size_t)bytes) != 0) {
         return error_set(ICE_NO_MEMORY, "no memory for %llu bytes of vectors", (unsigned long long)bytes);
     }
-    uint8_t *to = zmq_msg_data(vectors);
-    if (query_bytes > 0) {
-        memcpy(to, options->query_vectors, (size_t)query_bytes);
+    const size_t side_bytes = (size_t)((bytes - query_bytes) / 2);
+    ice_status status = vectors_fill(options, origin, (size_t)query_bytes, side_bytes, until_us, zmq_msg_data(vectors));
+    if (status != ICE_OK) {
+        (void)zmq_msg_close(vectors);
     }
-    if (options->keys != NULL) {
-        size_t side_bytes = (size_t)((bytes - query_bytes) / 2);
-        memcpy(to + query_bytes, options->keys, side_bytes);
-        memcpy(to + query_bytes + side_bytes, options->values, side_bytes);
-    }
-    return ICE_OK;
+    return status;
 }
 
 // The daemon's deadline: 7/8 of what is left, so that it ends before ours.
@@ -196,7 +221,7 @@ static uint32_t daemon_deadline_us(uint64_t until_us)
 }
 
 static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_retrieve_options *options,
-                         uint32_t queries, uint64_t *sequence_ids, uint64_t until_us)
+                         uint32_t queries, uint64_t *sequence_ids)
 {
     retrieve->landing_id = options->landing->id;
     retrieve->layer = options->layer;
@@ -218,10 +243,9 @@ static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_re
     retrieve->append = options->keys != NULL;
     retrieve->coverage = options->coverage;
     retrieve->page_wise = options->granularity == ICE_PAGE_WISE;
-    retrieve->deadline_us = daemon_deadline_us(until_us);
 }
 
-static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_options *options)
+static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_options *options, uint64_t until_us)
 {
     ice_ticket *ticket = calloc(1, sizeof *ticket);
     struct pending *pending = pending_create();
@@ -248,6 +272,7 @@ static ice_ticket *ticket_create(ice_client *client, const struct ice_retrieve_o
     ticket->sequence_ids = sequence_ids;
     ticket->generation = options->landing->generation;
     ticket->pending = pending;
+    ticket->until_us = until_us;
     ticket->head_count = options->sequence_count * options->landing->shape.kv_heads;
     return ticket;
 }
@@ -259,24 +284,30 @@ void ticket_free(ice_ticket *ticket)
     free(ticket);
 }
 
-static ice_status ticket_submit(ice_ticket *ticket, const struct ice_retrieve_options *options, uint64_t until_us)
+static ice_status ticket_submit(ice_ticket *ticket, const struct ice_retrieve_options *options,
+                                const struct origin *origin, uint64_t until_us)
 {
     ice_client *client = ticket->client;
     uint32_t queries = options->queries != 0 ? options->queries : 1;
     Icecache__Wire__Retrieve retrieve = ICECACHE__WIRE__RETRIEVE__INIT;
-    request_fill(&retrieve, options, queries, ticket->sequence_ids, until_us);
+    request_fill(&retrieve, options, queries, ticket->sequence_ids);
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_RETRIEVE;
     request.retrieve = &retrieve;
     zmq_msg_t vectors;
-    ice_status status = vectors_create(client, options, &retrieve, &vectors);
+    ice_status status = vectors_create(client, options, origin, &retrieve, until_us, &vectors);
     if (status != ICE_OK) {
         return status;
     }
+    retrieve.deadline_us = daemon_deadline_us(until_us); // of what is left now
     (void)pthread_mutex_lock(&client->lock);
     if (ticket->pending->pull != PULL_NONE) {
         retrieve.resend = retrieve.resend || pull_wants_whole(ticket);
         ticket->whole = retrieve.resend != 0;
+    }
+    if (options->landing->words != NULL) {
+        // Rows are taken in the order of these values: nothing releases the lock before exchange_submit has them.
+        ticket->signal = retrieve.signal = ++options->landing->signals;
     }
     status = exchange_submit(client, ticket->generation, &request, &vectors, ticket->pending, until_us);
     if (status == ICE_OK && ticket->pending->pull != PULL_NONE) {
@@ -292,8 +323,8 @@ static ice_status ticket_submit(ice_ticket *ticket, const struct ice_retrieve_op
     return status;
 }
 
-static ice_status retrieve_submit(ice_client *client, const struct ice_retrieve_options *options, ice_ticket **out,
-                                  uint64_t *until_us)
+static ice_status retrieve_submit(ice_client *client, const struct ice_retrieve_options *options,
+                                  const struct origin *origin, ice_ticket **out, uint64_t *until_us)
 {
     ice_status status = client_check(client);
     if (status != ICE_OK) {
@@ -307,11 +338,11 @@ static ice_status retrieve_submit(ice_client *client, const struct ice_retrieve_
     if (status != ICE_OK) {
         return status;
     }
-    ice_ticket *ticket = ticket_create(client, options);
+    ice_ticket *ticket = ticket_create(client, options, *until_us);
     if (ticket == NULL) {
         return ICE_NO_MEMORY;
     }
-    status = ticket_submit(ticket, options, *until_us);
+    status = ticket_submit(ticket, options, origin, *until_us);
     if (status != ICE_OK) {
         ticket_free(ticket);
         return status;
@@ -320,11 +351,21 @@ static ice_status retrieve_submit(ice_client *client, const struct ice_retrieve_
     return ICE_OK;
 }
 
+static const struct origin host_memory;
+
 ice_status ice_retrieve_submit(ice_client *client, const struct ice_retrieve_options *options, ice_ticket **out)
 {
     error_clear();
     uint64_t until_us;
-    return retrieve_submit(client, options, out, &until_us);
+    return retrieve_submit(client, options, &host_memory, out, &until_us);
+}
+
+ice_status ice_retrieve_submit_gpu(ice_client *client, const struct ice_retrieve_options *options, void *stream,
+                                   ice_ticket **out)
+{
+    error_clear();
+    uint64_t until_us;
+    return retrieve_submit(client, options, &(struct origin){true, stream}, out, &until_us);
 }
 
 // ---- wait ----
@@ -364,7 +405,9 @@ static ice_status ticket_wait(ice_ticket *ticket, uint64_t until_us, struct ice_
     ice_client *client = ticket->client;
     (void)pthread_mutex_lock(&client->lock);
     ice_status status = exchange_wait(client, ticket->generation, ticket->pending, until_us);
-    if (status == ICE_OK && ticket->pending->pull != PULL_NONE) {
+    if (ticket->streamed && ticket->pending->done) {
+        status = stream_finish(ticket, status, until_us);
+    } else if (status == ICE_OK && ticket->pending->pull != PULL_NONE) {
         status = pull_finish(ticket, until_us);
     }
     if (status == ICE_OK) {
@@ -396,6 +439,7 @@ void ice_ticket_close(ice_ticket *ticket)
     }
     (void)pthread_mutex_lock(&client->lock);
     pull_abandon(ticket, client_until(client, 0));
+    stream_leave(ticket);
     handle_unlink(&ticket->handle);
     exchange_abandon(client, ticket->pending);
     (void)pthread_mutex_unlock(&client->lock);
@@ -436,13 +480,12 @@ static ice_status keep(Icecache__Wire__Reply *reply)
     return error_set(ICE_NO_MEMORY, "no room for this thread's result");
 }
 
-ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,
-                        struct ice_retrieve_result *result)
+static ice_status retrieve(ice_client *client, const struct ice_retrieve_options *options, const struct origin *origin,
+                           struct ice_retrieve_result *result)
 {
-    error_clear();
     ice_ticket *ticket = NULL;
     uint64_t until_us;
-    ice_status status = retrieve_submit(client, options, &ticket, &until_us);
+    ice_status status = retrieve_submit(client, options, origin, &ticket, &until_us);
     if (status != ICE_OK) {
         return status;
     }
@@ -457,4 +500,18 @@ ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *o
     }
     ice_ticket_close(ticket);
     return status;
+}
+
+ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,
+                        struct ice_retrieve_result *result)
+{
+    error_clear();
+    return retrieve(client, options, &host_memory, result);
+}
+
+ice_status ice_retrieve_gpu(ice_client *client, const struct ice_retrieve_options *options, void *stream,
+                            struct ice_retrieve_result *result)
+{
+    error_clear();
+    return retrieve(client, options, &(struct origin){true, stream}, result);
 }

@@ -197,6 +197,10 @@ static ice_status part_fetch(const struct transfer *transfer, struct part *part)
                                   .rows = part->tokens,
                                   .stride_bytes = transfer->token_stride};
     char text[CUDA_TEXT_BYTES] = "";
+    status = gpu_fetch_check_stream(part->staging->fetch, transfer->stream, text);
+    if (status != ICE_OK) {
+        return error_set(status, "copying from the GPU: %s", text);
+    }
     for (uint32_t run = 0; run < transfer->layers.count * runs && status == ICE_OK; run++) {
         uint8_t *to = base + (uint64_t)run * rows.rows * rows.row_bytes;
         const size_t offset = run / runs * transfer->layer_stride + (size_t)part->begin * transfer->token_stride +

@@ -51,6 +51,7 @@ static ice_status trial_open(struct trial *trial, const struct gpu_path *path, c
     if (result != CUDA_OK) {
         return cuda_failed(driver, "cuStreamCreateWithPriority", result, text);
     }
+    trial->path.stream = trial->device.stream;
     result = driver->event_create(&trial->device.fences[0], CUDA_EVENT_DISABLE_TIMING);
     if (result != CUDA_OK) {
         trial->device.fences[0] = NULL;

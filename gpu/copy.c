@@ -18,7 +18,7 @@ static void unregister(const struct gpu_device *device, uint8_t *memory, uint64_
 ice_status gpu_path_open(struct gpu_path *path, const struct gpu_device *device, cuda_address to,
                          const struct landing_shape *shape, enum landing_place place, uint8_t *staging, char *text)
 {
-    *path = (struct gpu_path){.device = device, .to = to, .shape = *shape, .from = staging};
+    *path = (struct gpu_path){.device = device, .stream = device->stream, .to = to, .shape = *shape, .from = staging};
     if (!landing_layout_init(&path->layout, shape) || !landing_held_init(&path->held, shape, place)) {
         text[0] = '\0';
         return ICE_TOO_LARGE;
@@ -26,7 +26,8 @@ ice_status gpu_path_open(struct gpu_path *path, const struct gpu_device *device,
     while (path->registered_bytes < path->held.total_bytes) {
         const uint64_t left = path->held.total_bytes - path->registered_bytes;
         const uint64_t bytes = left < GPU_REGISTER_BYTES ? left : GPU_REGISTER_BYTES;
-        const cuda_result result = device->driver.host_register(staging + path->registered_bytes, bytes, 0);
+        const cuda_result result =
+            device->driver.host_register(staging + path->registered_bytes, bytes, CUDA_HOST_DEVICE_MAPPED);
         if (result != CUDA_OK) {
             unregister(device, staging, path->registered_bytes);
             path->registered_bytes = 0;
@@ -49,7 +50,7 @@ static ice_status copy_piece(const struct gpu_path *path, uint64_t to, uint64_t 
     while (bytes > 0) {
         const uint64_t room = GPU_REGISTER_BYTES - from % GPU_REGISTER_BYTES;
         const uint64_t part = bytes < room ? bytes : room;
-        const cuda_result result = driver->copy_to_device(path->to + to, path->from + from, part, path->device->stream);
+        const cuda_result result = driver->copy_to_device(path->to + to, path->from + from, part, path->stream);
         if (result != CUDA_OK) {
             return cuda_failed(driver, "cuMemcpyHtoDAsync", result, text);
         }
@@ -85,9 +86,9 @@ static ice_status issue_batch(const struct gpu_path *path, struct batch *batch, 
     }
     const cuda_result result = driver->copy_batch
                                    ? driver->copy_batch(batch->to, batch->from, batch->bytes, batch->count, &attributes,
-                                                        &first, 1, path->device->stream)
+                                                        &first, 1, path->stream)
                                    : driver->copy_batch_12(batch->to, batch->from, batch->bytes, batch->count,
-                                                           &attributes, &first, 1, &failed, path->device->stream);
+                                                           &attributes, &first, 1, &failed, path->stream);
     batch->count = 0;
     return result == CUDA_OK ? ICE_OK : cuda_failed(driver, "cuMemcpyBatchAsync", result, text);
 }
@@ -142,7 +143,7 @@ ice_status gpu_path_clear(const struct gpu_path *path, uint32_t row, char *text)
     for (uint32_t layer = 0; layer < path->shape.layers; layer++) {
         const uint64_t counts = landing_block(&path->layout, &path->shape, row, layer) + path->layout.counts_offset;
         const cuda_result result =
-            driver->fill(path->to + counts, 0, path->shape.kv_heads * sizeof(uint32_t), path->device->stream);
+            driver->fill(path->to + counts, 0, path->shape.kv_heads * sizeof(uint32_t), path->stream);
         if (result != CUDA_OK) {
             return cuda_failed(driver, "cuMemsetD8Async", result, text);
         }

@@ -24,6 +24,7 @@ enum gpu_copy_way {
 // The way from one staging to one landing.
 struct gpu_path {
     const struct gpu_device *device; // borrowed
+    cuda_stream stream;              // where copies are issued: the device's own, unless the caller sets another
     cuda_address to;                 // the landing
     struct landing_shape shape;
     struct landing_layout layout;
@@ -40,7 +41,7 @@ ICE_MUST_CHECK ice_status gpu_path_open(struct gpu_path *path, const struct gpu_
                                         char *text);
 void gpu_path_close(struct gpu_path *path); // device entered; no copy may be in flight
 
-// Issues, in the device's stream, one copy of a row's block: K and V of all heads, positions, counts. Device entered.
+// Issues, in the path's stream, one copy of a row's block: K and V of all heads, positions, counts. Device entered.
 ICE_MUST_CHECK ice_status gpu_path_copy(const struct gpu_path *path, uint32_t row, uint32_t layer, char *text);
 // Issues: the counts of all layers of a row become 0. Device entered.
 ICE_MUST_CHECK ice_status gpu_path_clear(const struct gpu_path *path, uint32_t row, char *text);

@@ -3,6 +3,7 @@
 // Invariant: what open has not made, it has undone.
 #include "gpu/device.h"
 
+#include <stdio.h>
 #include <string.h>
 
 ice_status gpu_device_enter(const struct gpu_device *device, char *text)
@@ -116,4 +117,19 @@ ice_status gpu_fence_poll(const struct gpu_device *device, uint32_t fence, bool 
     *done = result == CUDA_OK;
     return result == CUDA_OK || result == CUDA_NOT_READY ? ICE_OK
                                                          : cuda_failed(&device->driver, "cuEventQuery", result, text);
+}
+
+ice_status gpu_stream_check(const struct gpu_device *device, cuda_stream stream, char *text)
+{
+    int capture = CUDA_CAPTURE_NONE;
+    const cuda_result result = device->driver.stream_capturing(stream, &capture);
+    if (result != CUDA_OK) {
+        return cuda_failed(&device->driver, "cuStreamIsCapturing", result, text);
+    }
+    if (capture != CUDA_CAPTURE_NONE) {
+        (void)snprintf(text, CUDA_TEXT_BYTES,
+                       "the stream is being captured into a CUDA graph; make this call outside of the capture");
+        return ICE_NOT_SUPPORTED;
+    }
+    return ICE_OK;
 }

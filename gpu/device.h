@@ -37,6 +37,8 @@ ICE_MUST_CHECK ice_status gpu_fence_set(const struct gpu_device *device, uint32_
 // The same in another stream of the context, which is the worker's.
 ICE_MUST_CHECK ice_status gpu_fence_set_in(const struct gpu_device *device, cuda_stream stream, uint32_t fence,
                                            char *text);
+// Work of this stream of the context would be carried out, not recorded into a graph: ICE_NOT_SUPPORTED otherwise.
+ICE_MUST_CHECK ice_status gpu_stream_check(const struct gpu_device *device, cuda_stream stream, char *text);
 // *done: all that was issued before it has been carried out. An error is the device's, and stays.
 ICE_MUST_CHECK ice_status gpu_fence_poll(const struct gpu_device *device, uint32_t fence, bool *done, char *text);
 

@@ -6,6 +6,7 @@
 #include "gpu/driver.h"
 
 #include <dlfcn.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -21,6 +22,12 @@ static ice_status no_driver(char *text, const char *library, const char *reason)
 static void set_function(void *field, void *symbol)
 {
     memcpy(field, &symbol, sizeof(symbol));
+}
+
+// What only some calls need says so itself where it is not there.
+static bool may_be_missing(const char *symbol)
+{
+    return strcmp(symbol, "cuStreamWaitValue64") == 0;
 }
 
 static ice_status find_entries(const char *library, proc_address_call find, struct cuda_driver *driver, char *text)
@@ -39,6 +46,10 @@ static ice_status find_entries(const char *library, proc_address_call find, stru
         int found = 0;
         const cuda_result result =
             find(entries[i].symbol, &symbol, entries[i].version, CUDA_PROC_ADDRESS_DEFAULT, &found);
+        if ((result != CUDA_OK || !symbol) && may_be_missing(entries[i].symbol)) {
+            set_function((char *)driver + entries[i].offset, NULL);
+            continue;
+        }
         if (result != CUDA_OK || !symbol) {
             char reason[CUDA_TEXT_BYTES];
             (void)snprintf(reason, sizeof(reason), "it has no %s", entries[i].symbol);

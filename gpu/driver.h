@@ -36,6 +36,10 @@ enum {
     CUDA_IPC_LAZY_PEER = 1,
     CUDA_STREAM_NON_BLOCKING = 1,
     CUDA_EVENT_DISABLE_TIMING = 2,
+    CUDA_HOST_DEVICE_MAPPED = 2,
+    CUDA_WAIT_AT_LEAST = 0,
+    CUDA_DEVICE_CAN_WAIT_FOR_64_BITS = 122, // an attribute of a device
+    CUDA_CAPTURE_NONE = 0,                  // of a stream that is not being captured into a graph
     CUDA_HANDLE_POSIX_FD = 1,
     CUDA_LOCATION_DEVICE = 1,
     CUDA_ACCESS_READ_WRITE = 3,
@@ -96,7 +100,8 @@ struct cuda_batch_attributes {
     unsigned flags;
 };
 
-// Every entry point that is used: field, symbol, the CUDA version whose form of it is meant, parameters.
+// Every entry point that is used; cuStreamWaitValue64 may be missing (NULL), all others are there. Field, symbol, the
+// CUDA version whose form of it is meant, parameters.
 // clang-format off
 #define CUDA_ENTRIES(X) \
     X(init,                   "cuInit",                         2000,  (unsigned flags)) \
@@ -133,6 +138,10 @@ struct cuda_batch_attributes {
     X(event_record,           "cuEventRecord",                  2000,  (cuda_event event, cuda_stream stream)) \
     X(event_query,            "cuEventQuery",                   2000,  (cuda_event event)) \
     X(event_destroy,          "cuEventDestroy",                 4000,  (cuda_event event)) \
+    X(stream_capturing,       "cuStreamIsCapturing",            10000, (cuda_stream stream, int *capture)) \
+    X(stream_wait_value,      "cuStreamWaitValue64",            11070, (cuda_stream stream, cuda_address word, uint64_t value, unsigned flags)) \
+    X(host_address,           "cuMemHostGetDevicePointer",      3020,  (cuda_address *address, void *memory, unsigned flags)) \
+    X(device_attribute,       "cuDeviceGetAttribute",           2000,  (int *value, int attribute, cuda_device device)) \
     X(copy_to_device,         "cuMemcpyHtoDAsync",              3020,  (cuda_address to, const void *from, size_t bytes, cuda_stream stream)) \
     X(copy_rows,              "cuMemcpy2DAsync",                3020,  (const struct cuda_rows *rows, cuda_stream stream)) \
     X(fill,                   "cuMemsetD8Async",                3020,  (cuda_address to, unsigned char value, size_t bytes, cuda_stream stream)) \
@@ -140,7 +149,6 @@ struct cuda_batch_attributes {
     X(copy_to_host_waiting,   "cuMemcpyDtoH",                   3020,  (void *to, cuda_address from, size_t bytes)) \
     X(fill_waiting,           "cuMemsetD8",                     3020,  (cuda_address to, unsigned char value, size_t bytes)) \
     X(driver_version,         "cuDriverGetVersion",             2020,  (int *version)) \
-    X(host_address,           "cuMemHostGetDevicePointer",      3020,  (cuda_address *address, void *memory, unsigned flags)) \
     X(module_load,            "cuModuleLoadData",               2000,  (cuda_module *module, const void *image)) \
     X(module_unload,          "cuModuleUnload",                 2000,  (cuda_module module)) \
     X(module_function,        "cuModuleGetFunction",            2000,  (cuda_function *function, cuda_module module, const char *name)) \

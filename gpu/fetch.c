@@ -10,14 +10,8 @@
 #define SPIN_US  200u // how long the end of a copy is asked for without a pause
 #define PAUSE_US 20u
 
-ice_status gpu_fetch_open(const char *library, cuda_address address, uint8_t *memory, uint64_t bytes,
-                          struct gpu_fetch *out, char *text)
+ice_status gpu_fetch_open(const char *library, cuda_address address, struct gpu_fetch *out, char *text)
 {
-    if (bytes > GPU_FETCH_BYTES_MAX) {
-        (void)snprintf(text, CUDA_TEXT_BYTES, "the staging area has more than %llu MiB; lower staging_bytes",
-                       GPU_FETCH_BYTES_MAX >> 20);
-        return ICE_TOO_LARGE;
-    }
     struct cuda_driver driver;
     cuda_device device = 0;
     cuda_context context = NULL;
@@ -25,33 +19,38 @@ ice_status gpu_fetch_open(const char *library, cuda_address address, uint8_t *me
     if (status == ICE_OK) {
         status = gpu_address_find(&driver, address, &device, &context, text);
     }
-    *out = (struct gpu_fetch){.memory = memory};
-    if (status == ICE_OK) {
-        status = gpu_device_open(&driver, device, context, &out->device, text);
-    }
-    if (status != ICE_OK) {
-        return status;
-    }
-    status = gpu_device_enter(&out->device, text);
-    if (status == ICE_OK) {
-        const cuda_result result = driver.host_register(memory, bytes, 0);
-        status = result == CUDA_OK ? ICE_OK : cuda_failed(&driver, "cuMemHostRegister", result, text);
-        gpu_device_leave(&out->device);
-    }
-    if (status != ICE_OK) {
-        gpu_device_close(&out->device);
-    }
-    return status;
+    return status == ICE_OK ? gpu_device_open(&driver, device, context, &out->device, text) : status;
 }
 
 void gpu_fetch_close(struct gpu_fetch *fetch)
 {
+    gpu_device_close(&fetch->device);
+}
+
+ice_status gpu_fetch_register(const struct gpu_fetch *fetch, uint8_t *memory, uint64_t bytes, char *text)
+{
+    if (bytes > GPU_FETCH_BYTES_MAX) {
+        (void)snprintf(text, CUDA_TEXT_BYTES, "the staging area has more than %llu MiB; lower staging_bytes",
+                       GPU_FETCH_BYTES_MAX >> 20);
+        return ICE_TOO_LARGE;
+    }
+    ice_status status = gpu_device_enter(&fetch->device, text);
+    if (status != ICE_OK) {
+        return status;
+    }
+    const cuda_result result = fetch->device.driver.host_register(memory, bytes, 0);
+    status = result == CUDA_OK ? ICE_OK : cuda_failed(&fetch->device.driver, "cuMemHostRegister", result, text);
+    gpu_device_leave(&fetch->device);
+    return status;
+}
+
+void gpu_fetch_unregister(const struct gpu_fetch *fetch, uint8_t *memory)
+{
     char text[CUDA_TEXT_BYTES];
     if (gpu_device_enter(&fetch->device, text) == ICE_OK) {
-        (void)fetch->device.driver.host_unregister(fetch->memory);
+        (void)fetch->device.driver.host_unregister(memory);
         gpu_device_leave(&fetch->device);
     }
-    gpu_device_close(&fetch->device);
 }
 
 ice_status gpu_fetch_check(const struct gpu_fetch *fetch, cuda_address address, char *text)
@@ -62,6 +61,16 @@ ice_status gpu_fetch_check(const struct gpu_fetch *fetch, cuda_address address, 
     if (status == ICE_OK && device != fetch->device.id) {
         (void)snprintf(text, CUDA_TEXT_BYTES, "this client appends from another GPU already; connect once for each");
         return ICE_NOT_SUPPORTED;
+    }
+    return status;
+}
+
+ice_status gpu_fetch_check_stream(const struct gpu_fetch *fetch, void *stream, char *text)
+{
+    ice_status status = gpu_device_enter(&fetch->device, text);
+    if (status == ICE_OK) {
+        status = gpu_stream_check(&fetch->device, stream, text);
+        gpu_device_leave(&fetch->device);
     }
     return status;
 }
@@ -119,4 +128,16 @@ ice_status gpu_fetch_wait(const struct gpu_fetch *fetch, uint32_t fence, void *s
     }
     gpu_device_leave(&fetch->device);
     return status;
+}
+
+bool gpu_fetch_is_over(const struct gpu_fetch *fetch, uint32_t fence)
+{
+    char text[CUDA_TEXT_BYTES];
+    bool done = false;
+    if (gpu_device_enter(&fetch->device, text) == ICE_OK) {
+        const ice_status status = gpu_fence_poll(&fetch->device, fence, &done, text);
+        done = done && status == ICE_OK;
+        gpu_device_leave(&fetch->device);
+    }
+    return done;
 }

@@ -5,6 +5,7 @@
 
 #include "gpu/landing.h"
 #include "gpu/record.h"
+#include "proto/timeline.h"
 
 struct gpu_push;
 
@@ -15,9 +16,11 @@ struct gpu_landing {
     struct landing_shape held_shape; // of `memory`: equal where nothing is staged, else of one layer
     struct landing_layout held;
     struct gpu_system system; // owner borrowed until close
-    uint8_t *memory;          // held.total_bytes
-    struct gpu_push *push;    // the GPU's side, owned; NULL: none
-    struct records records;   // of what is in the landing
+    uint8_t *memory;          // held.total_bytes, and the timeline words behind it of a pull landing
+    uint64_t memory_bytes;
+    _Atomic uint64_t *words; // timeline words, [rows]; NULL: none
+    struct gpu_push *push;   // the GPU's side, owned; NULL: none
+    struct records records;  // of what is in the landing
 };
 
 // Makes the landing with its host memory for a place. *fd_out is the caller's.
@@ -29,5 +32,6 @@ void held_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint
 struct record_cell *held_record(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head);
 void held_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count);
 void held_clear_row(struct gpu_landing *landing, uint32_t row);
+void held_signal(struct gpu_landing *landing, const uint32_t *rows, uint32_t count, uint64_t value);
 
 #endif

@@ -41,19 +41,23 @@ ice_status held_open(const struct gpu_system *system, const struct landing_shape
     if (status != ICE_OK) {
         goto free_landing;
     }
+    landing->memory_bytes = landing->held.total_bytes + (place == LANDING_PULL ? timeline_bytes(shape, place) : 0);
     int fd = -1;
     void *memory = NULL;
-    int rc = system->memfd_create(system->owner, "icecache-landing", landing->held.total_bytes, &fd);
+    int rc = system->memfd_create(system->owner, "icecache-landing", landing->memory_bytes, &fd);
     if (rc < 0) {
         status = system_status(rc);
         goto free_records;
     }
-    rc = system->map_shared(system->owner, fd, landing->held.total_bytes, &memory);
+    rc = system->map_shared(system->owner, fd, landing->memory_bytes, &memory);
     if (rc < 0) {
         status = system_status(rc);
         goto close_fd;
     }
     landing->memory = memory;
+    if (place == LANDING_PULL) {
+        landing->words = (void *)(landing->memory + landing->held.total_bytes);
+    }
     *out = landing;
     *fd_out = fd;
     return ICE_OK;
@@ -70,7 +74,7 @@ free_landing:
 void held_close(struct gpu_landing *landing)
 {
     if (landing) {
-        landing->system.unmap(landing->system.owner, landing->memory, landing->held.total_bytes);
+        landing->system.unmap(landing->system.owner, landing->memory, landing->memory_bytes);
         records_fini(&landing->records);
         free(landing);
     }
@@ -151,6 +155,15 @@ void held_clear_row(struct gpu_landing *landing, uint32_t row)
     }
 }
 
+void held_signal(struct gpu_landing *landing, const uint32_t *rows, uint32_t count, uint64_t value)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        assert(rows[i] < landing->shape.rows);
+        // Release: who sees the value sees what was gathered and told to this thread before.
+        atomic_store_explicit(&landing->words[rows[i]], value, memory_order_release);
+    }
+}
+
 static ice_status host_open(const struct gpu_system *system, const struct landing_shape *shape,
                             const struct gpu_source *source, struct gpu_landing **out, int *fd_out, char *text)
 {
@@ -185,6 +198,7 @@ const struct gpu_landing_ops gpu_pull_ops = {
     .record = held_record,
     .submit = held_submit,
     .clear_row = held_clear_row,
+    .signal = held_signal,
 };
 
 uint64_t gpu_landing_own_bytes(const struct landing_shape *shape)

@@ -64,6 +64,9 @@ struct gpu_landing_ops {
     void (*submit)(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count);
     // Empties every cell of a row (the row is bound to another sequence).
     void (*clear_row)(struct gpu_landing *landing, uint32_t row);
+    // A request on these rows is over: stores its value in their timeline words, for the GPU that waits. Any thread,
+    // after what the request leaves there. NULL: the place has none.
+    void (*signal)(struct gpu_landing *landing, const uint32_t *rows, uint32_t count, uint64_t value);
     // Issues the copies of a layer of these rows to the GPU; they are done when a later fence of the device is. NULL
     // where submit was all. text[CUDA_TEXT_BYTES]: the failing call; on success what the log should say, or "".
     ice_status (*copy)(struct gpu_landing *landing, const uint32_t *rows, uint32_t count, uint32_t layer, char *text);

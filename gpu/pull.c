@@ -72,7 +72,7 @@ static ice_status issue_kernel(const struct gpu_pull *pull, const uint32_t *rows
         .row_count = count,
     };
     memcpy(job.rows, rows, count * sizeof(*rows));
-    return gpu_scatter_launch(path->device, &pull->scatter, &job, text);
+    return gpu_scatter_launch(path->device, &pull->scatter, &job, path->stream, text);
 }
 
 ice_status gpu_pull_issue(struct gpu_pull *pull, const uint32_t *rows, uint32_t count, uint32_t layer, bool whole,

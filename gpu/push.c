@@ -13,6 +13,7 @@
 #include "gpu/held.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -77,36 +78,77 @@ static ice_status open_entered(struct gpu_landing *landing, struct gpu_push *pus
     return status;
 }
 
-static ice_status push_open(const struct gpu_system *system, const struct landing_shape *shape,
-                            const struct gpu_source *source, struct gpu_landing **out, int *fd_out, char *text)
+// The words that the worker's GPU waits for, in memory of their own: the staging is none of the worker's business.
+static ice_status words_open(struct gpu_landing *landing, int *fd_out)
 {
-    text[0] = '\0';
-    struct gpu_landing *landing = NULL;
+    const struct gpu_system *const system = &landing->system;
+    const uint64_t bytes = timeline_bytes(&landing->shape, LANDING_PUSH);
+    void *memory = NULL;
     int fd = -1;
-    ice_status status = held_open(system, shape, LANDING_PUSH, &landing, &fd);
-    if (status != ICE_OK) {
-        return status;
+    int rc = system->memfd_create(system->owner, "icecache-timeline", bytes, &fd);
+    if (rc == 0) {
+        rc = system->map_shared(system->owner, fd, bytes, &memory);
     }
-    system->close_fd(system->owner, fd); // the mapping is all that is needed
-    struct gpu_push *push = calloc(1, sizeof(*push) + shape->rows * sizeof(push->stale_rows[0]));
+    if (rc < 0) {
+        system->close_fd(system->owner, fd);
+        return rc == -ENOMEM || rc == -ENOSPC ? ICE_SHARED_FULL : ICE_SYSTEM;
+    }
+    landing->words = memory;
+    *fd_out = fd;
+    return ICE_OK;
+}
+
+static void words_close(struct gpu_landing *landing)
+{
+    landing->system.unmap(landing->system.owner, landing->words, timeline_bytes(&landing->shape, LANDING_PUSH));
+}
+
+// The GPU's side, with everything else there.
+static ice_status memory_open(struct gpu_landing *landing, const struct gpu_source *source, char *text)
+{
+    struct gpu_push *push = calloc(1, sizeof(*push) + landing->shape.rows * sizeof(push->stale_rows[0]));
     if (!push) {
-        held_close(landing);
         return ICE_NO_MEMORY;
     }
     push->device = source->device;
-    status = gpu_device_enter(push->device, text);
+    ice_status status = gpu_device_enter(push->device, text);
     if (status == ICE_OK) {
         status = open_entered(landing, push, source, text);
         gpu_device_leave(push->device);
     }
     if (status != ICE_OK) {
         free(push);
-        held_close(landing);
         return status;
     }
     landing->push = push;
+    return ICE_OK;
+}
+
+static ice_status push_open(const struct gpu_system *system, const struct landing_shape *shape,
+                            const struct gpu_source *source, struct gpu_landing **out, int *fd_out, char *text)
+{
+    text[0] = '\0';
+    struct gpu_landing *landing = NULL;
+    int fd = -1, words_fd = -1;
+    ice_status status = held_open(system, shape, LANDING_PUSH, &landing, &fd);
+    if (status != ICE_OK) {
+        return status;
+    }
+    system->close_fd(system->owner, fd); // the mapping is all that is needed
+    status = words_open(landing, &words_fd);
+    if (status != ICE_OK) {
+        held_close(landing);
+        return status;
+    }
+    status = memory_open(landing, source, text);
+    if (status != ICE_OK) {
+        system->close_fd(system->owner, words_fd);
+        words_close(landing);
+        held_close(landing);
+        return status;
+    }
     *out = landing;
-    *fd_out = -1;
+    *fd_out = words_fd;
     return ICE_OK;
 }
 
@@ -123,6 +165,7 @@ static void push_close(struct gpu_landing *landing)
         gpu_device_leave(push->device);
     }
     free(push);
+    words_close(landing);
     held_close(landing);
 }
 
@@ -162,5 +205,6 @@ const struct gpu_landing_ops gpu_push_ops = {
     .record = held_record,
     .submit = held_submit,
     .clear_row = push_clear_row,
+    .signal = held_signal,
     .copy = push_copy,
 };

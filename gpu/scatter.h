@@ -17,8 +17,8 @@ extern const char scatter_ptx[]; // gpu/scatter.ptx, ends with a 0
 // Compiles the kernel for the device, which takes the driver some ms. Device entered. text[CUDA_TEXT_BYTES].
 ICE_MUST_CHECK ice_status gpu_scatter_open(const struct gpu_device *device, struct gpu_scatter *out, char *text);
 void gpu_scatter_close(const struct gpu_device *device, struct gpu_scatter *scatter); // accepts a closed one
-// Issues a job of 1 to SCATTER_ROWS_MAX rows in the device's stream; it is copied. Device entered.
+// Issues a job of 1 to SCATTER_ROWS_MAX rows in the stream; it is copied. Device entered.
 ICE_MUST_CHECK ice_status gpu_scatter_launch(const struct gpu_device *device, const struct gpu_scatter *scatter,
-                                             const struct scatter_job *job, char *text);
+                                             const struct scatter_job *job, cuda_stream stream, char *text);
 
 #endif

@@ -6,11 +6,14 @@
 // - calls that need a context answer 201 without one;
 // - asynchronous copies read registered memory only, inside one registration, and happen when an event behind them is
 //   asked for, not when they are issued: what is overwritten before is copied wrong;
-// - an event is not ready when it is first asked for.
+// - an event is not ready when it is first asked for;
+// - host memory is registered in whole pages, and unregistered only when no stream needs it; a GPU has it at another
+//   address;
+// - a stream that waits for a word goes no further, and one that is being captured takes nothing.
 //
 // FAKE_CUDA_DIR is a folder that all processes share. In it: alloc-PID-N is GPU memory, open-PID-N a mapping of another
-// process's memory, context-PID-DEVICE a context, and `fail` what to do wrong (fake_fail.c). FAKE_CUDA_DEVICES lists
-// the devices that the process sees ("0,1" is the default).
+// process's memory, context-PID-DEVICE a context, and `fail` what to do wrong (fake_fail.c). FAKE_CUDA_OLD_GPU: no GPU
+// waits for 64-bit words. FAKE_CUDA_DEVICES lists the devices that the process sees ("0,1" is the default).
 #include "fake_cuda.h"
 
 #include "fake_fail.h"
@@ -80,14 +83,17 @@ static int injected(const char *entry)
 int fake_enter(const char *entry, bool needs_context)
 {
     int code = injected(entry);
-    if (code == 0 && !initialised) {
-        code = NOT_INITIALIZED;
+    if (code != 0) {
+        return code;
     }
-    if (code == 0 && needs_context && (depth == 0 || !stack[depth - 1] || stack[depth - 1]->retains == 0)) {
+    (void)pthread_mutex_lock(&lock);
+    if (!initialised) {
+        code = NOT_INITIALIZED;
+    } else if (needs_context && (depth == 0 || !stack[depth - 1] || stack[depth - 1]->retains == 0)) {
         code = CUDA_INVALID_CONTEXT;
     }
-    if (code == 0) {
-        (void)pthread_mutex_lock(&lock);
+    if (code != 0) {
+        (void)pthread_mutex_unlock(&lock);
     }
     return code;
 }
@@ -165,6 +171,17 @@ EXPORT cuda_result cuDeviceGetName(char *name, int bytes, cuda_device device)
 {
     ENTER("cuDeviceGetName", false);
     (void)snprintf(name, (size_t)bytes, "Fake GPU %d", device_ids[device]);
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuDeviceGetAttribute(int *value, int attribute, cuda_device device);
+EXPORT cuda_result cuDeviceGetAttribute(int *value, int attribute, cuda_device device)
+{
+    ENTER("cuDeviceGetAttribute", false);
+    if (attribute != CUDA_DEVICE_CAN_WAIT_FOR_64_BITS || device < 0 || device >= device_count) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    *value = !getenv("FAKE_CUDA_OLD_GPU");
     return fake_leave(CUDA_OK);
 }
 

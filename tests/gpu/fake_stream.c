@@ -2,14 +2,17 @@
 #include "fake_cuda.h"
 #include "gpu/scatter_job.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     ALREADY_REGISTERED = 712,
     NOT_REGISTERED = 713,
+    CAPTURE_UNSUPPORTED = 900,
     RANGES_MAX = 1024,
     WORKS_MAX = 4096,
     BATCH_MAX = 2048,
@@ -19,7 +22,10 @@ enum {
 struct host_range {
     const uint8_t *memory; // NULL: free
     size_t bytes;
+    bool mapped; // the GPU has it at an address of its own
 };
+
+#define HOST_ALIAS 0x4000000000000000ull // from host memory to where the GPU has it
 
 struct work {
     cuda_address to;
@@ -28,11 +34,14 @@ struct work {
     size_t bytes;
     bool outwards; // rows, from the GPU
     struct cuda_rows rows;
-    struct launch *launch; // a kernel; owned
+    struct launch *launch;        // a kernel; owned
+    const _Atomic uint64_t *word; // wait until it has at least `least`
+    uint64_t least;
 };
 
 struct cuda_stream {
     struct cuda_context *context;
+    int capture; // of a graph that is being captured: nothing is carried out
     uint64_t issued, done;
     struct work works[WORKS_MAX]; // number n at n % WORKS_MAX
     struct cuda_stream *next;
@@ -48,6 +57,7 @@ struct cuda_event {
 static struct host_range ranges[RANGES_MAX];
 static struct cuda_stream *streams;
 static struct cuda_event *events;
+static struct cuda_stream default_streams[4];
 
 // ---- copies ----
 
@@ -122,6 +132,7 @@ static void run_kernel(struct launch *launch)
     }
     copy_out(landing, launch->job.to, bytes);
     job.to = (uint64_t)(uintptr_t)landing;
+    job.from -= HOST_ALIAS;
     for (unsigned row = launch->rows; row-- > 0;) {
         for (unsigned head = launch->heads; head-- > 0;) {
             for (unsigned worker = launch->workers; worker-- > 0;) {
@@ -136,18 +147,27 @@ static void run_kernel(struct launch *launch)
     free(launch);
 }
 
+static bool is_waiting(const struct work *work)
+{
+    return work->word && (int64_t)(atomic_load(work->word) - work->least) < 0;
+}
+
+// As far as the stream gets: not beyond a word that it waits for.
 static void carry_out(struct cuda_stream *stream, uint64_t until)
 {
     for (; stream->done < until; stream->done++) {
         const struct work *work = &stream->works[stream->done % WORKS_MAX];
         const struct cuda_rows *rows = &work->rows;
+        if (is_waiting(work)) {
+            return;
+        }
         for (size_t i = 0; work->outwards && i < rows->height; i++) {
             copy_out((uint8_t *)rows->to_host + i * rows->to_pitch, rows->from_device + i * rows->from_pitch,
                      rows->width_bytes);
         }
         if (work->launch) {
             run_kernel(work->launch);
-        } else if (!work->outwards) {
+        } else if (!work->outwards && !work->word) {
             copy_in(work->to, work->from, work->value, work->bytes);
         }
     }
@@ -156,7 +176,6 @@ static void carry_out(struct cuda_stream *stream, uint64_t until)
 // The stream itself, or the context's default one.
 static struct cuda_stream *named(struct cuda_stream *stream)
 {
-    static struct cuda_stream default_streams[4];
     struct cuda_context *current = fake_current();
     if (stream) {
         return stream->context == current ? stream : NULL;
@@ -168,7 +187,10 @@ static struct cuda_stream *named(struct cuda_stream *stream)
 static cuda_result issue(struct cuda_stream *stream, struct work work)
 {
     stream = named(stream);
-    if (!stream || (!work.outwards && !work.launch && !reachable(work.to, work.bytes)) ||
+    if (stream && stream->capture) {
+        return CAPTURE_UNSUPPORTED; // the real one would record it, and whoever waits for it would wait for ever
+    }
+    if (!stream || (!work.outwards && !work.launch && !work.word && !reachable(work.to, work.bytes)) ||
         stream->issued - stream->done == WORKS_MAX) {
         return CUDA_INVALID_VALUE;
     }
@@ -309,6 +331,11 @@ EXPORT cuda_result cuMemsetD8(cuda_address to, unsigned char value, size_t bytes
 
 // ---- host memory ----
 
+static uintptr_t page_of(const uint8_t *memory)
+{
+    return (uintptr_t)memory / 4096;
+}
+
 EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags);
 EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags)
 {
@@ -318,26 +345,45 @@ EXPORT cuda_result cuMemHostRegister(void *memory, size_t bytes, unsigned flags)
     for (int i = 0; i < RANGES_MAX; i++) {
         if (!ranges[i].memory) {
             place = place ? place : &ranges[i];
-        } else if (from < ranges[i].memory + ranges[i].bytes && ranges[i].memory < from + bytes) {
-            return fake_leave(ALREADY_REGISTERED);
+        } else if (page_of(from) <= page_of(ranges[i].memory + ranges[i].bytes - 1) &&
+                   page_of(ranges[i].memory) <= page_of(from + bytes - 1)) {
+            return fake_leave(ALREADY_REGISTERED); // pages are pinned as a whole
         }
     }
-    if (flags != 0 || bytes == 0 || !place) {
+    if ((flags != 0 && flags != CUDA_HOST_DEVICE_MAPPED) || bytes == 0 || !place) {
         return fake_leave(CUDA_INVALID_VALUE);
     }
-    *place = (struct host_range){from, bytes};
+    *place = (struct host_range){from, bytes, flags == CUDA_HOST_DEVICE_MAPPED};
     return fake_leave(CUDA_OK);
+}
+
+// What a stream still has to do must not need the range: the real one would read what is not there.
+static void check_unused(struct cuda_stream *stream, const struct host_range *range)
+{
+    carry_out(stream, stream->issued);
+    for (uint64_t n = stream->done; n < stream->issued; n++) {
+        const struct work *work = &stream->works[n % WORKS_MAX];
+        const uint8_t *uses = work->word       ? (const uint8_t *)work->word
+                              : work->outwards ? work->rows.to_host
+                                               : work->from;
+        if (uses && uses >= range->memory && uses < range->memory + range->bytes) {
+            abort();
+        }
+    }
 }
 
 EXPORT cuda_result cuMemHostUnregister(void *memory);
 EXPORT cuda_result cuMemHostUnregister(void *memory)
 {
     ENTER("cuMemHostUnregister", true);
-    for (struct cuda_stream *stream = streams; stream; stream = stream->next) {
-        carry_out(stream, stream->issued);
-    }
     for (int i = 0; i < RANGES_MAX; i++) {
         if (ranges[i].memory && ranges[i].memory == memory) {
+            for (struct cuda_stream *stream = streams; stream; stream = stream->next) {
+                check_unused(stream, &ranges[i]);
+            }
+            for (size_t j = 0; j < sizeof(default_streams) / sizeof(default_streams[0]); j++) {
+                check_unused(&default_streams[j], &ranges[i]);
+            }
             ranges[i].memory = NULL;
             return fake_leave(CUDA_OK);
         }
@@ -349,11 +395,15 @@ EXPORT cuda_result cuMemHostGetDevicePointer(cuda_address *address, void *memory
 EXPORT cuda_result cuMemHostGetDevicePointer(cuda_address *address, void *memory, unsigned flags)
 {
     ENTER("cuMemHostGetDevicePointer", true);
-    if (flags != 0 || !registered(memory, 1)) {
-        return fake_leave(CUDA_INVALID_VALUE);
+    const uint8_t *at = memory;
+    for (int i = 0; i < RANGES_MAX; i++) {
+        if (ranges[i].memory && ranges[i].mapped && at >= ranges[i].memory && at < ranges[i].memory + ranges[i].bytes &&
+            flags == 0) {
+            *address = (uintptr_t)memory + HOST_ALIAS;
+            return fake_leave(CUDA_OK);
+        }
     }
-    *address = (cuda_address)(uintptr_t)memory;
-    return fake_leave(CUDA_OK);
+    return fake_leave(CUDA_INVALID_VALUE);
 }
 
 // ---- kernels ----
@@ -409,8 +459,8 @@ static bool scatter_reachable(const struct scatter_job *job)
 {
     const uint64_t from_bytes = job->changed_counts_offset + 4u * (uint64_t)job->kv_heads;
     for (uint32_t i = 0; i < job->row_count; i++) {
-        if (!registered_in_pieces((const uint8_t *)(uintptr_t)(job->from + job->rows[i] * job->from_stride),
-                                  from_bytes)) {
+        if (!registered_in_pieces(
+                (const uint8_t *)(uintptr_t)(job->from - HOST_ALIAS + job->rows[i] * job->from_stride), from_bytes)) {
             return false;
         }
     }
@@ -445,6 +495,22 @@ EXPORT cuda_result cuLaunchKernel(cuda_function kernel, unsigned grid_x, unsigne
 
 // ---- streams and events ----
 
+EXPORT cuda_result cuStreamWaitValue64(cuda_stream stream, cuda_address address, uint64_t value, unsigned flags);
+EXPORT cuda_result cuStreamWaitValue64(cuda_stream stream, cuda_address address, uint64_t value, unsigned flags)
+{
+    ENTER("cuStreamWaitValue64", true);
+    const uint8_t *word = (const uint8_t *)(uintptr_t)(address - HOST_ALIAS);
+    bool mapped = false;
+    for (int i = 0; i < RANGES_MAX; i++) {
+        mapped = mapped || (ranges[i].memory && ranges[i].mapped && word >= ranges[i].memory &&
+                            word + sizeof(value) <= ranges[i].memory + ranges[i].bytes);
+    }
+    if (!mapped || address % sizeof(value) != 0 || flags != CUDA_WAIT_AT_LEAST) {
+        return fake_leave(CUDA_INVALID_VALUE);
+    }
+    return fake_leave(issue(stream, (struct work){.word = (const void *)word, .least = value}));
+}
+
 EXPORT cuda_result cuStreamCreateWithPriority(cuda_stream *stream, unsigned flags, int priority);
 EXPORT cuda_result cuStreamCreateWithPriority(cuda_stream *stream, unsigned flags, int priority)
 {
@@ -466,13 +532,53 @@ EXPORT cuda_result cuStreamDestroy(cuda_stream stream);
 EXPORT cuda_result cuStreamDestroy(cuda_stream stream)
 {
     ENTER("cuStreamDestroy", true);
-    carry_out(stream, stream->issued);
+    while (carry_out(stream, stream->issued), stream->done < stream->issued) {
+        (void)fake_leave(CUDA_OK); // the real one goes on behind the call
+        (void)usleep(1000);
+        ENTER("cuStreamDestroy", true);
+    }
+    for (struct cuda_event *event = events; event; event = event->next) {
+        if (event->stream == stream) {
+            event->stream = NULL; // all before it is done
+        }
+    }
     struct cuda_stream **link = &streams;
     while (*link != stream) {
         link = &(*link)->next;
     }
     *link = stream->next;
     free(stream);
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuStreamIsCapturing(cuda_stream stream, int *capture);
+EXPORT cuda_result cuStreamIsCapturing(cuda_stream stream, int *capture)
+{
+    ENTER("cuStreamIsCapturing", true);
+    stream = named(stream);
+    if (!stream) {
+        return fake_leave(INVALID_HANDLE);
+    }
+    *capture = stream->capture;
+    return fake_leave(CUDA_OK);
+}
+
+// Not of the table: what a worker of the tests calls.
+EXPORT cuda_result cuStreamBeginCapture(cuda_stream stream, int mode);
+EXPORT cuda_result cuStreamBeginCapture(cuda_stream stream, int mode)
+{
+    ENTER("cuStreamBeginCapture", true);
+    (void)mode;
+    stream->capture = 1;
+    return fake_leave(CUDA_OK);
+}
+
+EXPORT cuda_result cuStreamEndCapture(cuda_stream stream, void **graph);
+EXPORT cuda_result cuStreamEndCapture(cuda_stream stream, void **graph)
+{
+    ENTER("cuStreamEndCapture", true);
+    stream->capture = 0;
+    *graph = NULL;
     return fake_leave(CUDA_OK);
 }
 
@@ -500,6 +606,9 @@ EXPORT cuda_result cuEventRecord(cuda_event event, cuda_stream stream)
     if (!event || !stream) {
         return fake_leave(INVALID_HANDLE);
     }
+    if (stream->capture) {
+        return fake_leave(CAPTURE_UNSUPPORTED);
+    }
     *event = (struct cuda_event){.stream = stream, .number = stream->issued, .next = event->next};
     return fake_leave(CUDA_OK);
 }
@@ -516,7 +625,7 @@ EXPORT cuda_result cuEventQuery(cuda_event event)
         return fake_leave(CUDA_NOT_READY);
     }
     carry_out(event->stream, event->number);
-    return fake_leave(CUDA_OK);
+    return fake_leave(event->stream->done >= event->number ? CUDA_OK : CUDA_NOT_READY);
 }
 
 EXPORT cuda_result cuEventDestroy(cuda_event event);

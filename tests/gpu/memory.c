@@ -166,6 +166,21 @@ void mapped_destroy(struct mapped *mapped)
     assert_int_equal(cuda->address_free(mapped->address, mapped->bytes), CUDA_OK);
 }
 
+void memory_capture(cuda_stream stream, bool begin)
+{
+    union {
+        void *symbol;
+        cuda_result (*begin)(cuda_stream, int);
+        cuda_result (*end)(cuda_stream, void **);
+    } call;
+    void *graph = NULL;
+    void *library = dlopen(memory_library(), RTLD_NOW | RTLD_LOCAL);
+    assert_non_null(library);
+    call.symbol = dlsym(library, begin ? "cuStreamBeginCapture" : "cuStreamEndCapture");
+    assert_non_null(call.symbol);
+    assert_int_equal(begin ? call.begin(stream, 0) : call.end(stream, &graph), CUDA_OK);
+}
+
 void memory_read(void *to, cuda_address from, uint64_t bytes)
 {
     assert_int_equal(memory_driver()->copy_to_host_waiting(to, from, bytes), CUDA_OK);

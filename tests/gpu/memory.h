@@ -33,6 +33,8 @@ struct mapped {
 void mapped_create(struct mapped *mapped, uint32_t pieces, bool shareable);
 void mapped_destroy(struct mapped *mapped);
 
+// The fake driver: begins or ends a capture of the stream into a graph, which is empty.
+void memory_capture(cuda_stream stream, bool begin);
 void memory_read(void *to, cuda_address from, uint64_t bytes);
 void memory_fill(cuda_address to, int value, uint64_t bytes);
 

@@ -186,7 +186,7 @@ static void a_staging_has_one_block_a_row(void **unused)
     assert_int_equal(gpu_pull_ops.open(&system, &shape, NULL, &landing, &fd, text), ICE_OK);
     const struct landing_layout *layout = gpu_landing_layout(landing);
     assert_int_equal(layout->total_bytes, 12288); // 6 blocks of 1536
-    assert_int_equal(state.bytes, 8192);          // 3 of them
+    assert_int_equal(state.bytes, 8192 + 4096);   // 3 of them, and the timeline words
     uint8_t *places[3][2];
     for (uint32_t row = 0; row < 3; row++) {
         for (uint32_t layer = 0; layer < 2; layer++) {
@@ -200,6 +200,14 @@ static void a_staging_has_one_block_a_row(void **unused)
     }
     assert_null(gpu_pull_ops.copy);
     assert_null(gpu_host_ops.copy);
+    assert_null(gpu_host_ops.signal);
+    const uint64_t *words = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 8192);
+    assert_true(words != MAP_FAILED);
+    gpu_pull_ops.signal(landing, (const uint32_t[]){2, 0}, 2, 77);
+    assert_int_equal(words[0], 77);
+    assert_int_equal(words[1], 0);
+    assert_int_equal(words[2], 77);
+    assert_int_equal(munmap((void *)(uintptr_t)words, 4096), 0);
     gpu_pull_ops.close(landing);
     assert_int_equal(state.maps, 0);
     real_close(&state, fd);

@@ -277,18 +277,24 @@ class GpuArray:
         }
 
 
-def _gpu_memory(memory):
+def _is_on_gpu(array):
+    """A torch tensor says so itself: not every dtype of it has the interface."""
+    is_cuda = getattr(array, "is_cuda", None)
+    return is_cuda if isinstance(is_cuda, bool) else hasattr(array, "__cuda_array_interface__")
+
+
+def _gpu_memory(memory, name="the GPU memory of a landing"):
     """(address, bytes) of a contiguous array on a GPU."""
     interface = getattr(memory, "__cuda_array_interface__", None) if not hasattr(memory, "data_ptr") else None
     if interface is not None:
         if interface.get("strides") is not None:
-            raise ValueError("the GPU memory of a landing must be contiguous")
+            raise ValueError(f"{name} must be contiguous")
         nbytes = int(interface["typestr"][2:])
         for count in interface["shape"]:
             nbytes *= count
         return interface["data"][0], nbytes
     if not memory.is_contiguous():
-        raise ValueError("the GPU memory of a landing must be contiguous")
+        raise ValueError(f"{name} must be contiguous")
     return memory.data_ptr(), memory.numel() * memory.element_size()
 
 
@@ -505,6 +511,20 @@ def _selection(result):
     )
 
 
+def _packed(stack, name, array, nbytes, on_gpu):
+    """The address of a packed array of this size; in host memory it is borrowed until the stack's end."""
+    if _is_on_gpu(array) != on_gpu:
+        raise ValueError("queries, keys and values must all be in host memory or all in GPU memory")
+    if on_gpu:
+        address, found = _gpu_memory(array, name)
+    else:
+        buffer = stack.enter_context(Buffer(array))
+        address, found = buffer.address, buffer.nbytes if buffer.is_packed() else None
+    if found != nbytes:
+        raise ValueError(f"{name} must be packed and have {nbytes} bytes")
+    return address
+
+
 class Ticket(_Handle):
     """A retrieve in flight."""
 
@@ -515,6 +535,16 @@ class Ticket(_Handle):
         result = _library.RetrieveResult()
         _check(library().ice_retrieve_wait(self._open(), deadline_us, byref(result)))
         return _selection(result)
+
+
+    def stream_wait(self, stream=0):
+        """Lets a stream wait for the selection instead of the CPU: what is issued in it from now on sees the selection.
+
+        stream is a handle such as torch.cuda.current_stream().cuda_stream (0: the default stream). For landings in GPU
+        memory, once for a ticket, outside of a capture. Call wait before you trust what that work made: it raises where
+        the stream went on without the selection (the request failed, its deadline passed, the daemon died).
+        """
+        _check(library().ice_ticket_stream_wait(self._open(), stream))
 
 
 class Client:
@@ -644,25 +674,35 @@ class Client:
         shape = (options[name] for name in ("layers", "kv_heads", "query_heads", "head_dim", "dtype"))
         return Sequence(self, handle, *shape, prefix_tokens)
 
-    def retrieve(self, landing, **options):
+    def retrieve(self, landing, *, stream=0, **options):
         """Submit and wait: the arguments of submit; returns the Selection."""
+        result = _library.RetrieveResult()
         with self._options(landing, **options) as filled:
-            result = _library.RetrieveResult()
-            status = library().ice_retrieve(self._open(), byref(filled), byref(result))
+            if _is_on_gpu(options["queries"]):
+                status = library().ice_retrieve_gpu(self._open(), byref(filled), stream, byref(result))
+            else:
+                status = library().ice_retrieve(self._open(), byref(filled), byref(result))
         _check(status)
         return _selection(result)
 
-    def submit(self, landing, **options):
+    def submit(self, landing, *, stream=0, **options):
         """Sends a retrieve for one layer of one or several sequences and returns a Ticket.
 
         Keyword arguments: layer, sequences, rows, first_queries (one entry per sequence), queries (the vectors,
         packed [sequence, query, query head, head_dim]; None for a layer that follows an anchor), query_dtype, query_count (query positions per sequence, 1),
         budget, sinks, window, worker_holds_ends, resend, coverage, page_wise, deadline_us, and keys and values
         ([sequence, query, KV head, head_dim], packed), which are appended first.
+
+        queries, keys and values may be in GPU memory, all on the landing's GPU (torch tensors, or anything with
+        __cuda_array_interface__). stream is the handle of the stream that makes them, such as
+        torch.cuda.current_stream().cuda_stream (0: the default stream): they are copied there before this returns.
         """
         handle = c_void_p()
         with self._options(landing, **options) as filled:
-            status = library().ice_retrieve_submit(self._open(), byref(filled), byref(handle))
+            if _is_on_gpu(options["queries"]):
+                status = library().ice_retrieve_submit_gpu(self._open(), byref(filled), stream, byref(handle))
+            else:
+                status = library().ice_retrieve_submit(self._open(), byref(filled), byref(handle))
         _check(status)
         return Ticket(self, handle)
 
@@ -698,20 +738,17 @@ class Client:
             raise ValueError("give both keys and values, or none")
         code, element_bytes = _dtype(query_dtype)
         with contextlib.ExitStack() as stack:
-            vectors = None if queries is None else stack.enter_context(Buffer(queries))
             # The library reads what the shapes say, so the sizes are checked here, where they are known.
             shape = sequences[0]
+            on_gpu = _is_on_gpu(queries)
             wanted = count * query_count * shape.query_heads * shape.head_dim * element_bytes
-            if vectors is not None and (not vectors.is_packed() or vectors.nbytes != wanted):
-                raise ValueError(f"queries must be packed and have {wanted} bytes")
+            vectors = None if queries is None else _packed(stack, "queries", queries, wanted, on_gpu)
             sides = [None, None]
             if keys is not None:
                 wanted = count * query_count * shape.kv_heads * shape.head_dim * _DTYPES[shape.dtype][1]
-                for i, array in enumerate((keys, values)):
-                    side = stack.enter_context(Buffer(array))
-                    if not side.is_packed() or side.nbytes != wanted:
-                        raise ValueError(f"keys and values must be packed and have {wanted} bytes each")
-                    sides[i] = side.address
+                sides = [
+                    _packed(stack, name, array, wanted, on_gpu) for name, array in (("keys", keys), ("values", values))
+                ]
             yield _library.RetrieveOptions(
                 landing._open(),
                 layer,
@@ -720,7 +757,7 @@ class Client:
                 (c_uint32 * count)(*rows),
                 (c_uint64 * count)(*first_queries),
                 query_count,
-                None if vectors is None else vectors.address,
+                vectors,
                 code,
                 sides[0],
                 sides[1],

@@ -260,7 +260,10 @@ _SIGNATURES = {
     "ice_read": (c_int, [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_uint64]),
     "ice_retrieve": (c_int, [c_void_p, POINTER(RetrieveOptions), POINTER(RetrieveResult)]),
     "ice_retrieve_submit": (c_int, [c_void_p, POINTER(RetrieveOptions), POINTER(c_void_p)]),
+    "ice_retrieve_gpu": (c_int, [c_void_p, POINTER(RetrieveOptions), c_void_p, POINTER(RetrieveResult)]),
+    "ice_retrieve_submit_gpu": (c_int, [c_void_p, POINTER(RetrieveOptions), c_void_p, POINTER(c_void_p)]),
     "ice_retrieve_wait": (c_int, [c_void_p, c_uint64, POINTER(RetrieveResult)]),
+    "ice_ticket_stream_wait": (c_int, [c_void_p, c_void_p]),
     "ice_ticket_close": (None, [c_void_p]),
 }
 

@@ -584,6 +584,62 @@ class GpuTest(ClientBase):
             half = type("Array", (), {"__cuda_array_interface__": interface})()
             sequence.append_gpu(sides[1][1], half, first=50)
 
+    def test_a_stream_waits(self):
+        client = self.connect()
+        host, sequence = self.open(client, rows=2)
+        sequence.append(numbers(1, LAYERS * 50 * ROW), numbers(2, LAYERS * 50 * ROW), first=0)
+        for mode in ("push", "pull"):
+            landing = client.open_landing(**self.shape, gpu=0, mode=mode)
+            for _ in range(5):
+                with client.submit(landing, **self.arguments(sequence, row=1, at=49)) as ticket:
+                    ticket.stream_wait(stream=0)
+                    self.assertEqual(ticket.wait().counts, [14] * KV_HEADS)
+                counts = memoryview(self.content(landing.counts, 1, 1)).cast("i")
+                self.assertEqual(counts[0], 14)
+            landing.close()
+        with client.submit(host, **self.arguments(sequence, row=1, at=49)) as ticket:
+            with self.assertRaises(icecache.Error) as caught:
+                ticket.stream_wait()
+            self.assertEqual(caught.exception.status, icecache.Status.NOT_SUPPORTED)
+            ticket.wait()
+
+    def on_gpu(self, host, packed=True):
+        """A copy of an array in GPU memory, with the interface that torch tensors have there too."""
+        data = bytes(host)
+        memory = FakeMemory(self.driver, len(data))
+        self.driver.cuMemcpyHtoD(ctypes.c_uint64(memory.address), data, ctypes.c_size_t(len(data)))
+        interface = {"version": 3, "data": (memory.address, False), "shape": (len(data) // 4,), "typestr": "<f4"}
+        if not packed:
+            interface["strides"] = (8,)
+        return type("Array", (), {"__cuda_array_interface__": interface, "memory": memory})()
+
+    def test_queries_from_the_gpu(self):
+        client = self.connect()
+        host, sequence = self.open(client, rows=2)
+        sequence.append(numbers(1, LAYERS * 50 * ROW), numbers(2, LAYERS * 50 * ROW), first=0)
+        landing = client.open_landing(**self.shape, gpu=0)
+        arguments = self.arguments(sequence, row=1, at=49)
+        wanted = client.retrieve(host, **arguments)
+        queries = arguments.pop("queries")
+        for target in (host, landing):
+            found = client.retrieve(target, queries=self.on_gpu(queries), **arguments)
+            self.assertEqual((found.counts, found.masses), (wanted.counts, wanted.masses))
+        ride = dict(arguments, first_queries=[50])
+        keys, values = numbers(3, ROW), numbers(4, ROW)
+        with client.submit(
+            landing, queries=self.on_gpu(queries), keys=self.on_gpu(keys), values=self.on_gpu(values), stream=0, **ride
+        ) as ticket:
+            ticket.wait()
+        stored = [array.array("f", bytes(4 * ROW)) for _ in range(2)]
+        sequence.read_into(*stored, first=50, layer=arguments["layer"])
+        self.assertEqual(stored, [keys, values])
+        with self.assertRaises(ValueError):
+            client.retrieve(landing, queries=self.on_gpu(queries), keys=keys, values=values, **ride)
+        with self.assertRaises(ValueError):
+            client.retrieve(landing, queries=self.on_gpu(queries, packed=False), **arguments)
+        with self.assertRaises(ValueError):
+            client.retrieve(landing, queries=self.on_gpu(keys), **arguments)
+
     def test_refusals(self):
         client = self.connect()
         with self.assertRaises(ValueError):

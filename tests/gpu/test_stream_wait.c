@@ -117,9 +117,12 @@ static void seen_check(const struct seen *seen, const struct worker *worker, uin
     }
 }
 
+static enum ice_gpu_copy pull_copy; // of pull landings
+
 static void open_worker(struct worker *worker, const struct daemon *daemon, enum ice_gpu_mode mode)
 {
-    worker_open_gpu(worker, daemon->sockets, &shape, ROWS, SLOTS, &(struct ice_gpu_options){.mode = mode});
+    const struct ice_gpu_options options = {.mode = mode, .copy = mode == ICE_GPU_PULL ? pull_copy : ICE_COPY_ANY};
+    worker_open_gpu(worker, daemon->sockets, &shape, ROWS, SLOTS, &options);
     worker_append(worker, &history, 0, LENGTH);
 }
 
@@ -270,6 +273,16 @@ static void several_streams(void **state)
 
 // A request that the daemon refuses, early (its session has too much in flight) and late (a position that is not
 // there): the stream goes on at once, and the wait tells why.
+// Where only what has changed is pulled, by the kernel, behind the wait.
+static void by_the_kernel(void **state)
+{
+    pull_copy = ICE_COPY_CHANGED;
+    order(state);
+    a_slow_daemon(state);
+    several_streams(state);
+    pull_copy = ICE_COPY_ANY;
+}
+
 static void failed_requests(void **state)
 {
     struct daemon *daemon = *state;
@@ -641,6 +654,7 @@ int main(int argc, char **argv)
         DAEMON_TEST(order),
         DAEMON_TEST(a_slow_daemon),
         DAEMON_TEST(several_streams),
+        DAEMON_TEST(by_the_kernel),
         DAEMON_TEST_WITH(failed_requests, one_in_flight_options),
         DAEMON_TEST(a_deadline),
         DAEMON_TEST(a_daemon_that_dies),

@@ -173,7 +173,10 @@ static ice_status vectors_fill(const struct ice_retrieve_options *options, const
             {"keys", options->keys, side_bytes},
             {"values", options->values, side_bytes},
         };
-        return vectors_fetch(options->landing, pieces, options->keys != NULL ? 3 : 1, origin->stream, until_us, to);
+        const uint32_t first = query_bytes > 0 ? 0 : 1, behind = options->keys != NULL ? 3 : 1;
+        return first == behind
+                   ? ICE_OK
+                   : vectors_fetch(options->landing, pieces + first, behind - first, origin->stream, until_us, to);
     }
     if (query_bytes > 0) {
         memcpy(to, options->query_vectors, query_bytes);

@@ -102,6 +102,7 @@ static void the_same_as_from_host_memory(void **state)
             float masses[2];
             retrieve_init(&retrieve, &worker, &history, layer, LENGTH - 40 - round, 1 + round % 3);
             retrieve_ends(&retrieve, 40, 4, 8);
+            retrieve.options.resend = true; // in order, in both rows
             assert_ok(ice_retrieve(worker.client, &retrieve.options, &results[0]));
             memcpy(counts, results[0].counts, sizeof counts);
             memcpy(masses, results[0].masses, sizeof masses);
@@ -121,12 +122,18 @@ static void the_same_as_from_host_memory(void **state)
     assert_int_equal(memory_driver()->stream_destroy(stream), CUDA_OK);
 }
 
-// The step's K and V ride along; into a landing in host memory too, whose every slot can be compared.
+// The step's K and V ride along; into a landing in host memory too, whose every slot can be compared. A layer that
+// follows another has no queries.
 static void keys_and_values_ride_along(void **state)
 {
     struct daemon *daemon = *state;
     struct worker worker;
+    static const uint32_t anchors[] = {0, 1, 0};
     worker_open(&worker, daemon->sockets, &shape, 1, SLOTS);
+    struct ice_sequence_options follows = sequence_options(&shape);
+    follows.anchor_layers = anchors;
+    ice_sequence_close(worker.sequence);
+    assert_ok(ice_sequence_open(worker.client, &follows, 0, &worker.sequence));
     worker_append(&worker, &history, 0, LENGTH - 6);
     for (uint64_t first = LENGTH - 6; first < LENGTH; first += 3) {
         for (uint32_t layer = 0; layer < shape.layers; layer++) {
@@ -136,6 +143,8 @@ static void keys_and_values_ride_along(void **state)
             retrieve_ride(&retrieve, &history);
             retrieve_ends(&retrieve, LENGTH, 0, 0);
             move(&moved, &retrieve);
+            if (anchors[layer] != layer)
+                retrieve.options.query_vectors = NULL;
             ice_ticket *ticket = NULL;
             assert_ok(ice_retrieve_submit_gpu(worker.client, &retrieve.options, NULL, &ticket));
             drop(&moved); // all of it has been copied

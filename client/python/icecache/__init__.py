@@ -283,6 +283,12 @@ def _is_on_gpu(array):
     return is_cuda if isinstance(is_cuda, bool) else hasattr(array, "__cuda_array_interface__")
 
 
+def _vectors_on_gpu(queries, keys):
+    """Where a retrieve's vectors are; a layer that follows an anchor has no queries."""
+    first = keys if queries is None else queries
+    return first is not None and _is_on_gpu(first)
+
+
 def _gpu_memory(memory, name="the GPU memory of a landing"):
     """(address, bytes) of a contiguous array on a GPU."""
     interface = getattr(memory, "__cuda_array_interface__", None) if not hasattr(memory, "data_ptr") else None
@@ -678,7 +684,7 @@ class Client:
         """Submit and wait: the arguments of submit; returns the Selection."""
         result = _library.RetrieveResult()
         with self._options(landing, **options) as filled:
-            if _is_on_gpu(options["queries"]):
+            if _vectors_on_gpu(options["queries"], options.get("keys")):
                 status = library().ice_retrieve_gpu(self._open(), byref(filled), stream, byref(result))
             else:
                 status = library().ice_retrieve(self._open(), byref(filled), byref(result))
@@ -699,7 +705,7 @@ class Client:
         """
         handle = c_void_p()
         with self._options(landing, **options) as filled:
-            if _is_on_gpu(options["queries"]):
+            if _vectors_on_gpu(options["queries"], options.get("keys")):
                 status = library().ice_retrieve_submit_gpu(self._open(), byref(filled), stream, byref(handle))
             else:
                 status = library().ice_retrieve_submit(self._open(), byref(filled), byref(handle))
@@ -740,7 +746,7 @@ class Client:
         with contextlib.ExitStack() as stack:
             # The library reads what the shapes say, so the sizes are checked here, where they are known.
             shape = sequences[0]
-            on_gpu = _is_on_gpu(queries)
+            on_gpu = _vectors_on_gpu(queries, keys)
             wanted = count * query_count * shape.query_heads * shape.head_dim * element_bytes
             vectors = None if queries is None else _packed(stack, "queries", queries, wanted, on_gpu)
             sides = [None, None]

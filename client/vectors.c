@@ -29,7 +29,12 @@ _Static_assert(BUFFERS <= GPU_FENCES_MAX, "a buffer's fence has its number");
 struct buffer {
     uint8_t *memory; // registered; NULL: none
     uint64_t bytes;
-    enum { BUFFER_FREE, BUFFER_TAKEN, BUFFER_LATE, BUFFER_LOST } state; // late: its fence tells when it is free
+    enum buffer_state {
+        BUFFER_FREE,
+        BUFFER_TAKEN,
+        BUFFER_LATE,
+        BUFFER_LOST
+    } state; // late: its fence tells when it is free
 };
 
 struct vectors {
@@ -188,7 +193,7 @@ static ice_status buffer_grow(const struct vectors *vectors, struct buffer *buff
 
 // Into a taken buffer. *state: what it is afterwards.
 static ice_status pieces_copy(const struct vectors *vectors, uint32_t number, const struct vectors_piece *pieces,
-                              uint32_t count, void *stream, uint64_t until_us, int *state)
+                              uint32_t count, void *stream, uint64_t until_us, enum buffer_state *state)
 {
     char text[CUDA_TEXT_BYTES] = "";
     uint8_t *to = vectors->buffers[number].memory;
@@ -245,7 +250,7 @@ ice_status vectors_fetch(ice_landing *landing, const struct vectors_piece *piece
         return status;
     }
     struct buffer *buffer = &vectors->buffers[number];
-    int state = BUFFER_FREE;
+    enum buffer_state state = BUFFER_FREE;
     status = buffer_grow(vectors, buffer, bytes);
     if (status == ICE_OK) {
         status = pieces_copy(vectors, number, pieces, count, stream, until_us, &state);

@@ -76,8 +76,11 @@ static _Thread_local int depth;
 
 static int injected(const char *entry)
 {
+    (void)pthread_mutex_lock(&lock);
     const struct cuda_context *current = fake_current();
-    return fake_injected(entry, current ? device_ids[current->device] : -1);
+    const int device = current ? device_ids[current->device] : -1;
+    (void)pthread_mutex_unlock(&lock);
+    return fake_injected(entry, device); // which may take long
 }
 
 int fake_enter(const char *entry, bool needs_context)

@@ -319,6 +319,7 @@ void landing_free(ice_landing *landing)
 static void landing_lose(ice_landing *landing)
 {
     free(landing->gpu->row_sequences);
+    free(landing->gpu->cells);
     free(landing->gpu);
     landing->gpu = NULL;
     landing->base = NULL;

@@ -1,9 +1,10 @@
-// A copier is the only thread that issues copies on its GPU and asks for their ends.
+// A copier is the only thread that issues retrieves' copies on its GPU and asks for their ends. (An opener times some,
+// in a stream of its own, before a landing is handed out.)
 //
-// Invariants: copies of a GPU are in one stream, so they end in the order in which they were issued; an op is completed
-// once, after its copies have ended or when the GPU has been given up. The lock is never held across a call of the
-// driver, so whoever looks from outside is not kept waiting. What a call that has not returned may still use, the op
-// inside it and so its landing, stays until it returns.
+// Invariants: a copier's copies are in one stream, so they end in the order in which they were issued; an op is
+// completed once, after its copies have ended or when the GPU has been given up. The lock is never held across a call
+// of the driver, so whoever looks from outside is not kept waiting. What a call that has not returned may still use,
+// the op inside it and so its landing, stays until it returns.
 #include "cached/copier.h"
 
 #include "cached/log.h"

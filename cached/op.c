@@ -120,7 +120,7 @@ static ice_status check_anchor(const struct op *op, uint32_t i, char *text)
             return refuse(text, ICE_INVALID_ARGUMENT,
                           "layer %u follows layer %u, of which row %u holds no selection; retrieve that one first",
                           op->layer, anchor, row);
-        const uint32_t count = op_follow(op, i, cell, UINT32_MAX, NULL);
+        const uint32_t count = op_follow(op, i, cell).count;
         if (count > op->budget)
             return refuse(
                 text, ICE_TOO_LARGE,

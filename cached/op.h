@@ -136,10 +136,13 @@ void op_signal(const struct op *op);
 void op_signal_refused(struct session *session, const Icecache__Wire__Request *request);
 // Reactor: ends an op: reply, statistics, next in the queues.
 void op_finish(struct op *op, ice_status status, const char *text);
-// The tokens that sequence i of a retrieve takes over from its anchor's selection: those that are neither sinks nor in
-// the window of this retrieve. At most `most` positions are written; returns how many there are.
-uint32_t op_follow(const struct op *op, uint32_t i, const struct record_cell *anchor, uint32_t most,
-                   uint32_t *positions);
+// What sequence i of a retrieve takes over from its anchor's selection: the entries that are neither sinks nor in the
+// window of this retrieve, which lie side by side.
+struct op_followed {
+    const struct record_entry *entries;
+    uint32_t count;
+};
+struct op_followed op_follow(const struct op *op, uint32_t i, const struct record_cell *anchor);
 // Shards (op_lane.c).
 void op_lane_run(struct task *task, void *shard);
 // Goes on with every part of the shard that waits for pages or room. Returns when the next one's time is up.

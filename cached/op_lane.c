@@ -265,20 +265,25 @@ static ice_status plan_landing(struct op_lane *part, struct shard *shard, uint32
     return ICE_OK;
 }
 
-uint32_t op_follow(const struct op *op, uint32_t i, const struct record_cell *anchor, uint32_t most,
-                   uint32_t *positions)
+// The first entry at this position or behind it.
+static uint32_t entry_from(const struct record_cell *cell, uint64_t position)
+{
+    uint32_t low = 0, high = cell->count;
+    while (low < high) {
+        const uint32_t middle = low + (high - low) / 2;
+        if (cell->entries[middle].position < position)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+struct op_followed op_follow(const struct op *op, uint32_t i, const struct record_cell *anchor)
 {
     const struct ends ends = ends_of(op, i);
-    uint32_t count = 0;
-    for (uint32_t entry = 0; entry < anchor->count && count < most; entry++) {
-        const uint32_t position = anchor->entries[entry].position;
-        if (position < ends.sinks || position >= ends.window)
-            continue;
-        if (positions)
-            positions[count] = position;
-        count++;
-    }
-    return count;
+    const uint32_t first = entry_from(anchor, ends.sinks);
+    return (struct op_followed){anchor->entries + first, entry_from(anchor, ends.window) - first};
 }
 
 // The anchor layer's selection, of this layer's K and V. No other request works on the row meanwhile.
@@ -286,21 +291,19 @@ static ice_status follow(struct op_lane *part, struct shard *shard, struct gathe
 {
     const struct op *op = part->op;
     const struct record_cell *anchor = cell_of(part, part->lane->anchor);
-    const uint32_t most = anchor->count < op->budget ? anchor->count : op->budget;
-    const size_t bytes = (most + 1) * (sizeof(struct index_selected) + sizeof(uint32_t));
-    struct index_selected *tokens = shard_scratch(shard, (void **)&shard->followed, &shard->followed_bytes, bytes);
+    const struct op_followed followed = op_follow(op, part->sequence_index, anchor);
+    struct index_selected *tokens =
+        shard_scratch(shard, (void **)&shard->followed, &shard->followed_bytes, (followed.count + 1) * sizeof *tokens);
     if (!tokens)
         return ICE_NO_MEMORY;
-    uint32_t *positions = (uint32_t *)(tokens + most);
-    const uint32_t count = op_follow(op, part->sequence_index, anchor, most, positions);
-    for (uint32_t i = 0; i < count; i++) {
-        tokens[i] = (struct index_selected){.position = positions[i]};
-        index_locate(part->lane->index, positions[i], 1, &tokens[i].place);
+    for (uint32_t i = 0; i < followed.count; i++) {
+        tokens[i] = (struct index_selected){.position = followed.entries[i].position};
+        index_locate(part->lane->index, tokens[i].position, 1, &tokens[i].place);
     }
     part->mass = anchor->mass;
     part->indexed = index_length(part->lane->index);
     part->searched_ns = env_now_ns(op->server->env);
-    return plan_landing(part, shard, count, tokens, plan);
+    return plan_landing(part, shard, followed.count, tokens, plan);
 }
 
 static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
@@ -328,6 +331,7 @@ static void end_copy(struct op_lane *part, uint64_t *spent_ns)
     struct record_cell *cell = cell_of(part, op->layer);
     record_settle(cell);
     cell->mass = part->mass;
+    part->changed = part->changed < part->count ? part->changed : part->count; // where a deadline has cut it short
     for (uint32_t i = 0; i < cell->count; i++) {
         part->moved += !cell->entries[i].is_kept;
         if (part->positions)

@@ -32,7 +32,6 @@ struct landing {
     struct gpu_landing *memory;
     struct gpu *gpu; // that selections are pushed to, open; NULL: none
     struct landing_shape shape;
-    uint64_t bytes;        // of shared host memory
     uint64_t passed_bytes; // of the memfd that the worker maps
     uint64_t held_bytes;   // with what the daemon keeps beside it, as the budget counts it
     struct landing_row *rows;

@@ -259,7 +259,6 @@ static ice_status landing_allocate(struct server *server, struct session *sessio
         .id = ++session->next_landing_id,
         .session = session,
         .shape = *shape,
-        .bytes = bytes,
         .held_bytes = held_bytes,
         .rows = rows,
         .users = 1, // the opening job

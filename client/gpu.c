@@ -262,9 +262,7 @@ ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_sha
         status = buffer_open(landing, options);
     }
     if (status == ICE_OK) {
-        char text[CUDA_TEXT_BYTES] = "";
-        status = gpu_buffer_clear(&landing->gpu->buffer, text);
-        status = status == ICE_OK ? place_open(landing, options, until_us) : set_error(status, text);
+        status = place_open(landing, options, until_us);
     }
     if (status != ICE_OK) {
         if (status == ICE_TIMEOUT && landing->place == LANDING_PUSH) {

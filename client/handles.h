@@ -10,7 +10,7 @@
 struct ice_landing {
     struct handle handle;
     ice_client *client;  // borrowed
-    uint64_t generation; // constant, like all but row_owners
+    uint64_t generation; // constant, like all but row_owners and signals
     uint32_t id;
     struct landing_shape shape;
     struct landing_layout layout;

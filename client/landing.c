@@ -1,8 +1,9 @@
 // Landings: opening, looking at what a retrieve left, and who owns a row.
 //
 // A row belongs to the daemon from a retrieve's submit until its reply, also when the caller has stopped waiting:
-// row_owners names the request. The client's lock guards row_owners; all else is constant from open to close. The
-// memory is written by the daemon only: it is mapped for reading, and its counts are checked before they are used.
+// row_owners names the request. The client's lock guards what changes after the opening (handles.h). A landing in host
+// memory is written by the daemon only: it is mapped for reading, and its counts are checked before they are used. Of
+// one on a GPU the watchdog stores timeline words, and its opening names changed slots to time the kernel.
 #include "client/error.h"
 #include "client/exchange.h"
 #include "client/handles.h"
@@ -178,8 +179,8 @@ struct pending *landing_request(ice_landing *landing, Icecache__Wire__GpuMemory 
     return NULL;
 }
 
-// Accepts the memory only if it is all there and cannot shrink under our reads. A GPU's driver writes to none of it,
-// but registers it only where that would be allowed.
+// Accepts the memory only if it is all there and cannot shrink under our reads. What a GPU's driver
+// registers, and the timeline words, must be writable.
 ice_status landing_map(ice_landing *landing, const struct pending *pending)
 {
     const Icecache__Wire__ControlReply *reply = pending->control_reply;

@@ -10,6 +10,8 @@
 #include <string.h>
 #include <time.h>
 
+_Static_assert(WIRE_SEQUENCES_PER_RETRIEVE_MAX <= SCATTER_ROWS_MAX, "one launch has all rows of a retrieve");
+
 #define SPIN_US  200u // how long the end of a copy is asked for without a pause
 #define PAUSE_US 20u
 

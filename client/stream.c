@@ -50,7 +50,7 @@ struct streams {
 struct order {
     struct stream_wait *wait;
     struct streams *streams;
-    const struct gpu_buffer *buffer;
+    struct gpu_buffer *buffer;
     uint32_t word;
     bool pull;
     bool cleared[WIRE_SEQUENCES_PER_RETRIEVE_MAX]; // rows that held another sequence
@@ -81,32 +81,6 @@ static ice_status streams_open(ice_landing *landing)
     }
     landing->gpu->streams = streams;
     return ICE_OK;
-}
-
-// NULL: there is none, and why.
-static struct stream_wait *wait_create(struct streams *streams, ice_status *status)
-{
-    char text[CUDA_TEXT_BYTES] = "";
-    struct stream_wait *wait = streams->waits;
-    while (wait != NULL && (wait->state != WAIT_SPARE || wait->held)) {
-        wait = wait->next;
-    }
-    if (wait == NULL) {
-        wait = calloc(1, sizeof *wait);
-        if (wait == NULL) {
-            *status = error_set(ICE_NO_MEMORY, "no memory for a record of a wait in a stream");
-            return NULL;
-        }
-        *status = gpu_mark_create(streams->timeline.device, &wait->mark, text);
-        if (*status != ICE_OK) {
-            free(wait);
-            (void)failed(*status, text);
-            return NULL;
-        }
-        wait->next = streams->waits;
-        streams->waits = wait;
-    }
-    return wait;
 }
 
 // ---- passing ----
@@ -148,6 +122,45 @@ void stream_reap(ice_landing *landing)
     for (struct stream_wait *wait = streams != NULL ? streams->waits : NULL; wait != NULL; wait = wait->next) {
         wait_look(landing, wait);
     }
+}
+
+// ---- records of waits ----
+
+static struct stream_wait *find_spare(const struct streams *streams)
+{
+    struct stream_wait *wait = streams->waits;
+    while (wait != NULL && (wait->state != WAIT_SPARE || wait->held)) {
+        wait = wait->next;
+    }
+    return wait;
+}
+
+// NULL: there is none, and why.
+static struct stream_wait *wait_create(ice_landing *landing, ice_status *status)
+{
+    char text[CUDA_TEXT_BYTES] = "";
+    struct streams *streams = landing->gpu->streams;
+    struct stream_wait *wait = find_spare(streams);
+    if (wait == NULL) {
+        stream_reap(landing); // only now: it asks the driver about each
+        wait = find_spare(streams);
+    }
+    if (wait == NULL) {
+        wait = calloc(1, sizeof *wait);
+        if (wait == NULL) {
+            *status = error_set(ICE_NO_MEMORY, "no memory for a record of a wait in a stream");
+            return NULL;
+        }
+        *status = gpu_mark_create(streams->timeline.device, &wait->mark, text);
+        if (*status != ICE_OK) {
+            free(wait);
+            (void)failed(*status, text);
+            return NULL;
+        }
+        wait->next = streams->waits;
+        streams->waits = wait;
+    }
+    return wait;
 }
 
 static void pause_unlocked(ice_client *client, uint64_t begun_us)
@@ -194,7 +207,6 @@ static ice_status order_prepare(ice_ticket *ticket, void *stream, struct order *
     char text[CUDA_TEXT_BYTES] = "";
     struct pending *pending = ticket->pending;
     ice_landing *landing = pending->landing;
-    stream_reap(landing);
     ice_status status = streams_open(landing);
     if (status != ICE_OK) {
         return status;
@@ -204,7 +216,7 @@ static ice_status order_prepare(ice_ticket *ticket, void *stream, struct order *
     if (status != ICE_OK) {
         return failed(status, text);
     }
-    struct stream_wait *wait = wait_create(streams, &status);
+    struct stream_wait *wait = wait_create(landing, &status);
     if (wait == NULL) {
         return status;
     }
@@ -343,7 +355,7 @@ static ice_status copies_await(ice_ticket *ticket, uint64_t until_us)
 {
     const uint64_t begun_us = clock_us();
     struct pending *pending = ticket->pending;
-    while (pending->landing != NULL && pending->pull == PULL_STREAM) {
+    while (pending->landing != NULL && pending->pull == PULL_STREAM && ticket->wait != NULL) {
         struct stream_wait *wait = ticket->wait;
         wait_look(pending->landing, wait);
         if (wait->state == WAIT_SPARE) {
@@ -371,6 +383,7 @@ ice_status stream_finish(ice_ticket *ticket, ice_status replied, uint64_t until_
         error_let_go();
         return replied;
     }
+    const bool pulled = ticket->pending->pull == PULL_STREAM; // the first time
     const ice_status status = copies_await(ticket, until_us);
     if (status != ICE_OK) {
         return status;
@@ -382,7 +395,7 @@ ice_status stream_finish(ice_ticket *ticket, ice_status replied, uint64_t until_
         return error_set(ICE_TIMEOUT, "the ticket's deadline passed before the selection came: the stream has gone on "
                                       "without it");
     }
-    if (ticket->pending->landing->place == LANDING_PULL) {
+    if (pulled) {
         pull_landed(ticket);
     }
     return ICE_OK;

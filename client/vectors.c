@@ -109,8 +109,8 @@ static ice_status pieces_check(const struct vectors *vectors, const ice_landing 
             return refused(status, pieces[i].name, text);
         }
         if (device != wanted->id) {
-            return error_set(ICE_INVALID_ARGUMENT, "options.%s is on GPU %d, %s on GPU %d", pieces[i].name, device,
-                             landing->gpu != NULL ? "the landing is" : "the queries are", wanted->id);
+            return error_set(ICE_INVALID_ARGUMENT, "options.%s is on GPU %d, %s is on GPU %d", pieces[i].name, device,
+                             landing->gpu != NULL ? "the landing" : pieces[0].name, wanted->id);
         }
     }
     return ICE_OK;

@@ -67,9 +67,11 @@ static bool is_stored(const struct watch *watch)
 
 static void give_up(struct watch *watch)
 {
-    if (!is_stored(watch)) {
-        watch->gave_up = true;
-        atomic_store_explicit(watch->word, watch->value, memory_order_release);
+    // Not over what the daemon stores meanwhile: a pushed row may have a later request's value by then.
+    uint64_t seen = atomic_load_explicit(watch->word, memory_order_acquire);
+    while (seen < watch->value && !watch->gave_up) {
+        watch->gave_up = atomic_compare_exchange_weak_explicit(watch->word, &seen, watch->value, memory_order_release,
+                                                               memory_order_acquire);
     }
     unlink_watch(watch);
 }

@@ -134,16 +134,16 @@ ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const struct landing_
 }
 
 // With the device entered.
-static ice_status bring_rows(struct gpu_pull *pull, const uint32_t *rows, const bool *cleared, uint32_t count,
-                             uint32_t layer, bool whole, char *text)
+static ice_status bring_rows(struct gpu_pull *pull, cuda_stream stream, const uint32_t *rows, const bool *cleared,
+                             uint32_t count, uint32_t layer, bool whole, char *text)
 {
     ice_status status = ICE_OK;
     for (uint32_t i = 0; i < count && status == ICE_OK; i++) {
         if (cleared[i]) {
-            status = gpu_path_clear(&pull->path, rows[i], text);
+            status = gpu_path_clear(&pull->path, stream, rows[i], text);
         }
     }
-    return status == ICE_OK ? gpu_pull_issue(pull, rows, count, layer, whole, text) : status;
+    return status == ICE_OK ? gpu_pull_issue(pull, stream, rows, count, layer, whole, text) : status;
 }
 
 ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared, uint32_t count,
@@ -153,7 +153,7 @@ ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, cons
     if (status != ICE_OK) {
         return status;
     }
-    status = bring_rows(&buffer->pull, rows, cleared, count, layer, whole, text);
+    status = bring_rows(&buffer->pull, buffer->device.stream, rows, cleared, count, layer, whole, text);
     if (status == ICE_OK) {
         status = gpu_fence_set(&buffer->device, fence, text);
     }
@@ -161,16 +161,14 @@ ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, cons
     return status;
 }
 
-ice_status gpu_buffer_pull_in(const struct gpu_buffer *buffer, void *stream, const uint32_t *rows, const bool *cleared,
+ice_status gpu_buffer_pull_in(struct gpu_buffer *buffer, void *stream, const uint32_t *rows, const bool *cleared,
                               uint32_t count, uint32_t layer, bool whole, char *text)
 {
     ice_status status = gpu_device_enter(&buffer->device, text);
     if (status != ICE_OK) {
         return status;
     }
-    struct gpu_pull pull = buffer->pull;
-    pull.path.stream = stream;
-    status = bring_rows(&pull, rows, cleared, count, layer, whole, text);
+    status = bring_rows(&buffer->pull, stream, rows, cleared, count, layer, whole, text);
     gpu_device_leave(&buffer->device);
     return status;
 }

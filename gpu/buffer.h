@@ -41,8 +41,9 @@ ICE_MUST_CHECK ice_status gpu_buffer_pull_open(struct gpu_buffer *buffer, const 
 ICE_MUST_CHECK ice_status gpu_buffer_pull(struct gpu_buffer *buffer, const uint32_t *rows, const bool *cleared,
                                           uint32_t count, uint32_t layer, bool whole, uint32_t fence, char *text);
 // The same in a stream of the worker's (NULL: the default one), and no fence. What is staged may still be on its way:
-// it is read when the stream comes to it.
-ICE_MUST_CHECK ice_status gpu_buffer_pull_in(const struct gpu_buffer *buffer, void *stream, const uint32_t *rows,
+// it is read when the stream comes to it. Beside the other calls of the
+// buffer, from any thread.
+ICE_MUST_CHECK ice_status gpu_buffer_pull_in(struct gpu_buffer *buffer, void *stream, const uint32_t *rows,
                                              const bool *cleared, uint32_t count, uint32_t layer, bool whole,
                                              char *text);
 // *done: the fence has been reached. Any thread.

@@ -7,7 +7,6 @@
 
 #include <stdatomic.h>
 #include <stdio.h>
-#include <time.h>
 
 #define ROUNDS   3u
 #define FEWEST   2u // rows of the first measurement
@@ -19,13 +18,6 @@ struct trial {
     struct gpu_path path;     // the path over that device
     uint64_t until_ns;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 static void trial_close(const struct trial *trial)
 {
@@ -46,12 +38,11 @@ static ice_status trial_open(struct trial *trial, const struct gpu_path *path, c
     trial->device.fences[0] = NULL;
     trial->path = *path;
     trial->path.device = &trial->device;
-    trial->until_ns = now_ns() + GPU_CHOICE_NS;
+    trial->until_ns = gpu_now_ns() + GPU_CHOICE_NS;
     cuda_result result = driver->stream_create(&trial->device.stream, CUDA_STREAM_NON_BLOCKING, -100);
     if (result != CUDA_OK) {
         return cuda_failed(driver, "cuStreamCreateWithPriority", result, text);
     }
-    trial->path.stream = trial->device.stream;
     result = driver->event_create(&trial->device.fences[0], CUDA_EVENT_DISABLE_TIMING);
     if (result != CUDA_OK) {
         trial->device.fences[0] = NULL;
@@ -64,14 +55,11 @@ static ice_status trial_open(struct trial *trial, const struct gpu_path *path, c
 // Until everything that was issued has ended: the memory must not be handed out before.
 static ice_status drain(const struct trial *trial, char *text)
 {
-    const uint64_t begun_ns = now_ns();
-    ice_status status = gpu_fence_set(&trial->device, 0, text);
-    for (bool done = false; status == ICE_OK && !done;) {
-        status = gpu_fence_poll(&trial->device, 0, &done, text);
-        if (status == ICE_OK && !done && now_ns() - begun_ns >= GPU_CHOICE_WAIT_NS) {
-            (void)snprintf(text, CUDA_TEXT_BYTES, "copies that were to be timed have not ended");
-            status = ICE_SYSTEM;
-        }
+    bool done = false;
+    const ice_status status = gpu_fence_spin(&trial->device, 0, GPU_CHOICE_WAIT_NS, &done, text);
+    if (status == ICE_OK && !done) {
+        (void)snprintf(text, CUDA_TEXT_BYTES, "copies that were to be timed have not ended");
+        return ICE_SYSTEM;
     }
     return status;
 }
@@ -86,14 +74,14 @@ static ice_status time_once(struct trial *trial, enum gpu_copy_way way, uint32_t
         rows[i] = i;
     }
     atomic_store_explicit(&trial->path.batch_from, way == GPU_COPY_BATCH ? 1 : 0, memory_order_relaxed);
-    const uint64_t begun_ns = now_ns();
-    const ice_status issued = gpu_path_copy_rows(&trial->path, rows, count, 0, text);
+    const uint64_t begun_ns = gpu_now_ns();
+    const ice_status issued = gpu_path_copy_rows(&trial->path, trial->device.stream, rows, count, 0, text);
     if (issued == ICE_OK && text[0] != '\0') {
         (void)snprintf(remark, CUDA_TEXT_BYTES, "%s", text);
     }
     char ignored[CUDA_TEXT_BYTES];
     const ice_status ended = drain(trial, issued == ICE_OK ? text : ignored);
-    *ns = now_ns() - begun_ns;
+    *ns = gpu_now_ns() - begun_ns;
     return issued == ICE_OK ? ended : issued;
 }
 
@@ -105,7 +93,7 @@ static ice_status compare(struct trial *trial, uint32_t count, bool *known, bool
     for (uint32_t round = 0; round < ROUNDS; round++) {
         for (uint32_t batch = 0; batch < 2; batch++) {
             uint64_t ns = 0;
-            if (now_ns() >= trial->until_ns) {
+            if (gpu_now_ns() >= trial->until_ns) {
                 return ICE_OK;
             }
             const ice_status status =

@@ -24,7 +24,6 @@ enum gpu_copy_way {
 // The way from one staging to one landing.
 struct gpu_path {
     const struct gpu_device *device; // borrowed
-    cuda_stream stream;              // where copies are issued: the device's own, unless the caller sets another
     cuda_address to;                 // the landing
     struct landing_shape shape;
     struct landing_layout layout;
@@ -41,15 +40,14 @@ ICE_MUST_CHECK ice_status gpu_path_open(struct gpu_path *path, const struct gpu_
                                         char *text);
 void gpu_path_close(struct gpu_path *path); // device entered; no copy may be in flight
 
-// Issues, in the path's stream, one copy of a row's block: K and V of all heads, positions, counts. Device entered.
-ICE_MUST_CHECK ice_status gpu_path_copy(const struct gpu_path *path, uint32_t row, uint32_t layer, char *text);
-// Issues: the counts of all layers of a row become 0. Device entered.
-ICE_MUST_CHECK ice_status gpu_path_clear(const struct gpu_path *path, uint32_t row, char *text);
+// Issues, in the stream: the counts of all layers of a row become 0. Device entered, as in the next.
+ICE_MUST_CHECK ice_status gpu_path_clear(const struct gpu_path *path, cuda_stream stream, uint32_t row, char *text);
 
-// Issues the copies of a layer of these rows, in one call or several. A text that is not empty is for the log: the
-// driver has refused a batch, and this path will not try it again. Device entered.
-ICE_MUST_CHECK ice_status gpu_path_copy_rows(struct gpu_path *path, const uint32_t *rows, uint32_t count,
-                                             uint32_t layer, char *text);
+// Issues, in the stream, the copies of a layer of these rows, in one call or several: of each row's block, K and V of
+// all heads, positions, counts. A text that is not empty is for the log: the driver has refused a batch, and this path
+// will not try it again.
+ICE_MUST_CHECK ice_status gpu_path_copy_rows(struct gpu_path *path, cuda_stream stream, const uint32_t *rows,
+                                             uint32_t count, uint32_t layer, char *text);
 // Settles how rows are copied. GPU_COPY_AUTO measures, with copies of the staging to layer 0 of the landing that have
 // ended when this returns; nobody else may use either meanwhile. The text is as above. Device entered.
 ICE_MUST_CHECK ice_status gpu_path_choose(struct gpu_path *path, enum gpu_copy_way way, char *text);

@@ -5,6 +5,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 ice_status gpu_device_enter(const struct gpu_device *device, char *text)
 {
@@ -117,6 +118,24 @@ ice_status gpu_fence_poll(const struct gpu_device *device, uint32_t fence, bool 
     *done = result == CUDA_OK;
     return result == CUDA_OK || result == CUDA_NOT_READY ? ICE_OK
                                                          : cuda_failed(&device->driver, "cuEventQuery", result, text);
+}
+
+uint64_t gpu_now_ns(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+ice_status gpu_fence_spin(const struct gpu_device *device, uint32_t fence, uint64_t within_ns, bool *done, char *text)
+{
+    const uint64_t begun_ns = gpu_now_ns();
+    *done = false;
+    ice_status status = gpu_fence_set(device, fence, text);
+    while (status == ICE_OK && !*done && gpu_now_ns() - begun_ns < within_ns) {
+        status = gpu_fence_poll(device, fence, done, text);
+    }
+    return status;
 }
 
 ice_status gpu_stream_check(const struct gpu_device *device, cuda_stream stream, char *text)

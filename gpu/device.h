@@ -41,5 +41,9 @@ ICE_MUST_CHECK ice_status gpu_fence_set_in(const struct gpu_device *device, cuda
 ICE_MUST_CHECK ice_status gpu_stream_check(const struct gpu_device *device, cuda_stream stream, char *text);
 // *done: all that was issued before it has been carried out. An error is the device's, and stays.
 ICE_MUST_CHECK ice_status gpu_fence_poll(const struct gpu_device *device, uint32_t fence, bool *done, char *text);
+// Sets a fence and asks for it without a pause: for what is timed. *done: it has been reached within the time.
+ICE_MUST_CHECK ice_status gpu_fence_spin(const struct gpu_device *device, uint32_t fence, uint64_t within_ns,
+                                         bool *done, char *text);
+uint64_t gpu_now_ns(void); // of the monotonic clock
 
 #endif

@@ -100,7 +100,7 @@ struct cuda_batch_attributes {
     unsigned flags;
 };
 
-// Every entry point that is used; cuStreamWaitValue64 may be missing (NULL), all others are there. Field, symbol, the
+// Every entry point that is used; of these only cuStreamWaitValue64 may be missing (NULL). Field, symbol, the
 // CUDA version whose form of it is meant, parameters.
 // clang-format off
 #define CUDA_ENTRIES(X) \

@@ -6,18 +6,10 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #define ROUNDS      8u            // of each way, the fastest counts: what disturbs only makes slower
 #define MEASURE_NS  20000000ull   // after which no further round begins
 #define DEADLINE_NS 1000000000ull // of one round
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 // ---- what the GPU sees ----
 
@@ -51,8 +43,8 @@ static void give_up_kernel(struct gpu_pull *pull, const char *text)
 
 // ---- issuing ----
 
-static ice_status issue_kernel(const struct gpu_pull *pull, const uint32_t *rows, uint32_t count, uint32_t layer,
-                               char *text)
+static ice_status issue_kernel(const struct gpu_pull *pull, cuda_stream stream, const uint32_t *rows, uint32_t count,
+                               uint32_t layer, char *text)
 {
     const struct gpu_path *path = &pull->path;
     const struct landing_layout *held = &path->held;
@@ -72,14 +64,14 @@ static ice_status issue_kernel(const struct gpu_pull *pull, const uint32_t *rows
         .row_count = count,
     };
     memcpy(job.rows, rows, count * sizeof(*rows));
-    return gpu_scatter_launch(path->device, &pull->scatter, &job, path->stream, text);
+    return gpu_scatter_launch(path->device, &pull->scatter, &job, stream, text);
 }
 
-ice_status gpu_pull_issue(struct gpu_pull *pull, const uint32_t *rows, uint32_t count, uint32_t layer, bool whole,
-                          char *text)
+ice_status gpu_pull_issue(struct gpu_pull *pull, cuda_stream stream, const uint32_t *rows, uint32_t count,
+                          uint32_t layer, bool whole, char *text)
 {
-    return whole ? gpu_path_copy_rows(&pull->path, rows, count, layer, text)
-                 : issue_kernel(pull, rows, count, layer, text);
+    return whole ? gpu_path_copy_rows(&pull->path, stream, rows, count, layer, text)
+                 : issue_kernel(pull, stream, rows, count, layer, text);
 }
 
 // ---- measuring ----
@@ -101,19 +93,17 @@ static void name_changed(const struct gpu_pull *pull, uint32_t count)
 static ice_status time_once(struct gpu_pull *pull, bool whole, uint64_t *best_ns, char *text)
 {
     const uint32_t row = 0;
-    const uint64_t begun = now_ns();
-    ice_status status = gpu_pull_issue(pull, &row, 1, 0, whole, text);
+    const uint64_t begun = gpu_now_ns();
+    ice_status status = gpu_pull_issue(pull, pull->path.device->stream, &row, 1, 0, whole, text);
+    bool done = true;
     if (status == ICE_OK) {
-        status = gpu_fence_set(pull->path.device, 0, text);
+        status = gpu_fence_spin(pull->path.device, 0, DEADLINE_NS, &done, text);
     }
-    for (bool done = false; status == ICE_OK && !done;) {
-        status = gpu_fence_poll(pull->path.device, 0, &done, text);
-        if (status == ICE_OK && !done && now_ns() - begun > DEADLINE_NS) {
-            (void)snprintf(text, CUDA_TEXT_BYTES, "a copy to the GPU has not ended within a second");
-            status = ICE_TIMEOUT;
-        }
+    if (status == ICE_OK && !done) {
+        (void)snprintf(text, CUDA_TEXT_BYTES, "a copy to the GPU has not ended within a second");
+        status = ICE_TIMEOUT;
     }
-    const uint64_t spent = now_ns() - begun;
+    const uint64_t spent = gpu_now_ns() - begun;
     *best_ns = spent < *best_ns ? spent : *best_ns;
     return status;
 }
@@ -121,10 +111,10 @@ static ice_status time_once(struct gpu_pull *pull, bool whole, uint64_t *best_ns
 // The first round warms up: what it takes does not count, unless there is time for no other.
 static ice_status time_way(struct gpu_pull *pull, bool whole, float *us, char *text)
 {
-    const uint64_t until = now_ns() + MEASURE_NS / 3;
+    const uint64_t until = gpu_now_ns() + MEASURE_NS / 3;
     uint64_t warm_ns = UINT64_MAX, best_ns = UINT64_MAX;
     ice_status status = time_once(pull, whole, &warm_ns, text);
-    for (uint32_t round = 0; round < ROUNDS && status == ICE_OK && now_ns() < until; round++) {
+    for (uint32_t round = 0; round < ROUNDS && status == ICE_OK && gpu_now_ns() < until; round++) {
         status = time_once(pull, whole, &best_ns, text);
     }
     *us = (float)(best_ns < warm_ns ? best_ns : warm_ns) / 1000.0f;

@@ -34,9 +34,9 @@ void gpu_pull_close(struct gpu_pull *pull);
 
 // Whether the kernel is the faster one for this many rows, of whose slots this share will have changed.
 bool gpu_pull_prefers_kernel(const struct gpu_pull *pull, uint32_t rows, float share);
-// Issues, in the path's stream, what brings the staged layer of these rows to the landing: whole blocks, or what has
+// Issues, in the stream, what brings the staged layer of these rows to the landing: whole blocks, or what has
 // changed in them (then there is a kernel). At most SCATTER_ROWS_MAX rows.
-ICE_MUST_CHECK ice_status gpu_pull_issue(struct gpu_pull *pull, const uint32_t *rows, uint32_t count, uint32_t layer,
-                                         bool whole, char *text);
+ICE_MUST_CHECK ice_status gpu_pull_issue(struct gpu_pull *pull, cuda_stream stream, const uint32_t *rows,
+                                         uint32_t count, uint32_t layer, bool whole, char *text);
 
 #endif

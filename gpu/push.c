@@ -182,14 +182,14 @@ static ice_status push_copy(struct gpu_landing *landing, const uint32_t *rows, u
     for (uint32_t i = 0; i < count; i++) {
         assert(rows[i] < landing->shape.rows && layer < landing->shape.layers);
         if (push->stale_rows[rows[i]]) {
-            const ice_status status = gpu_path_clear(&push->path, rows[i], text);
+            const ice_status status = gpu_path_clear(&push->path, push->device->stream, rows[i], text);
             if (status != ICE_OK) {
                 return status;
             }
             push->stale_rows[rows[i]] = false;
         }
     }
-    return gpu_path_copy_rows(&push->path, rows, count, layer, text);
+    return gpu_path_copy_rows(&push->path, push->device->stream, rows, count, layer, text);
 }
 
 const char *gpu_landing_copy_way(const struct gpu_landing *landing)

@@ -4,7 +4,8 @@
 //
 // The memory itself is never asked: a worker may write to it, and where it is staged it is another layer's by now.
 //
-// Threads: one at a time per cell (the lane's shard; while no shard works on the row, the thread that binds it).
+// Threads: one at a time per cell (the lane's shard; while no shard works on the row, the thread that binds it). A cell
+// that is settled is read by others while its row belongs to a retrieve of a layer that follows.
 // Growth: 8 bytes for each slot of the landing; planning takes time linear in the tokens of both selections.
 #ifndef ICECACHE_GPU_RECORD_H
 #define ICECACHE_GPU_RECORD_H

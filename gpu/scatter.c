@@ -32,10 +32,9 @@ void gpu_scatter_close(const struct gpu_device *device, struct gpu_scatter *scat
 }
 
 ice_status gpu_scatter_launch(const struct gpu_device *device, const struct gpu_scatter *scatter,
-                              const struct scatter_job *job, cuda_stream stream, char *text)
+                              struct scatter_job *job, cuda_stream stream, char *text)
 {
-    struct scatter_job copy = *job; // the driver's parameters are not const, but it copies them
-    void *parameters[] = {&copy};
+    void *parameters[] = {job};
     const cuda_result result = device->driver.launch(scatter->function, job->kv_heads, job->row_count, CELL_BLOCKS,
                                                      BLOCK_THREADS, 1, 1, 0, stream, parameters, NULL);
     return result == CUDA_OK ? ICE_OK : cuda_failed(&device->driver, "cuLaunchKernel", result, text);

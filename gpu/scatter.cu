@@ -1,5 +1,5 @@
 // The scatter kernel of a worker, see scatter_job.h. One block of 8 warps for each KV head, row and part; a warp copies
-// a slot at a time. Compiled to gpu/scatter.ptx, which is kept: deploy/make-ptx.
+// a slot at a time. Compiled to gpu/scatter.ptx, which is kept: gpu/make-ptx.
 #include "gpu/scatter_job.h"
 
 extern "C" __global__ void icecache_scatter(const struct scatter_job job)

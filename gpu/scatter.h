@@ -19,6 +19,6 @@ ICE_MUST_CHECK ice_status gpu_scatter_open(const struct gpu_device *device, stru
 void gpu_scatter_close(const struct gpu_device *device, struct gpu_scatter *scatter); // accepts a closed one
 // Issues a job of 1 to SCATTER_ROWS_MAX rows in the stream; it is copied. Device entered.
 ICE_MUST_CHECK ice_status gpu_scatter_launch(const struct gpu_device *device, const struct gpu_scatter *scatter,
-                                             const struct scatter_job *job, cuda_stream stream, char *text);
+                                             struct scatter_job *job, cuda_stream stream, char *text);
 
 #endif

@@ -133,9 +133,9 @@ ICE_CHECKED ice_status ice_landing_view(ice_landing *landing, uint32_t row, uint
 // is there for whatever is issued then, on any stream.
 //
 // push: the daemon copies into the memory, which the CUDA driver shares with it. pull: the daemon leaves a selection in
-// shared host memory, and the library copies it in ice_retrieve_wait; a ticket that is closed without having been
-// waited for lands nothing. In both, between submit and the end of the wait the row's cells of this layer may hold
-// anything.
+// shared host memory, and the library copies it in ice_retrieve_wait, or in the stream of ice_ticket_stream_wait; a
+// ticket that is closed without having been waited for by either lands nothing. In both, between submit and the end of
+// the wait the row's cells of this layer may hold anything.
 //
 // How a pulled selection gets to the GPU: blocks, a copy of all that the retrieve has selected; changed, a small kernel
 // of the library that reads what has changed out of host memory (step reuse, see ice_retrieve_options). What each takes

@@ -36,7 +36,7 @@
     X(spill_engine,          "spill-engine",          "auto|io_uring|threads", CONFIG_SPILL_AUTO, "io_uring where it works, else threads; io_uring and no other; threads that call pread and pwrite") \
     X(huge_pages,            "huge-pages",            "require|prefer|off", CONFIG_HUGE_PREFER, "reserved huge pages or no start; the best there are; pages of 4 KiB") \
     X(memory_check,          "memory-check",          "refuse|warn", CONFIG_MEMORY_REFUSE, "what happens where the shares do not fit into the machine or the cgroup") \
-    X(gpu_copy,              "gpu-copy",              "auto|loop|batch", CONFIG_GPU_COPY_AUTO, "how the rows of one retrieve go to a GPU: as measured when a landing is opened; a call for each; one call for all, with CUDA 12.8")
+    X(gpu_copy,              "gpu-copy",              "auto|loop|batch", CONFIG_GPU_COPY_AUTO, "how the rows of one retrieve are pushed to a GPU: as measured when a landing is opened; a call for each; one call for all, with CUDA 12.8")
 // clang-format on
 
 enum config_huge_pages { CONFIG_HUGE_REQUIRE, CONFIG_HUGE_PREFER, CONFIG_HUGE_OFF };

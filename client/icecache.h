@@ -150,7 +150,8 @@ enum ice_gpu_mode {
 enum ice_gpu_copy {
     ICE_COPY_ANY = 0,    // what is faster
     ICE_COPY_BLOCKS = 1, // never what has changed alone
-    // What has changed, wherever the GPU has the selection before; by pull, ICE_NOT_SUPPORTED where there is no kernel.
+    // What has changed, wherever the GPU has the selection before. Means pull (with ICE_GPU_PUSH:
+    // ICE_INVALID_ARGUMENT); ICE_NOT_SUPPORTED where there is no kernel.
     ICE_COPY_CHANGED = 2,
     // Blocks; where a retrieve has several rows, a call of the driver for each, or one for all, which takes CUDA 12.8.
     ICE_COPY_LOOP = 3,
@@ -170,7 +171,8 @@ ICE_CHECKED ice_status ice_landing_bytes(const struct ice_landing_shape *shape, 
 // As ice_landing_open; what was in the memory is lost. It is borrowed until ice_landing_close: it must neither be freed
 // nor moved before, nor its CUDA context be destroyed. The CUDA driver is loaded from $ICECACHE_CUDA_LIBRARY or
 // libcuda.so.1. With push, a call that ends with ICE_TIMEOUT, and a close after the session was lost, leave open
-// whether the daemon still writes to the memory: not longer than a second after it has noticed. ICE_NOT_SUPPORTED,
+// whether the daemon still writes to the memory: not longer than a second after it has noticed, unless
+// its driver hangs. ICE_NOT_SUPPORTED,
 // ICE_INVALID_ARGUMENT, ICE_OUT_OF_BOUNDS: the memory cannot be used, and ice_last_error says why.
 ICE_CHECKED ice_status ice_landing_open_gpu(ice_client *client, const struct ice_landing_shape *shape,
                                             const struct ice_gpu_options *options, uint64_t deadline_us,
@@ -182,7 +184,9 @@ struct ice_gpu_landing {
     enum ice_gpu_mode mode;  // ICE_GPU_PUSH or ICE_GPU_PULL
     const char *pull_reason; // why it is not push; "" where push was not asked for. Valid until the close
     const char *device_name;
-    const char *copy_way;    // several rows: "loop", "batch", or "batch from 8 rows on", as it is now; valid as above
+    // Blocks of several rows: "loop", "batch", or "batch from 8 rows on"; a pull: as it is now, push: as it was at the
+    // opening. Valid as the reason is.
+    const char *copy_way;
     bool copies_changed;     // a pull that has the kernel
     const char *copy_reason; // why not; "" otherwise. Valid until the close
     // A pull: what one row takes until it has landed, us: a block, no slot changed, all slots changed.
@@ -373,11 +377,11 @@ struct ice_retrieve_result {
 // sequence, ICE_TOO_LARGE where those are more than the budget.
 //
 // Step reuse: a token that its row's last retrieve of this layer has put into a slot stays there, and only the others
-// are copied; bytes_moved counts those. So the slots of a cell are in no order (but where all tokens of the sequence
-// are asked for, slot i holds position i), and a worker must not write to a landing. One that has done so says
-// `resend`. After an error the cells of this layer in the rows named are undefined (other layers' are not touched).
-// Blocking: submit and wait. result (may be NULL) is filled on success; its arrays are borrowed until this thread's
-// next call of ice_retrieve.
+// are copied (to a GPU all of them, where whole blocks are sent); bytes_moved counts what is. So the slots of a cell
+// are in no order (but where all tokens of the sequence are asked for, slot i holds position i), and a worker must not
+// write to a landing. One that has done so says `resend`. After an error the cells of this layer in the rows named are
+// undefined (other layers' are not touched). Blocking: submit and wait. result (may be NULL) is filled on success; its
+// arrays are borrowed until this thread's next call of ice_retrieve.
 ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,
                                     struct ice_retrieve_result *result);
 
@@ -393,7 +397,8 @@ ICE_CHECKED ice_status ice_retrieve_gpu(ice_client *client, const struct ice_ret
 ICE_CHECKED ice_status ice_retrieve_submit_gpu(ice_client *client, const struct ice_retrieve_options *options,
                                                void *stream, ice_ticket **out);
 
-// The rows belong to the daemon from submit until the reply has come, also after a time-out: until then submits to them
+// The rows belong to the daemon from submit until the reply has come (by pull: until the copies have ended, too), also
+// after a time-out: until then submits to them
 // answer ICE_BUSY. All memory in options is copied. *out is owned by the caller until ice_ticket_close. A client has at
 // most 256 requests in flight, fewer where the daemon's --inflight-max is smaller; more answer ICE_QUEUE_FULL.
 ICE_CHECKED ice_status ice_retrieve_submit(ice_client *client, const struct ice_retrieve_options *options,
@@ -418,8 +423,9 @@ ICE_CHECKED ice_status ice_retrieve_wait(ice_ticket *ticket, uint64_t deadline_u
 // ended. For a pull it returns when the stream has passed the copies.
 //
 // Once for a ticket, in one stream; ICE_INVALID_ARGUMENT otherwise. Where the selection has been waited for already,
-// nothing is issued. An error of the call leaves the stream and the ticket as they were, but for ICE_SYSTEM behind a
-// driver's call that failed half-way: then ice_retrieve_wait fails too. ICE_NOT_SUPPORTED: the driver or the GPU cannot
+// nothing is issued; where ice_retrieve_wait has begun to copy, ICE_BUSY; where the deadline has passed, ICE_TIMEOUT.
+// An error of the call leaves the stream and the ticket as they were, but for ICE_SYSTEM behind a driver's call that
+// failed half-way: then ice_retrieve_wait fails too. ICE_NOT_SUPPORTED: the driver or the GPU cannot
 // (cuStreamWaitValue64), the stream is being captured into a CUDA graph, or the landing is in host memory. A request
 // that has been refused answers with its own error. Before ice_landing_close the streams that wait should have passed:
 // it lets them go on without their selections, and waits for them another default deadline; the memory that a stream
@@ -430,7 +436,8 @@ ICE_CHECKED ice_status ice_retrieve_wait(ice_ticket *ticket, uint64_t deadline_u
 // the capture: submit, ice_ticket_stream_wait(ticket, stream), launch the graph in that stream.
 ICE_CHECKED ice_status ice_ticket_stream_wait(ice_ticket *ticket, void *stream);
 
-// Forgets the ticket (the rows stay busy until the daemon has answered). Accepts NULL.
+// Forgets the ticket (the rows stay busy until the daemon has answered, and what a stream copies has ended). Accepts
+// NULL.
 ICE_API void ice_ticket_close(ice_ticket *ticket);
 
 #ifdef __cplusplus

@@ -5,41 +5,26 @@ overlaps with a retrieve, where the worker holds those ends itself; the submit c
 host. The step's K and V ride along with the queries.
 """
 
-import inspect
 import time
 
 import decoder
 import torch
-from service import icecache, takes_stream
+from service import icecache
 
 RETRIEVE_US = 30_000_000  # no selection is cut short
 SINKS, WINDOW = icecache.DEFAULT_SINKS, icecache.DEFAULT_WINDOW
 ENDS = SINKS + WINDOW
 
 
-class NotSupported(Exception):
-    """The library has no such thing; the text says what."""
-
-
-def takes(function, keyword):
-    return keyword in inspect.signature(function).parameters
-
-
-# Step reuse, where the library has it: an option of a landing, or what every retrieve does that does not say `resend`.
-REUSE_BY_LANDING = takes(icecache.Client.open_landing, "reuse")
-REUSE_BY_RETRIEVE = takes(icecache.Client._options, "resend")
-
-
 class Slots:
     """A landing as tensors on the computing device: keys and values [layer, KV head, slot, head_dim], counts and
     positions."""
 
-    def __init__(self, client, shape, slots, place, reuse, device):
+    def __init__(self, client, shape, slots, place, device):
         options = dict(rows=1, layers=shape.layers, kv_heads=shape.kv_heads, slots=slots, head_dim=shape.head_dim, dtype="bf16")
-        more = dict(reuse=reuse) if REUSE_BY_LANDING else {}
         self.place = place
         if place == "host":
-            self.landing = client.open_landing(**options, **more)
+            self.landing = client.open_landing(**options)
             cells = (shape.layers, shape.kv_heads)
             self.keys = torch.zeros(*cells, slots, shape.head_dim, dtype=torch.bfloat16, device=device)
             self.values = torch.zeros_like(self.keys)
@@ -47,7 +32,7 @@ class Slots:
             self.counts = torch.zeros(*cells, dtype=torch.int32, device=device)
             return
         memory = torch.empty(icecache.landing_bytes(**options), dtype=torch.uint8, device=device)
-        self.landing = client.open_landing(**options, gpu=memory, mode=place, **more)
+        self.landing = client.open_landing(**options, gpu=memory, mode=place)
         data = torch.as_tensor(self.landing.data, device=device)[0].view(torch.bfloat16)
         if data.data_ptr() != self.landing.address:
             raise RuntimeError("PyTorch has copied the landing instead of looking at it")
@@ -111,7 +96,7 @@ class Stepper:
         self.shape, self.device = model.shape, model.device
         self.parts = decoder.Parts(variant.graphs)
         slots = variant.budget + (0 if variant.ends else ENDS)
-        self.slots = Slots(client, self.shape, slots, variant.place, variant.reuse, self.device)
+        self.slots = Slots(client, self.shape, slots, variant.place, self.device)
         width = self.shape.query_elements + 2 * self.shape.kv_elements
         self.current = torch.zeros(self.shape.layers, width, dtype=torch.bfloat16, device=self.device)
         self.sent = torch.zeros(self.shape.layers, width, dtype=torch.bfloat16, pin_memory=self.device.type == "cuda")
@@ -178,11 +163,10 @@ class Stepper:
     # ---- a step ----
 
     def submit(self, layer):
-        more, sides = dict(resend=not self.variant.reuse) if REUSE_BY_RETRIEVE else {}, self.sent_sides[layer]
+        more, sides = dict(resend=not self.variant.reuse), self.sent_sides[layer]
         if self.variant.gpu_queries:
             sides = self.current_sides[layer]
-            if takes_stream():
-                more["stream"] = torch.cuda.current_stream().cuda_stream
+            more["stream"] = torch.cuda.current_stream().cuda_stream
         else:
             decoder.wait_issued(self.device)  # the queries are on the host then
             sides = [side.numpy() for side in sides]

@@ -1,6 +1,5 @@
 """What the PyTorch programs of this folder share: a daemon of their own, and how much memory there is for it."""
 
-import inspect
 import os
 import pathlib
 import subprocess
@@ -55,12 +54,6 @@ class Daemon:
         if status != 0:
             print(self._text())
         return status == 0
-
-
-def takes_stream():
-    """Does a retrieve take queries in GPU memory, made by a stream that is named?"""
-    calls = (icecache.Client.submit, icecache.Client._options)
-    return any("stream" in inspect.signature(call).parameters for call in calls)
 
 
 def available_bytes():

@@ -271,8 +271,6 @@ static void several_streams(void **state)
     }
 }
 
-// A request that the daemon refuses, early (its session has too much in flight) and late (a position that is not
-// there): the stream goes on at once, and the wait tells why.
 // Where only what has changed is pulled, by the kernel, behind the wait.
 static void by_the_kernel(void **state)
 {
@@ -283,6 +281,8 @@ static void by_the_kernel(void **state)
     pull_copy = ICE_COPY_ANY;
 }
 
+// A request that the daemon refuses, early (its session has too much in flight) and late (a position that is not
+// there): the stream goes on at once, and the wait tells why.
 static void failed_requests(void **state)
 {
     struct daemon *daemon = *state;

@@ -29,7 +29,7 @@ except ImportError:
 
 import decode_data
 import decoder
-from decode_step import ENDS, REUSE_BY_LANDING, REUSE_BY_RETRIEVE, Figures, NotSupported, Stepper
+from decode_step import ENDS, Figures, Stepper
 
 # As the paper gives them: its model is the same, its machine is not (64 CPU threads), its second token has a prefill in it.
 PAPER = [
@@ -274,8 +274,6 @@ class Bench:
         try:
             row = function()
             row.update(kind=kind, took_s=time.monotonic() - begun)
-        except NotSupported as reason:
-            row = {"method": name, "none": str(reason)}
         except icecache.SessionLost:
             raise
         except (icecache.Error, RuntimeError, TypeError, ValueError) as error:
@@ -283,19 +281,6 @@ class Bench:
             self.failed = True
         self.say(f"{name}: {row.get('none') or 'token %.2f ms' % row['token_ms']}")
         self.rows.append(row)
-
-    def layer_reuse(self, variant):
-        try:
-            self.open_sequence(variant).close()
-        except icecache.Error as error:
-            raise NotSupported(f"the library has no layer reuse ({error.status.name})") from None
-        return self.run_variant(variant, fresh=True)
-
-    def gpu_queries(self, variant):
-        try:
-            return self.run_variant(variant, fresh=False)
-        except (BufferError, TypeError) as error:  # it asks for the buffer protocol
-            raise NotSupported(f"the client takes queries from host memory only ({error})") from None
 
     def run(self):
         known, places = self.known, ["pull", "push"] if self.device.type == "cuda" else ["host"]
@@ -310,19 +295,16 @@ class Bench:
         if self.sequence is None:
             return
         kinds = [dict(), dict(ends=True)] if graphs else [dict(ends=True)]
-        if REUSE_BY_LANDING or REUSE_BY_RETRIEVE:
-            kinds += [dict(reuse=True), dict(reuse=True, ends=True)]
-        else:
-            self.rows.append({"method": "icecache, step reuse", "none": "the library has no step reuse"})
+        kinds += [dict(reuse=True), dict(reuse=True, ends=True)]
         for variant in (Variant(budget, place, graphs, **kind)
                         for kind in kinds for budget in known.budget for place in places):
             self.attempt(variant.name(), lambda v=variant: self.run_variant(v, False))
         if graphs:
             self.attempt("dense attention, in the device's memory, graphs", lambda: self.run_dense(True))
             variant = Variant(known.budget[0], last, True, gpu_queries=True)
-            self.attempt(variant.name(), lambda: self.gpu_queries(variant))
+            self.attempt(variant.name(), lambda v=variant: self.run_variant(v, False))
         variant = Variant(known.budget[0], last, anchors=3)
-        self.attempt(variant.name(), lambda: self.layer_reuse(variant), "prompt and decode")
+        self.attempt(variant.name(), lambda: self.run_variant(variant, True), "prompt and decode")
 
     # ---- results ----
 

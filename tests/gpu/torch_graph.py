@@ -109,9 +109,9 @@ def main():
         print("skipped: PyTorch sees no GPU")
         return 77
     os.environ["ICECACHE_LIBRARY"] = known.library
-    daemon = torch_landing.Daemon(known.daemon, known.tokens)
+    daemon = torch_landing.start_daemon(known.daemon, known.tokens)
     try:
-        worker = torch_landing.Worker(daemon.folder.name + "/s", known.tokens)
+        worker = torch_landing.Worker(daemon.sockets, known.tokens)
         for mode in ("push", "pull"):
             check_mode(worker, mode, known.steps)
         worker.client.close()

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-from service import Daemon, gpu_bytes, icecache, takes_stream
+from service import Daemon, gpu_bytes, icecache
 
 try:
     import torch
@@ -83,16 +83,8 @@ class Worker:
             model_digest=b"torch", layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, dtype="bf16"
         )
 
-    def takes_gpu_queries(self, landing, budget):
-        """An older client asks for the buffer protocol."""
-        try:
-            self.retrieve(landing, 0, 0, budget, gpu_queries=True)
-        except (BufferError, TypeError):
-            return False
-        return True
-
     def retrieve(self, landing, layer, number, budget, row=0, gpu_queries=False):
-        more = dict(stream=torch.cuda.current_stream().cuda_stream) if gpu_queries and takes_stream() else {}
+        more = dict(stream=torch.cuda.current_stream().cuda_stream) if gpu_queries else {}
         return self.client.retrieve(
             landing,
             layer=layer,
@@ -226,9 +218,7 @@ def main():
         worker.others = []
         memory = {"before": gpu_bytes(daemon.process.pid)}
         kinds = open_kinds(worker, expandable)
-        asks = worker.takes_gpu_queries(kinds[-1].landing, kinds[-1].budget)
-        if asks:
-            kinds += open_gpu_query_kinds(worker)
+        kinds += open_gpu_query_kinds(worker)
         memory["with push"] = gpu_bytes(daemon.process.pid)
         for kind in kinds:
             kind.check()
@@ -252,8 +242,6 @@ def main():
     for row in rows:
         figures = [row[key] for key in ("p50_us", "p99_us", "search_p50_us", "copy_p50_us")]
         print(f"{row['landing']:18} {row['budget']:6} {figures[0]:6.0f} {figures[1]:6.0f} {figures[2]:7.0f} {figures[3]:6.0f}")
-    if not asks:
-        print("queries in GPU memory: this client takes them from host memory only")
     print("appends, GB/s of K and V:", *(f"from {where} memory {rate:.2f}" for where, rate in rates.items()))
     print("the daemon's GPU memory, MiB:", *(f"{name} {'?' if found is None else found >> 20}" for name, found in memory.items()))
     return 0 if clean else 1

@@ -94,7 +94,8 @@ static bool place_tokens(struct index *index, uint32_t n)
 enum index_status index_append_prepare(struct index *index, const void *keys, size_t stride_bytes, uint32_t n,
                                        struct index_place *places)
 {
-    if (index->preparing || (n > 0 && (keys == NULL || places == NULL)) || (n > 1 && stride_bytes < index->row_bytes)) {
+    if (index->preparing || index->sealed || (n > 0 && (keys == NULL || places == NULL)) ||
+        (n > 1 && stride_bytes < index->row_bytes)) {
         return INDEX_INVALID;
     }
     if (n > INDEX_TOKENS_MAX - index->length) {

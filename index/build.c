@@ -2,8 +2,9 @@
 //
 // The cuts are at fixed token counts, whatever the appends looked like and whenever the work is done: a first batch,
 // then batches of a size that depends on the indexed count alone. Batches end at whole pages, so that a plan empties
-// open pages completely. Cells that a truncation has left small or ragged are mended first, one at a time. Thread
-// ownership: the index's.
+// open pages completely. A sealed index has the same batches as far as they go; what is left is one more, as its whole
+// length was known when it was sealed. Cells that a truncation has left small or ragged are mended first, one at a
+// time. Thread ownership: the index's.
 #include "index/batch.h"
 
 #define FIRST_TOKENS 256u
@@ -18,6 +19,14 @@ static uint32_t whole_pages(const struct index *index, uint64_t tokens)
     return (uint32_t)(tokens / index->page_tokens * index->page_tokens);
 }
 
+// What is left when no append will come any more: all whole pages.
+static uint32_t last_target(const struct index *index, uint64_t begin)
+{
+    const uint32_t target = whole_pages(index, index->length);
+    const uint64_t least = index->root == TREE_NONE ? INDEX_SEALED_FIRST : 1;
+    return target >= begin + least ? target : 0;
+}
+
 uint32_t dci_build_target(const struct index *index)
 {
     uint64_t begin = index->indexed, batch = index->indexed / BATCH_PART;
@@ -28,7 +37,10 @@ uint32_t dci_build_target(const struct index *index)
     }
     batch = batch < index->page_tokens ? index->page_tokens : batch;
     const uint32_t target = whole_pages(index, begin + batch);
-    return (uint64_t)target + INDEX_RECENT <= index->length ? target : 0;
+    if ((uint64_t)target + INDEX_RECENT <= index->length) {
+        return target;
+    }
+    return index->sealed ? last_target(index, begin) : 0;
 }
 
 // Ends a build that was not committed: its pages go back to the free list.

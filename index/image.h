@@ -26,7 +26,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "images are little-endi
 #define IMAGE_MAGIC 0x7865646e69656369u // "iceindex"
 // Changes with the layout, and with whatever makes the same keys another tree: a loaded index must go on as it would
 // have.
-#define IMAGE_VERSION 1u
+#define IMAGE_VERSION 2u
 
 enum image_section {
     IMAGE_HEADER,
@@ -54,10 +54,11 @@ struct image_header {
     uint32_t length, indexed;
     uint32_t root, mended, ragged;
     uint32_t leaf_pages;
+    uint32_t is_continuation, sealed;
     struct image_ids pages, nodes, cell_blocks, node_blocks;
     float norm2_max, tree_norm2_max;
 };
-static_assert(sizeof(struct image_header) == 4 * 8 + 22 * 4, "no padding");
+static_assert(sizeof(struct image_header) == 4 * 8 + 24 * 4, "no padding");
 
 // A free one is all 0.
 struct image_node {

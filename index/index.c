@@ -77,7 +77,7 @@ enum index_status index_create(const struct index_params *params, const struct i
     while (1u << index->row_shift < index->page_tokens) {
         index->row_shift++;
     }
-    index->head = index->page_tokens;
+    index->head = params->is_continuation ? 0 : index->page_tokens;
     index->dtype = params->dtype;
     index->policy = params->policy;
     index->seed = params->seed;
@@ -126,6 +126,17 @@ uint64_t index_length(const struct index *index)
 uint64_t index_indexed(const struct index *index)
 {
     return index->indexed;
+}
+
+void index_seal(struct index *index)
+{
+    assert(!index->preparing);
+    index->sealed = true;
+}
+
+bool index_is_sealed(const struct index *index)
+{
+    return index->sealed;
 }
 
 uint64_t index_version(const struct index *index)

@@ -68,13 +68,15 @@ struct index_params {
 
 struct index;
 
+    bool is_continuation; // does not begin at the lane's first token: the first page of tokens is clustered as well
 INDEX_MUST_CHECK enum index_status index_create(const struct index_params *params,
                                                 const struct index_allocator *allocator, struct index **out);
 void index_destroy(struct index *index); // accepts NULL
 
 uint64_t index_length(const struct index *index); // tokens appended
 // Positions 0 .. indexed-1 need no clustering any more. The first page of tokens is never clustered: the first tokens
-// are unlike all others. It and the tokens from `indexed` on, the tail, are scanned by every search.
+// are unlike all others (but for a continuation, which does not have them). It and the tokens from `indexed` on, the
+// tail, are scanned by every search.
 uint64_t index_indexed(const struct index *index);
 // A digest of the tree. Same seed, keys, indexed count and history of forgetting: same version, same tree. 0 while
 // nothing is indexed. Page ids are not part of it: they depend on when appends and commits happened.
@@ -107,6 +109,14 @@ void index_append_drop(struct index *index);
 void index_locate(const struct index *index, uint64_t first, uint32_t n, struct index_place *places);
 // Positions of the rows of a page, in row order, UINT32_MAX for a row that is not in use. Returns rows in use.
 uint32_t index_page_positions(const struct index *index, uint32_t page, uint32_t *positions /* page_tokens */);
+// No append will come any more: preparing one is INDEX_INVALID from now on. The build then clusters all whole pages of
+// the tail, without holding back the newest tokens; a first tree may be made of INDEX_SEALED_FIRST tokens, fewer stay
+// in the tail. The batches are a function of the keys and of the length now, not of when the build ran. Forgetting
+// stays possible and lifts nothing. No append may be prepared. No effect when it is sealed already.
+#define INDEX_SEALED_FIRST 64u
+void index_seal(struct index *index);
+bool index_is_sealed(const struct index *index);
+
 
 // ---- forget ----
 // Both take effect at once and void a running build, with the rows given to it. A pending plan is void too: the pages
@@ -122,7 +132,7 @@ void index_erase(struct index *index, uint64_t position, uint32_t *released, uin
 // ---- build: clustering of the tail ----
 // Work is done in slices, with no clock: each call does about work_units units (one unit: one key scored against one
 // query or node at head_dim 128, roughly 5-20 ns) and returns. The cuts are at fixed token counts. The newest tokens
-// stay in the tail: a batch is clustered when INDEX_RECENT more tokens have come after it.
+// stay in the tail: a batch is clustered when INDEX_RECENT more tokens have come after it, or the index is sealed.
 #define INDEX_RECENT 64u
 
 enum index_build_state {
@@ -223,10 +233,10 @@ void index_search_finish(struct index_search *search, struct index_selection *se
 uint32_t index_search_near(struct index_search *search, uint32_t more, uint32_t *pages);
 
 // ---- image: an index as bytes ----
-// A saved index, made again from its bytes, behaves as the one it was saved from: version, places, page ids, searches
-// and all that comes after, but for index_bytes. Nothing is clustered anew. The image is what was committed: a running
-// build or a pending plan is not in it, with the page ids that these have taken; the loaded index begins that build
-// anew and comes to the same tree. Equal indexes have equal images.
+// A saved index, made again from its bytes, behaves as the one it was saved from: version, places, page ids, searches,
+// whether it is sealed, and all that comes after, but for index_bytes. Nothing is clustered anew. The image is what was
+// committed: a running build or a pending plan is not in it, with the page ids that these have taken; the loaded index
+// begins that build anew and comes to the same tree. Equal indexes have equal images.
 //
 // The save's state, in the caller's storage, where it stays until the save is over; all of it is private to index/.
 struct index_save {
@@ -240,7 +250,8 @@ struct index_save {
 
 // Bytes of the image that a save begun now gives. No append may be prepared.
 uint64_t index_image_bytes(const struct index *index);
-// Until the save is over the index must not be appended to, built, committed on or made to forget; searches may go on.
+// Until the save is over the index must not be appended to, sealed, built, committed on or made to forget; searches may
+// go on.
 // A save may be left unfinished.
 void index_save_begin(const struct index *index, struct index_save *save);
 // Writes the next bytes of the image to `out`, as many as there is room for. Returns how many; 0: that was all.

@@ -19,11 +19,12 @@ static bool header_is_right(const struct index_load *load)
     const bool is_ours = header->magic == IMAGE_MAGIC && header->version == IMAGE_VERSION &&
                          header->head_dim == index->head_dim && header->page_tokens == index->page_tokens &&
                          header->dtype == (uint32_t)index->dtype && header->policy == (uint32_t)index->policy &&
-                         header->node_max == index->node_max && header->seed == index->seed;
+                         header->node_max == index->node_max && header->seed == index->seed &&
+                         header->is_continuation == (index->head == 0 ? 1 : 0);
     const bool has_tree = header->root != TREE_NONE;
     return is_ours && header->image_bytes == load->left && header->length <= INDEX_TOKENS_MAX &&
            header->indexed <= header->length && (header->indexed == 0 || header->indexed > index->head) &&
-           header->ragged <= 1 && dci_is_size(header->norm2_max, TREE_NORM2_MAX) &&
+           header->ragged <= 1 && header->sealed <= 1 && dci_is_size(header->norm2_max, TREE_NORM2_MAX) &&
            dci_is_size(header->tree_norm2_max, dci_norm2_most(load, LOAD_BASE_MOST)) &&
            header->pages.bound <= TREE_NONE >> index->row_shift && header->pages.free <= header->pages.bound &&
            header->nodes.free <= header->nodes.bound && header->cell_blocks.free <= header->cell_blocks.bound &&
@@ -69,6 +70,7 @@ static enum index_status accept_header(struct index_load *load)
     index->root = header->root;
     index->mended = header->mended;
     index->ragged = header->ragged != 0;
+    index->sealed = header->sealed != 0;
     index->digest = header->digest;
     index->norm2_max = header->norm2_max;
     index->tree_norm2_max = header->tree_norm2_max;

@@ -69,6 +69,8 @@ static void header_init(const struct index *index, struct image_header *header)
         .mended = index->mended,
         .ragged = index->ragged ? 1 : 0,
         .leaf_pages = index->leaf_pages,
+        .is_continuation = index->head == 0 ? 1 : 0,
+        .sealed = index->sealed ? 1 : 0,
         .pages = {index->page_bound, free_pages(index)},
         .nodes = ids_of(&index->nodes, drafts_of(index)),
         .cell_blocks = ids_of(&index->cell_blocks, 0),

@@ -64,7 +64,7 @@ struct index {
     uint32_t row_shift;                      // bits of a row in a place
     uint32_t code_row_bytes, code_bytes;     // of a token's low bits; of its whole code on its way
     uint32_t cell_max, cell_parts, node_max; // tokens and pages of a cell, entries of a node above
-    uint32_t head;                           // tokens at the beginning that are never clustered
+    uint32_t head;                           // tokens at the beginning that are never clustered; 0: a continuation
     enum index_dtype dtype;
     enum index_policy policy;
     uint64_t seed;
@@ -78,6 +78,7 @@ struct index {
     uint32_t length;         // committed
     uint32_t prepared;       // tokens behind length that an append has prepared
     bool preparing;
+    bool sealed; // no append will come any more
     float norm2_max, prepared_norm2_max;
 
     // Pages of every state.

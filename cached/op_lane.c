@@ -352,9 +352,10 @@ static ice_status begin_search(struct op_lane *part, struct shard *shard)
     if (!queries)
         return ICE_NO_MEMORY;
     struct index_query query = make_query(part, queries);
-    enum index_status status = index_search_reserve(shard->search, part->lane->index, &query);
+    const struct index_part whole = index_part_whole(part->lane->index);
+    enum index_status status = index_search_reserve(shard->search, &whole, 1, &query);
     if (status == INDEX_OK)
-        status = index_search_begin(shard->search, part->lane->index, &query);
+        status = index_search_begin(shard->search, &whole, 1, &query);
     switch (status) {
     case INDEX_OK:
         return ICE_OK;
@@ -392,12 +393,15 @@ static ice_status search(struct op_lane *part, struct shard *shard, struct gathe
 static ice_status fetch(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
 {
     struct lane *lane = part->lane; // part and op may be gone after the gather's start
-    uint32_t near[TIER_AHEAD_MAX];
+    struct index_part_page near[TIER_AHEAD_MAX];
+    uint32_t pages[TIER_AHEAD_MAX];
     const uint32_t near_count = part->op->follows ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    for (uint32_t i = 0; i < near_count; i++)
+        pages[i] = near[i].page;
     const ice_status status = gather_start(part, shard, plan);
     if (status != ICE_OK)
         return status;
-    tier_read_ahead(shard, lane, near, near_count);
+    tier_read_ahead(shard, lane, pages, near_count);
     return LANE_WAITS;
 }
 

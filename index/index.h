@@ -13,6 +13,9 @@
 // Determinism: the tree is a function of the seed and of the appended keys in order, not of how the appends were cut
 // or when the work was done. Equal tree and query give the same selection, ties broken by the lower position.
 //
+// A lane's tokens may lie in several indexes, one behind the other, so that lanes with a common beginning share its
+// indexes: one search runs over all of them, see index_part.
+//
 // Thread-safety: an index belongs to one thread; distinct indexes are independent. A search context may be used with
 // any index, one search at a time.
 #ifndef ICECACHE_INDEX_INDEX_H
@@ -28,6 +31,7 @@
 #define INDEX_GROUP_MAX       64u  // query heads per KV head
 #define INDEX_QUERIES_MAX     256u // query positions of one search
 #define INDEX_TOKENS_MAX      (1u << 24)
+#define INDEX_PARTS_MAX       64u // indexes of one search
 #define INDEX_MUST_CHECK      __attribute__((warn_unused_result))
 
 enum index_status {
@@ -64,11 +68,11 @@ struct index_params {
     enum index_policy policy;
     float promotion_ratio; // r: n_l = r * n_(l-1), 1/64 to 1/8, with INDEX_PROMOTION; 0: the default, 1/32
     uint64_t seed;
+    bool is_continuation; // does not begin at the lane's first token: the first page of tokens is clustered as well
 };
 
 struct index;
 
-    bool is_continuation; // does not begin at the lane's first token: the first page of tokens is clustered as well
 INDEX_MUST_CHECK enum index_status index_create(const struct index_params *params,
                                                 const struct index_allocator *allocator, struct index **out);
 void index_destroy(struct index *index); // accepts NULL
@@ -105,10 +109,6 @@ void index_append_places(const struct index *index, uint64_t first, uint32_t n, 
 void index_append_commit(struct index *index);
 void index_append_drop(struct index *index);
 
-// Where positions first .. first+n-1 lie (committed ones only; n of them must exist).
-void index_locate(const struct index *index, uint64_t first, uint32_t n, struct index_place *places);
-// Positions of the rows of a page, in row order, UINT32_MAX for a row that is not in use. Returns rows in use.
-uint32_t index_page_positions(const struct index *index, uint32_t page, uint32_t *positions /* page_tokens */);
 // No append will come any more: preparing one is INDEX_INVALID from now on. The build then clusters all whole pages of
 // the tail, without holding back the newest tokens; a first tree may be made of INDEX_SEALED_FIRST tokens, fewer stay
 // in the tail. The batches are a function of the keys and of the length now, not of when the build ran. Forgetting
@@ -117,6 +117,10 @@ uint32_t index_page_positions(const struct index *index, uint32_t page, uint32_t
 void index_seal(struct index *index);
 bool index_is_sealed(const struct index *index);
 
+// Where positions first .. first+n-1 lie (committed ones only; n of them must exist).
+void index_locate(const struct index *index, uint64_t first, uint32_t n, struct index_place *places);
+// Positions of the rows of a page, in row order, UINT32_MAX for a row that is not in use. Returns rows in use.
+uint32_t index_page_positions(const struct index *index, uint32_t page, uint32_t *positions /* page_tokens */);
 
 // ---- forget ----
 // Both take effect at once and void a running build, with the rows given to it. A pending plan is void too: the pages
@@ -174,6 +178,21 @@ void index_plan_commit(struct index *index);
 void index_plan_drop(struct index *index);
 
 // ---- search ----
+// A run of a lane's tokens in an index of its own: the index's tokens 0 .. end-first-1 stand at positions first ..
+// end-1 of the lane. Tokens that the index has beyond them are not seen: they are neither selected nor counted in
+// masses of tokens, but estimates of cells that are not opened are made as if all of a cell's tokens were seen, and are
+// then cut down to the share of the part's tokens that are.
+struct index_part {
+    const struct index *index;
+    uint64_t first, end;
+};
+// All of an index as the only part of a lane.
+static inline struct index_part index_part_whole(const struct index *index)
+{
+    return (struct index_part){index, 0, index_length(index)};
+}
+
+// Positions are of the lane.
 struct index_query {
     const float *queries;    // [query][head][head_dim], after RoPE, unscaled; borrowed until search_finish
     uint32_t query_count;    // query positions, their masses are summed
@@ -194,8 +213,8 @@ struct index_query {
 
 struct index_selected {
     uint32_t position;
-    float mass; // estimated share of the attention, mean over heads and queries
-    struct index_place place;
+    float mass;               // estimated share of the attention, mean over heads and queries
+    struct index_place place; // in the index of the part that the position lies in
 };
 struct index_selection {
     uint32_t count;      // selected tokens, ascending by position
@@ -211,14 +230,18 @@ struct index_search;
 INDEX_MUST_CHECK enum index_status index_search_create(const struct index_allocator *allocator,
                                                        struct index_search **out);
 void index_search_destroy(struct index_search *search); // accepts NULL
-// Makes room for a search with this query on this index. The only call that may allocate.
-INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *search, const struct index *index,
-                                                        const struct index_query *query);
-// Begins a search (checks the queries); INDEX_NO_MEMORY where reserve did not make room for this query and this length,
-// or a plan was committed in between. The index must not be appended to or committed on until finish; build steps may
-// go on.
-INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index *index,
-                                                      const struct index_query *query);
+// Makes room for a search with this query over these parts of a lane: at least one, INDEX_PARTS_MAX at most, from
+// position 0 on, each beginning where the one before ends. A part may be without tokens. All their indexes have the
+// same head_dim, dtype, page_tokens and seed (the same index may come twice). The only call that may allocate. The
+// array is borrowed during the call.
+INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *search, const struct index_part *parts,
+                                                        uint32_t part_count, const struct index_query *query);
+// Begins a search (checks the queries); INDEX_NO_MEMORY where reserve did not make room for this query and these parts,
+// or a plan was committed in between. The array is borrowed during the call, the indexes until finish: they must not be
+// appended to or committed on until then; build steps may go on. A selection from several parts is that of one lane:
+// all tokens are ranked together, and their masses have one sum.
+INDEX_MUST_CHECK enum index_status index_search_begin(struct index_search *search, const struct index_part *parts,
+                                                      uint32_t part_count, const struct index_query *query);
 // Does about work_units units, at least one item: at most 128 keys, a cell, or the anchors of 128 cells, against all
 // queries.
 // True when complete.
@@ -227,10 +250,15 @@ bool index_search_step(struct index_search *search, uint64_t work_units);
 void index_search_finish(struct index_search *search, struct index_selection *selection,
                          const struct index_selected **tokens);
 
-// After finish, while the index has not changed since begin: the pages of those tokens that came next, which a budget
-// of `more` tokens above the one that was asked for would have selected too. Some are likely to be selected by the next
-// query. pages: room for `more` entries; a page may come twice. Returns how many. 0 for whole pages.
-uint32_t index_search_near(struct index_search *search, uint32_t more, uint32_t *pages);
+// A page of one of a search's parts.
+struct index_part_page {
+    uint32_t part; // number in the array that the search began with
+    uint32_t page; // of that part's index
+};
+// After finish, while the indexes have not changed since begin: the pages of those tokens that came next, which a
+// budget of `more` tokens above the one that was asked for would have selected too. Some are likely to be selected by
+// the next query. pages: room for `more` entries; a page may come twice. Returns how many. 0 for whole pages.
+uint32_t index_search_near(struct index_search *search, uint32_t more, struct index_part_page *pages);
 
 // ---- image: an index as bytes ----
 // A saved index, made again from its bytes, behaves as the one it was saved from: version, places, page ids, searches,

@@ -23,16 +23,26 @@ uint32_t dci_scored_position(const struct index_search *search, const struct sco
     if (scored->cell == SEARCH_LOOSE) {
         return SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[scored->number].positions[lane];
     }
+    const struct part *part = &search->parts[scored->part];
+    uint32_t own = scored->place + lane;
     if (scored->cell != TREE_NONE) {
-        return dci_rows(search->index, dci_node(search->index, scored->cell), scored->number)->positions[lane];
+        own = dci_rows(part->index, dci_node(part->index, scored->cell), scored->number)->positions[lane];
+    } else if (lane < scored->begin || lane >= scored->end) {
+        return TREE_NONE;
     }
-    return lane >= scored->begin && lane < scored->end ? scored->place + lane : TREE_NONE;
+    return own < part->count ? part->first + own : TREE_NONE;
+}
+
+uint32_t dci_scored_part(const struct index_search *search, const struct scored *scored, uint32_t lane)
+{
+    return scored->cell == SEARCH_LOOSE ? SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[scored->number].parts[lane]
+                                        : scored->part;
 }
 
 struct index_place dci_scored_place(const struct index_search *search, const struct scored *scored, uint32_t lane)
 {
     if (scored->cell == TREE_NONE) {
-        return dci_place_of(search->index, scored->place + lane);
+        return dci_place_of(search->parts[scored->part].index, scored->place + lane);
     }
     if (scored->cell == SEARCH_LOOSE) {
         const struct loose *loose = &SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[scored->number];
@@ -47,7 +57,8 @@ const float *dci_block_centers(struct index_search *search, uint32_t block)
         return SEARCH_ROOM(search, float, ROOM_CENTERS) + (size_t)block * search->views * DCI_LANES;
     }
     float *centers = SEARCH_ROOM(search, float, ROOM_ANCHORS);
-    search->index->kernel->centers16(&search->seen, dci_slab_at(&search->index->cell_blocks, block), centers);
+    const struct cell_block *cells = dci_cell_block(search, block);
+    search->index->kernel->centers16(dci_part_views(search, cells->part), cells->block, centers);
     return centers;
 }
 
@@ -75,8 +86,10 @@ static void raise_tops(struct index_search *search, const float *scores)
 
 static void score_neighbours(struct index_search *search, const struct scored *scored, float *scores)
 {
-    search->index->kernel->centers16(&search->plain, dci_tail_block(search->index, scored->place), scores);
-    if (scored->begin > 0 || scored->end < DCI_LANES || scored->place + DCI_LANES - 1 > search->query.first_position) {
+    const struct part *part = &search->parts[scored->part];
+    search->index->kernel->centers16(&search->plain, dci_tail_block(part->index, scored->place), scores);
+    if (scored->begin > 0 || scored->end < DCI_LANES ||
+        part->first + scored->place + DCI_LANES - 1 > search->query.first_position) {
         hide(search, scored, scores);
     }
     raise_tops(search, scores);
@@ -91,18 +104,19 @@ static bool all_is_seen(const struct index_search *search)
 // Returns how many tokens of the tree count.
 static uint32_t score_block(struct index_search *search, const struct scored *scored, float *scores)
 {
-    const struct index *index = search->index;
+    const struct part *part = &search->parts[scored->part];
+    const struct index *index = part->index;
     if (scored->cell == TREE_NONE) {
         score_neighbours(search, scored, scores);
         return 0;
     }
     const struct node *cell = dci_node(index, scored->cell);
     const bool is_one = scored->only != TREE_NONE;
-    struct dci_target target = {.low = is_one ? scored->only : search->low,
-                                .span = is_one ? 1 : search->high - search->low,
+    struct dci_target target = {.low = is_one ? scored->only : part->low,
+                                .span = is_one ? 1 : part->high - part->low,
                                 .anchors =
                                     dci_block_centers(search, scored->place / DCI_LANES) + scored->place % DCI_LANES};
-    const bool is_seen = (uint64_t)target.low + target.span <= search->query.first_position + 1;
+    const bool is_seen = (uint64_t)part->first + target.low + target.span <= search->query.first_position + 1;
     target.tops = SEARCH_ROOM(search, float, is_seen ? ROOM_TOPS : ROOM_UNSEEN);
     const uint32_t count = index->kernel->tokens16(&search->seen, dci_rows(index, cell, scored->number),
                                                    dci_lows(index, cell, scored->number), &target,
@@ -178,13 +192,13 @@ struct source {
     const struct dci_rows *rows;
     const uint8_t *lows;
     const float *anchors; // [view][16]: the first lane's
+    const struct part *part;
     uint32_t page, first; // its first row in the page
 };
 
-static void source_init(const struct index_search *search, const struct node *cell, uint32_t number,
-                        struct source *source)
+static void source_init(const struct node *cell, uint32_t number, struct source *source)
 {
-    const struct index *index = search->index;
+    const struct index *index = source->part->index;
     source->rows = dci_rows(index, cell, number);
     source->lows = dci_lows(index, cell, number);
     source->page = cell->parts[number / index->page_blocks];
@@ -216,7 +230,8 @@ static void keep(struct index_search *search, const struct source *source, uint3
     waiting->lanes.scales[at] = dci_scale_widen(source->rows->scales[lane]);
     waiting->lanes.live[at] = 1.0f;
     struct loose *loose = &SEARCH_ROOM(search, struct loose, ROOM_LOOSE)[waiting->loose];
-    loose->positions[at] = source->rows->positions[lane];
+    loose->positions[at] = source->part->first + source->rows->positions[lane];
+    loose->parts[at] = (uint8_t)(source->part - search->parts);
     loose->pages[at] = source->page;
     loose->rows[at] = (uint16_t)(source->first + lane);
     if (waiting->count == DCI_LANES) {
@@ -250,9 +265,10 @@ void dci_open_begin_sieve(struct index_search *search)
     }
 }
 
-static void sieve_init(struct index_search *search, uint32_t slot, const float *centers, struct dci_sieve *sieve)
+static void sieve_init(struct index_search *search, uint32_t slot, const struct source *source, struct dci_sieve *sieve)
 {
-    const struct dci_block *block = dci_slab_at(&search->index->cell_blocks, slot / DCI_LANES);
+    const struct dci_block *block = dci_cell_block(search, slot / DCI_LANES)->block;
+    const float *centers = source->anchors;
     const float *doubts = SEARCH_ROOM(search, float, ROOM_DOUBTS),
                 *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
     float *offsets = SEARCH_ROOM(search, float, ROOM_OFFSETS), *weights = SEARCH_ROOM(search, float, ROOM_WEIGHTS);
@@ -263,8 +279,8 @@ static void sieve_init(struct index_search *search, uint32_t slot, const float *
         offsets[v] = ((centers[(size_t)v * DCI_LANES] - reference[v]) + margin) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
         weights[v] = rough_exp(0.5f * limited * limited - margin);
     }
-    *sieve = (struct dci_sieve){.low = search->low,
-                                .span = search->high - search->low,
+    *sieve = (struct dci_sieve){.low = source->part->low,
+                                .span = source->part->high - source->part->low,
                                 .factors = SEARCH_ROOM(search, float, ROOM_FACTORS),
                                 .offsets = offsets,
                                 .weights = weights};
@@ -284,8 +300,9 @@ static uint32_t sift(struct index_search *search, struct source *source, struct 
     return lanes >> DCI_LANES;
 }
 
-void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t end)
+void dci_open_neighbours(struct index_search *search, uint32_t part, uint32_t first, uint32_t end)
 {
+    struct part *in = &search->parts[part];
     for (uint32_t p = first - first % DCI_LANES; p < end; p += DCI_LANES) {
         const uint32_t lane = p < first ? first - p : 0, lane_end = end - p < DCI_LANES ? end - p : DCI_LANES;
         (void)add(search, &(struct scored){.page = TREE_NONE,
@@ -293,19 +310,22 @@ void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t e
                                            .place = p,
                                            .begin = (uint8_t)lane,
                                            .end = (uint8_t)lane_end,
+                                           .part = (uint8_t)part,
                                            .only = TREE_NONE});
         uint32_t live = 0;
         for (uint32_t i = lane; i < lane_end; i++) {
-            live += dci_tail_block(search->index, p)->rows[i] > 0.0f ? 1 : 0;
+            live += dci_tail_block(in->index, p)->rows[i] > 0.0f ? 1 : 0;
         }
         search->tokens_scored += live;
+        in->tokens_scored += live;
         search->eligible_scored += search->phase == SEARCH_TAIL ? live : 0;
     }
 }
 
-static uint32_t slot_of(const struct index *index, const struct node *cell)
+static uint32_t slot_of(const struct part *part, const struct node *cell)
 {
-    return dci_node(index, cell->parent)->parts[cell->lane / DCI_LANES] * DCI_LANES + cell->lane % DCI_LANES;
+    const uint32_t block = dci_node(part->index, cell->parent)->parts[cell->lane / DCI_LANES];
+    return (part->cell_begin + block) * DCI_LANES + cell->lane % DCI_LANES;
 }
 
 // Asks for what dci_open_one will read of positions to come: their pages, then their cells, then their codes.
@@ -329,9 +349,10 @@ static void ahead_of_one(const struct index *index, uint32_t position)
     }
 }
 
-void dci_open_one(struct index_search *search, uint32_t position)
+void dci_open_one(struct index_search *search, uint32_t part, uint32_t position)
 {
-    const struct index *index = search->index;
+    struct part *in = &search->parts[part];
+    const struct index *index = in->index;
     ahead_of_one(index, position);
     const struct index_place place = dci_place_of(index, position);
     if (place.page == TREE_NONE) {
@@ -339,29 +360,29 @@ void dci_open_one(struct index_search *search, uint32_t position)
     }
     const struct page *page = dci_page(index, place.page);
     const struct node *cell = dci_node(index, page->owner);
-    const uint32_t number = page->part * index->page_blocks + place.row / DCI_LANES, slot = slot_of(index, cell);
+    const uint32_t number = page->part * index->page_blocks + place.row / DCI_LANES, slot = slot_of(in, cell);
     search->tokens_scored++;
+    in->tokens_scored++;
     if (search->query.query_count > 1 || search->block_count + SEARCH_LOOSE_MOST >= search->sieve_blocks) {
-        (void)add(search,
-                  &(struct scored){
-                      .page = place.page, .cell = page->owner, .place = slot, .number = number, .only = position});
+        (void)add(search, &(struct scored){.page = place.page,
+                                           .cell = page->owner,
+                                           .place = slot,
+                                           .part = (uint8_t)part,
+                                           .number = number,
+                                           .only = position});
         return;
     }
-    struct source source = {.anchors = dci_block_centers(search, slot / DCI_LANES) + slot % DCI_LANES};
-    source_init(search, cell, number, &source);
+    struct source source = {.anchors = dci_block_centers(search, slot / DCI_LANES) + slot % DCI_LANES, .part = in};
+    source_init(cell, number, &source);
     index->kernel->signs16(&search->seen, source.rows, SEARCH_ROOM(search, int16_t, ROOM_SIGNS_OF_LANES));
     keep(search, &source, place.row % DCI_LANES);
 }
 
-static uint32_t cell_at(const struct index *index, uint32_t slot)
-{
-    const struct dci_block *block = dci_slab_at(&index->cell_blocks, slot / DCI_LANES);
-    return block->child[slot % DCI_LANES];
-}
-
 static const struct node *lined_up(const struct index_search *search, uint32_t at)
 {
-    return dci_node(search->index, cell_at(search->index, SEARCH_ROOM(search, uint32_t, ROOM_TO_OPEN)[at]));
+    const uint32_t slot = SEARCH_ROOM(search, uint32_t, ROOM_TO_OPEN)[at];
+    const struct cell_block *cells = dci_cell_block(search, slot / DCI_LANES);
+    return dci_node(search->parts[cells->part].index, cells->block->child[slot % DCI_LANES]);
 }
 
 static void prefetch_codes(const struct index_search *search, uint32_t at)
@@ -390,10 +411,13 @@ static void look_ahead(const struct index_search *search, uint32_t at)
 
 uint32_t dci_open_cell(struct index_search *search, uint32_t at)
 {
-    const struct index *index = search->index;
     const uint32_t slot = SEARCH_ROOM(search, uint32_t, ROOM_TO_OPEN)[at];
-    const struct node *cell = lined_up(search, at);
-    const uint32_t id = cell_at(index, slot), blocks = cell->part_count * index->page_blocks;
+    const struct cell_block *cells = dci_cell_block(search, slot / DCI_LANES);
+    struct part *part = &search->parts[cells->part];
+    const struct index *index = part->index;
+    const uint32_t id = cells->block->child[slot % DCI_LANES];
+    const struct node *cell = dci_node(index, id);
+    const uint32_t blocks = cell->part_count * index->page_blocks;
     look_ahead(search, at);
     // A later cell's codes are asked for piece by piece between the blocks of this one: all at once they would keep the
     // processor's queue of misses full, and this cell's own reads would wait behind them.
@@ -403,9 +427,9 @@ uint32_t dci_open_cell(struct index_search *search, uint32_t at)
     const bool sifts = search->barred && all_is_seen(search) &&
                        search->block_count + blocks + SEARCH_LOOSE_MOST < search->sieve_blocks;
     struct dci_sieve sieve;
-    struct source source = {.anchors = dci_block_centers(search, slot / DCI_LANES) + slot % DCI_LANES};
+    struct source source = {.anchors = dci_block_centers(search, slot / DCI_LANES) + slot % DCI_LANES, .part = part};
     if (sifts) {
-        sieve_init(search, slot, source.anchors, &sieve);
+        sieve_init(search, slot, &source, &sieve);
     }
     for (uint32_t block = 0; block < blocks; block++) {
         for (; asked * blocks < (block + 1) * later_blocks; asked++) {
@@ -415,18 +439,21 @@ uint32_t dci_open_cell(struct index_search *search, uint32_t at)
             }
         }
         if (sifts) {
-            source_init(search, cell, block, &source);
+            source_init(cell, block, &source);
             eligible += sift(search, &source, &sieve);
         } else {
             eligible += add(search, &(struct scored){.page = cell->parts[block / index->page_blocks],
                                                      .cell = id,
                                                      .place = slot,
+                                                     .part = (uint8_t)cells->part,
                                                      .number = block,
                                                      .only = TREE_NONE});
         }
     }
     search->eligible_scored += eligible;
     search->tokens_scored += eligible;
+    part->tokens_scored += eligible;
     search->opened_tokens += cell->count;
+    part->tree_opened += cell->count;
     return blocks;
 }

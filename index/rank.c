@@ -59,7 +59,7 @@ uint32_t dci_bucket(float positive)
 
 static const struct dci_block *cell_block(const struct index_search *search, uint32_t block)
 {
-    return dci_slab_at(&search->index->cell_blocks, block);
+    return dci_cell_block(search, block)->block;
 }
 
 static float *promises_of(struct index_search *search, uint32_t block)
@@ -78,8 +78,8 @@ void dci_rank_centers(struct index_search *search, uint32_t block)
     const bool is_kept = block < search->center_blocks;
     float *centers = is_kept ? SEARCH_ROOM(search, float, ROOM_CENTERS) + (size_t)block * search->views * DCI_LANES
                              : SEARCH_ROOM(search, float, ROOM_ANCHORS);
-    search->index->kernel->promise16(&search->seen, cell_block(search, block), centers,
-                                     SEARCH_ROOM(search, float, ROOM_SPREADS));
+    search->index->kernel->promise16(dci_part_views(search, dci_cell_block(search, block)->part),
+                                     cell_block(search, block), centers, SEARCH_ROOM(search, float, ROOM_SPREADS));
 }
 
 static void clear_lanes(struct index_search *search, enum room_name room)
@@ -133,7 +133,7 @@ void dci_rank_hopes(struct index_search *search, uint32_t block)
 static uint64_t effort_tokens(const struct index_search *search)
 {
     const double share = search->query.effort == 0.0f ? 1.0 : (double)search->query.effort;
-    return (uint64_t)ceil(share * search->index->tokens);
+    return (uint64_t)ceil(share * (double)search->tree_tokens);
 }
 
 // Tokens that must be scored in the tree to fill the budget; with a coverage target it need not be filled.
@@ -308,7 +308,7 @@ static void count_page(struct index_search *search, float mass)
 static void count_pages(struct index_search *search)
 {
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
-    uint32_t page = TREE_NONE;
+    uint32_t page = TREE_NONE, part = 0;
     float sum = 0.0f;
     for (uint32_t block = search->ends_blocks; block < search->block_count; block++) {
         const struct scored *scored = dci_scored(search, block);
@@ -318,11 +318,13 @@ static void count_pages(struct index_search *search)
                 continue;
             }
             const uint32_t own = dci_scored_place(search, scored, lane).page;
-            if (own != page && page != TREE_NONE) {
+            const bool is_same = own == page && scored->part == part;
+            if (!is_same && page != TREE_NONE) {
                 count_page(search, sum);
             }
-            sum = own == page ? sum + mass : mass;
+            sum = is_same ? sum + mass : mass;
             page = own;
+            part = scored->part;
         }
     }
     if (page != TREE_NONE) {
@@ -646,10 +648,28 @@ enum dci_pick dci_rank_pick(struct index_search *search)
     return search->to_open > 0 ? PICK_SOME : PICK_NONE;
 }
 
+// What was not opened holds tokens of sinks and window too, and tokens that are not seen: the share that counts.
+static float waiting_share(const struct part *part)
+{
+    const uint32_t waiting = part->tree_tokens - part->tree_opened;
+    const uint32_t left = part->visible > part->tokens_scored ? part->visible - part->tokens_scored : 0;
+    return left < waiting ? (float)left / (float)waiting : 1.0f;
+}
+
 void dci_rank_rest(struct index_search *search, uint32_t block)
 {
+    const struct part *part = &search->parts[dci_cell_block(search, block)->part];
+    const float *lanes = SEARCH_ROOM(search, float, ROOM_SPREADS);
     promise_again(search, block);
     search->index->kernel->rest16(search->views, promises_of(search, block),
                                   SEARCH_ROOM(search, float, ROOM_MERITS) + (size_t)block * DCI_LANES,
                                   SEARCH_ROOM(search, float, ROOM_SPREADS));
+    if (block + 1 < part->cell_end) {
+        return;
+    }
+    const float share = waiting_share(part);
+    for (uint32_t v = 0; v < search->views; v++) {
+        SEARCH_ROOM(search, float, ROOM_REST)[v] += share * dci_sum_lanes(lanes + (size_t)v * DCI_LANES);
+    }
+    clear_lanes(search, ROOM_SPREADS);
 }

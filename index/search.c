@@ -43,13 +43,35 @@ void index_search_destroy(struct index_search *search)
     allocator.release(allocator.owner, search, sizeof *search);
 }
 
-static bool query_is_valid(const struct index *index, const struct index_query *query)
+static bool query_is_valid(const struct index_query *query)
 {
     return query->queries != NULL && query->query_count >= 1 && query->query_count <= INDEX_QUERIES_MAX &&
            query->head_count >= 1 && query->head_count <= INDEX_GROUP_MAX &&
            query->first_position <= INDEX_TOKENS_MAX && isfinite(query->scale) && query->scale > 0.0f &&
-           query->coverage >= 0.0f && query->coverage <= 1.0f && query->effort >= 0.0f && query->effort <= 1.0f &&
-           index != NULL;
+           query->coverage >= 0.0f && query->coverage <= 1.0f && query->effort >= 0.0f && query->effort <= 1.0f;
+}
+
+// Do codes of the two mean the same to a query, and are their pages alike?
+static bool is_alike(const struct index *a, const struct index *b)
+{
+    return a->head_dim == b->head_dim && a->page_tokens == b->page_tokens && a->dtype == b->dtype && a->seed == b->seed;
+}
+
+static bool parts_are_valid(const struct index_part *parts, uint32_t count)
+{
+    uint64_t position = 0;
+    if (parts == NULL || count < 1 || count > INDEX_PARTS_MAX) {
+        return false;
+    }
+    for (uint32_t p = 0; p < count; p++) {
+        const struct index_part *part = &parts[p];
+        if (part->index == NULL || part->first != position || part->end < position ||
+            part->end - position > part->index->length || !is_alike(part->index, parts[0].index)) {
+            return false;
+        }
+        position = part->end;
+    }
+    return position <= INDEX_TOKENS_MAX;
 }
 
 static size_t blocks_max(size_t elements_max, size_t views)
@@ -65,13 +87,30 @@ static uint32_t budget_pages(const struct index *index, uint32_t budget)
     return budget > 0 && pages == 0 ? 1 : pages;
 }
 
-static void room_sizes(const struct index *index, const struct index_query *query, size_t sizes[ROOM_COUNT])
+// Blocks that the parts' pages, heads and tails may be scored in, and their blocks of cells.
+static void count_blocks(const struct index_part *parts, uint32_t part_count, size_t *blocks, size_t *cell_blocks)
 {
-    const size_t views = (size_t)query->query_count * query->head_count, n = index->length;
-    const size_t tail = (n - index->indexed + index->head) / DCI_LANES + 4;
+    *blocks = *cell_blocks = 0;
+    for (uint32_t p = 0; p < part_count; p++) {
+        const struct index *index = parts[p].index;
+        const uint64_t count = parts[p].end - parts[p].first;
+        if (count > 0) {
+            const uint64_t tail = (count > index->indexed ? count - index->indexed : 0) + index->head;
+            *blocks += (size_t)index->leaf_pages * index->page_blocks + tail / DCI_LANES + 4;
+            *cell_blocks += index->cell_blocks.bound;
+        }
+    }
+}
+
+static void room_sizes(const struct index_part *parts, uint32_t part_count, const struct index_query *query,
+                       size_t sizes[ROOM_COUNT])
+{
+    const struct index *index = parts[0].index;
+    const size_t views = (size_t)query->query_count * query->head_count, n = parts[part_count - 1].end;
     const size_t ends = (size_t)(query->sinks < n ? query->sinks : n) + (query->window < n ? query->window : n);
-    const size_t blocks = (size_t)index->leaf_pages * index->page_blocks + tail + ends + 2 * SEARCH_LOOSE_MOST;
-    const size_t cell_blocks = index->cell_blocks.bound;
+    size_t blocks, cell_blocks;
+    count_blocks(parts, part_count, &blocks, &cell_blocks);
+    blocks += ends + 2 * SEARCH_LOOSE_MOST;
     const size_t scores_max = blocks_max(SEARCH_SCORES_MAX, views), centers_max = blocks_max(SEARCH_CENTERS_MAX, views);
     const size_t kept = blocks < scores_max ? blocks : scores_max;
     const size_t kept_centers = cell_blocks < centers_max ? cell_blocks : centers_max;
@@ -85,9 +124,11 @@ static void room_sizes(const struct index *index, const struct index_query *quer
     }
     sizes[ROOM_ANCHORS_OF_LANES] = 3 * views * DCI_LANES * sizeof(float);
     sizes[ROOM_SIGNS_OF_LANES] = 3 * views * DCI_LANES * sizeof(int16_t);
+    sizes[ROOM_BASES] = part_count * views * sizeof(float);
     sizes[ROOM_CODES] = views * index->head_dim;
     sizes[ROOM_FINE] = views * 2 * index->code_row_bytes;
     sizes[ROOM_TABLES] = views * index->head_dim * 4;
+    sizes[ROOM_CELL_BLOCKS] = cell_blocks * sizeof(struct cell_block);
     sizes[ROOM_SCORED] = blocks * sizeof(struct scored);
     sizes[ROOM_LOOSE] = blocks * sizeof(struct loose);
     sizes[ROOM_SCORES] = kept * views * DCI_LANES * sizeof(float);
@@ -101,14 +142,14 @@ static void room_sizes(const struct index *index, const struct index_query *quer
     sizes[ROOM_SELECTED] = sizes[ROOM_SORTED] = selected * sizeof(struct index_selected);
 }
 
-enum index_status index_search_reserve(struct index_search *search, const struct index *index,
+enum index_status index_search_reserve(struct index_search *search, const struct index_part *parts, uint32_t part_count,
                                        const struct index_query *query)
 {
-    if (!query_is_valid(index, query)) {
+    if (!query_is_valid(query) || !parts_are_valid(parts, part_count)) {
         return INDEX_INVALID;
     }
     size_t sizes[ROOM_COUNT];
-    room_sizes(index, query, sizes);
+    room_sizes(parts, part_count, query, sizes);
     for (uint32_t i = 0; i < ROOM_COUNT; i++) {
         struct room *room = &search->rooms[i];
         if (room->block != NULL && room->bytes >= sizes[i]) {
@@ -132,12 +173,11 @@ static uint32_t blocks_kept(const struct index_search *search, size_t bytes)
     return (uint32_t)(bytes / (search->views * DCI_LANES * sizeof(float)));
 }
 
-static void bounds_init(struct index_search *search)
+static void bounds_init(struct index_search *search, uint64_t length)
 {
-    const struct index *index = search->index;
     struct index_query *query = &search->query;
     const uint64_t end = query->first_position + query->query_count;
-    search->visible = (uint32_t)(end < index->length ? end : index->length);
+    search->visible = (uint32_t)(end < length ? end : length);
     const uint64_t window_begin = end > query->window ? end - query->window : 0;
     search->sinks_end = query->sinks < search->visible ? query->sinks : search->visible;
     search->low = search->sinks_end;
@@ -152,28 +192,58 @@ static void bounds_init(struct index_search *search)
         search->select_max = eligible; // pages are not more
         query->coverage = query->coverage == 1.0f ? 0.0f : query->coverage;
     } else {
-        search->select_max = query->page_wise ? budget_pages(index, query->budget) : query->budget;
+        search->select_max = query->page_wise ? budget_pages(search->index, query->budget) : query->budget;
     }
-    search->cell_blocks = index->root == TREE_NONE ? 0 : index->cell_blocks.bound;
+}
+
+// A position of the lane as one of a part's own, where the part does not have it the nearest one.
+static uint32_t own_position(const struct part *part, uint32_t position)
+{
+    const uint32_t own = position > part->first ? position - part->first : 0;
+    return own < part->count ? own : part->count;
+}
+
+// Cells are looked at where they may hold a token up to the last query.
+static void part_init(struct index_search *search, const struct index_part *from, struct part *part)
+{
+    const struct index *index = from->index;
+    *part = (struct part){.index = index, .first = (uint32_t)from->first, .count = (uint32_t)(from->end - from->first)};
+    part->low = own_position(part, search->low);
+    part->high = own_position(part, search->high);
+    part->visible = own_position(part, search->visible);
+    part->cell_begin = part->cell_end = search->cell_blocks;
+    if (index->root == TREE_NONE || part->visible == 0) {
+        return;
+    }
+    part->tree_tokens = index->tokens;
+    part->cell_end += index->cell_blocks.bound;
+    search->tree_tokens += part->tree_tokens;
+    search->cell_blocks = part->cell_end;
+    struct cell_block *blocks = SEARCH_ROOM(search, struct cell_block, ROOM_CELL_BLOCKS) + part->cell_begin;
+    for (uint32_t id = 0; id < index->cell_blocks.bound; id++) {
+        blocks[id] = (struct cell_block){dci_slab_at(&index->cell_blocks, id), (uint32_t)(part - search->parts)};
+    }
 }
 
 // Head and tail are scored first: asked for early, they are there when the queries are ready.
-static void look_ahead(const struct index *index)
+static void look_ahead(const struct index_part *last)
 {
-    const uint32_t newest = index->length > PREFETCH_TOKENS ? index->length - PREFETCH_TOKENS : 0;
-    for (uint32_t p = index->indexed > newest ? index->indexed : newest; p < index->length; p += DCI_LANES) {
+    const struct index *index = last->index;
+    const uint32_t length = (uint32_t)(last->end - last->first);
+    const uint32_t newest = length > PREFETCH_TOKENS ? length - PREFETCH_TOKENS : 0;
+    for (uint32_t p = index->indexed > newest ? index->indexed : newest; p < length; p += DCI_LANES) {
         dci_prefetch(dci_tail_block(index, p), dci_block_bytes(index));
     }
 }
 
-enum index_status index_search_begin(struct index_search *search, const struct index *index,
+enum index_status index_search_begin(struct index_search *search, const struct index_part *parts, uint32_t part_count,
                                      const struct index_query *query)
 {
-    if (!query_is_valid(index, query)) {
+    if (!query_is_valid(query) || !parts_are_valid(parts, part_count)) {
         return INDEX_INVALID;
     }
     size_t sizes[ROOM_COUNT];
-    room_sizes(index, query, sizes);
+    room_sizes(parts, part_count, query, sizes);
     for (uint32_t i = 0; i < ROOM_COUNT; i++) {
         if (search->rooms[i].block == NULL || search->rooms[i].bytes < sizes[i]) {
             return INDEX_NO_MEMORY;
@@ -185,17 +255,21 @@ enum index_status index_search_begin(struct index_search *search, const struct i
     memset(search, 0, offsetof(struct index_search, weights));
     search->memory = memory;
     memcpy(search->rooms, rooms, sizeof rooms);
-    search->index = index;
+    search->index = parts[0].index;
+    search->part_count = part_count;
     search->query = *query;
     search->views = query->query_count * query->head_count;
     // Not what the rooms hold, which depends on earlier searches.
     search->score_blocks = search->sieve_blocks = blocks_kept(search, sizes[ROOM_SCORES]);
     search->center_blocks = blocks_kept(search, sizes[ROOM_CENTERS]);
-    look_ahead(index);
+    look_ahead(&parts[part_count - 1]);
+    bounds_init(search, parts[part_count - 1].end);
+    for (uint32_t p = 0; p < part_count; p++) {
+        part_init(search, &parts[p], &search->parts[p]);
+    }
     if (!dci_views_init(search)) {
         return INDEX_NOT_FINITE;
     }
-    bounds_init(search);
     search->begun = true;
     return INDEX_OK;
 }
@@ -220,23 +294,29 @@ static void ends_item(struct index_search *search)
         dci_open_flush(search);
         search->ends_blocks = search->block_count;
         enter(search, SEARCH_TAIL);
-        search->cursor = search->low;
+        search->at_part = 0;
+        search->cursor = search->parts[0].low;
         return;
     }
     const bool is_sink = search->cursor < search->sinks_end;
-    const uint32_t position = is_sink ? search->cursor : first + (search->cursor - search->sinks_end);
-    const struct index *index = search->index;
+    uint32_t position = is_sink ? search->cursor : first + (search->cursor - search->sinks_end);
+    const struct part *part = &search->parts[search->at_part];
+    while (position >= part->first + part->count) {
+        part = &search->parts[++search->at_part];
+    }
+    const struct index *index = part->index;
+    position -= part->first;
     if (position >= index->head && position < index->indexed) {
-        dci_open_one(search, position);
+        dci_open_one(search, search->at_part, position);
         search->cursor++;
         return;
     }
     // Neighbours outside the tree.
-    uint32_t end = is_sink ? search->sinks_end : search->visible;
+    uint32_t end = own_position(part, is_sink ? search->sinks_end : search->visible);
     end = position < index->head && index->indexed > 0 && end > index->head ? index->head : end;
     const uint32_t block_end = position - position % DCI_LANES + DCI_LANES;
     end = end < block_end ? end : block_end;
-    dci_open_neighbours(search, position, end);
+    dci_open_neighbours(search, search->at_part, position, end);
     search->cursor += end - position;
 }
 
@@ -261,6 +341,7 @@ void dci_search_begin_totals(struct index_search *search)
         search->placed = true;
     }
     memset(SEARCH_ROOM(search, float, ROOM_SPREADS), 0, search->views * DCI_LANES * sizeof(float));
+    memset(SEARCH_ROOM(search, float, ROOM_REST), 0, search->views * sizeof(float));
 }
 
 static void enter_totals(struct index_search *search)
@@ -269,27 +350,37 @@ static void enter_totals(struct index_search *search)
     enter(search, SEARCH_TOTALS);
 }
 
-// Head and tail between low and high.
+// The part's own position that the cursor over head and tail stands at, behind what is clustered.
+static uint32_t tail_position(const struct index_search *search)
+{
+    const struct index *index = search->parts[search->at_part].index;
+    const bool is_clustered = search->cursor >= index->head && search->cursor < index->indexed;
+    return is_clustered ? index->indexed : search->cursor;
+}
+
+// Heads and tails between low and high.
 static void tail_item(struct index_search *search)
 {
-    const struct index *index = search->index;
-    uint32_t at = search->cursor;
-    if (at >= index->head && at < index->indexed) {
-        at = index->indexed;
+    uint32_t at = tail_position(search);
+    while (at >= search->parts[search->at_part].high && search->at_part + 1 < search->part_count) {
+        search->cursor = search->parts[++search->at_part].low;
+        at = tail_position(search);
     }
-    if (at >= search->high && search->cell_blocks == 0) {
+    const struct part *part = &search->parts[search->at_part];
+    const struct index *index = part->index;
+    if (at >= part->high && search->cell_blocks == 0) {
         enter_totals(search);
         return;
     }
-    if (at >= search->high) {
+    if (at >= part->high) {
         dci_rank_begin_survey(search);
         enter(search, SEARCH_SURVEY);
         return;
     }
     uint32_t end = at - at % DCI_LANES + DCI_LANES;
     end = at < index->head && end > index->head && index->indexed > 0 ? index->head : end;
-    end = end < search->high ? end : search->high;
-    dci_open_neighbours(search, at, end);
+    end = end < part->high ? end : part->high;
+    dci_open_neighbours(search, search->at_part, at, end);
     search->cursor = end;
 }
 
@@ -299,7 +390,7 @@ static void opened(struct index_search *search)
     search->rounds++;
     const bool again =
         search->rounds == 1 || search->query.coverage > 0.0f || search->eligible_scored < search->query.budget;
-    if (search->everything || !again || search->opened_tokens == search->index->tokens) {
+    if (search->everything || !again || search->opened_tokens == search->tree_tokens) {
         enter_totals(search);
     } else {
         dci_rank_begin_weighing(search);

@@ -2,7 +2,12 @@
 //
 // A view is one query vector: query position x query head. Tokens are scored in blocks of 16 lanes: rows of a page of
 // the tree, or neighbours of head and tail. A cell is named by its slot, the number of its entry over all blocks of
-// cells. Eligible are the positions low .. high-1, outside sinks and window: only they can be selected.
+// cells of all parts, those of a part following each other. Eligible are the positions low .. high-1, outside sinks and
+// window: only they can be selected.
+//
+// Positions are the lane's, except where they are said to be a part's own: those count from its first token on, as its
+// index does. What depends on the part is looked up in struct part; what all indexes of a search have in common
+// (kernel, sizes of codes, tokens of a page) is asked of the first one.
 #ifndef ICECACHE_INDEX_SEARCH_H
 #define ICECACHE_INDEX_SEARCH_H
 
@@ -39,21 +44,41 @@ enum search_phase {
     SEARCH_DONE,
 };
 
+// A part as a search sees it. Its own positions all.
+struct part {
+    const struct index *index;
+    uint32_t first, count;             // the lane's position of its first token; how many tokens it has
+    uint32_t low, high;                // eligible
+    uint32_t visible;                  // tokens up to the last query
+    uint32_t cell_begin, cell_end;     // its blocks of cells among those of all parts
+    uint32_t tokens_scored;            // of all its tokens
+    uint32_t tree_tokens, tree_opened; // tokens of its cells, and of those of them that were opened
+};
+
+struct cell_block {
+    const struct dci_block *block;
+    uint32_t part;
+};
+
 // A block of scored lanes.
 struct scored {
     uint32_t page;      // of the tree
     uint32_t cell;      // TREE_NONE: of head or tail; SEARCH_LOOSE: loose rows
-    uint32_t place;     // head and tail: position of lane 0; rows of one cell: its slot
+    uint32_t place;     // head and tail: the part's own position of lane 0; rows of one cell: its slot
     uint8_t begin, end; // head and tail: the lanes that count
+    uint8_t part;       // but for loose rows
     bool counted;       // its exponentials are part of the sums
     uint32_t number;    // which block of the cell's run; which loose block
-    uint32_t only;      // the one position that counts (sinks and window in the tree); TREE_NONE: all eligible ones
+    uint32_t only;      // the one position of the part's own that counts (sinks and window in the tree); TREE_NONE: all
+                        // eligible ones
 };
+static_assert(INDEX_PARTS_MAX <= UINT8_MAX, "the number of a part fits");
 
 // 16 rows that passed the sieve, each of any cell.
 struct loose {
     uint32_t positions[DCI_LANES], pages[DCI_LANES];
     uint16_t rows[DCI_LANES];
+    uint8_t parts[DCI_LANES];
 };
 
 // A loose block on its way: it is scored when the next one is full, so that its rows have had time to arrive.
@@ -83,7 +108,6 @@ enum room_name {
     ROOM_NORMS,           // per view: scale * |q|, times the spread
     ROOM_STEPS,           // per view: dci_views
     ROOM_SUMS,            // per view: dci_views
-    ROOM_BASES,           // per view: dci_views
     ROOM_ORIGINS,         // per view: what exponentials are relative to
     ROOM_UNITS,           // per view: exp of the origin less the reference
     ROOM_ZEROS,           // per view: 0, the base of the tail
@@ -98,11 +122,13 @@ enum room_name {
     ROOM_DOUBTS,          // per view: the deviation that is left when it is known how scores spread around anchors
     ROOM_SHIFTS,          // per view: reference of the survey, then exp of it less the final one
     ROOM_SEEN,            // per query position: tokens whose spread was measured
+    ROOM_REST,            // per view: estimated sum of exp(score - reference) of what was not opened
     ROOM_INVERSE, // per view: 1 / sum of all exp(score - origin), over the number of views; before, the largest score
     ROOM_TOPS,    // per view and lane: largest score so far
     ROOM_LANES,   // per view and lane: sums of exponentials
     ROOM_ROUGH,   // per view and lane: rough sums of exp(score - reference) of blocks that were dropped
     ROOM_SPREADS, // per view and lane: promised tops, then sums of squared deviations, at last of what was not opened
+                  // of a part
     ROOM_UNSEEN,  // per view and lane: largest scores with those that the view does not see; nobody asks for them
     ROOM_ANCHORS, // per view and lane: scores of one block's anchors
     ROOM_BLOCK,   // per view and lane: scores of one block
@@ -110,9 +136,11 @@ enum room_name {
                 // by
     ROOM_ANCHORS_OF_LANES, // per view and lane: dci_lanes, of one block; then of the two that wait
     ROOM_SIGNS_OF_LANES,   // likewise
+    ROOM_BASES,            // per part and view: dci_views
     ROOM_CODES,            // per view: codes of the rotated query
     ROOM_FINE,             // per view: dci_views
     ROOM_TABLES,           // per view: dci_views
+    ROOM_CELL_BLOCKS,      // struct cell_block
     ROOM_SCORED,           // struct scored, per block
     ROOM_LOOSE,            // struct loose, per block
     ROOM_SCORES,           // scores of the first blocks
@@ -133,19 +161,20 @@ struct index_search {
     struct room rooms[ROOM_COUNT];
 
     // One search.
-    const struct index *index;
+    const struct index *index; // the first part's
     struct index_query query;
-    struct dci_views seen, plain; // the queries as codes see them; without base, as the tail does
+    struct dci_views seen, plain; // the queries as codes see them, but for the bases; without base, as the tail does
     enum search_phase phase;
     uint32_t views, visible, low, high, sinks_end;
     uint32_t select_max; // tokens or pages
     uint32_t cursor;
+    uint32_t part_count, at_part;         // the part that the cursor over sinks, window, head and tail is in
     uint32_t block_count, ends_blocks;    // scored; those of sinks and window come first
     uint32_t settled;                     // blocks whose masses are known
     uint32_t score_blocks, center_blocks; // how many fit
     uint32_t sieve_blocks;                // the same, for loose rows; tests that want no sieve set it to 0
     uint32_t to_open, rounds;
-    uint64_t opened_tokens; // of the tree
+    uint64_t tree_tokens, opened_tokens; // of the trees; of cells that were opened
     uint32_t eligible_scored, tokens_scored;
     uint32_t cell_blocks;
     uint32_t loose_count;
@@ -165,6 +194,7 @@ struct index_search {
     float weights[SEARCH_BUCKETS];           // a histogram: sum of merits
     uint32_t counts[SEARCH_BUCKETS];
     uint32_t tokens_of[SEARCH_BUCKETS]; // of scored tokens, while the sieve works
+    struct part parts[INDEX_PARTS_MAX];
 };
 
 #define SEARCH_ROOM(search, type, name) ((type *)(search)->rooms[name].block)
@@ -181,6 +211,20 @@ static inline struct scored *dci_scored(const struct index_search *search, uint3
 {
     return SEARCH_ROOM(search, struct scored, ROOM_SCORED) + block;
 }
+static inline const struct cell_block *dci_cell_block(const struct index_search *search, uint32_t block)
+{
+    return SEARCH_ROOM(search, struct cell_block, ROOM_CELL_BLOCKS) + block;
+}
+static inline const struct part *dci_part_of_slot(const struct index_search *search, uint32_t slot)
+{
+    return &search->parts[dci_cell_block(search, slot / DCI_LANES)->part];
+}
+// The queries as the anchors of a part see them.
+static inline const struct dci_views *dci_part_views(struct index_search *search, uint32_t part)
+{
+    search->seen.bases = SEARCH_ROOM(search, float, ROOM_BASES) + (size_t)part * search->views;
+    return &search->seen;
+}
 static inline bool dci_search_is_kept(const struct index_search *search, uint32_t block)
 {
     return block < search->score_blocks;
@@ -194,16 +238,18 @@ bool dci_views_init(struct index_search *search);
 void dci_search_begin_totals(struct index_search *search);
 
 // ---- open.c: scoring ----
-// Adds blocks of neighbours first .. end-1 of head or tail, and scores them.
-void dci_open_neighbours(struct index_search *search, uint32_t first, uint32_t end);
-void dci_open_one(struct index_search *search, uint32_t position); // a token of sinks or window
+// Adds blocks of neighbours of head or tail, and scores them: a part's own positions first .. end-1.
+void dci_open_neighbours(struct index_search *search, uint32_t part, uint32_t first, uint32_t end);
+void dci_open_one(struct index_search *search, uint32_t part, uint32_t position); // a token of sinks or window
 // Opens number `at` of the cells that are lined up. Returns blocks scored.
 uint32_t dci_open_cell(struct index_search *search, uint32_t at);
 void dci_open_begin_sieve(struct index_search *search); // when the bar and the spread are known
 void dci_open_flush(struct index_search *search);       // scores what waits
 // Scores of a block: kept ones, else computed into ROOM_BLOCK.
 float *dci_block_scores(struct index_search *search, uint32_t block);
+// TREE_NONE: none that the search sees.
 uint32_t dci_scored_position(const struct index_search *search, const struct scored *scored, uint32_t lane);
+uint32_t dci_scored_part(const struct index_search *search, const struct scored *scored, uint32_t lane);
 struct index_place dci_scored_place(const struct index_search *search, const struct scored *scored, uint32_t lane);
 // Scores of the anchors of a block of cells.
 const float *dci_block_centers(struct index_search *search, uint32_t block);

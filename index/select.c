@@ -33,26 +33,17 @@ void dci_search_masses(struct index_search *search, uint32_t block)
     search->settled = block + 1;
 }
 
-// What was not opened holds tokens of sinks and window too, and tokens behind the query: the share that counts.
-static float waiting_share(const struct index_search *search)
-{
-    const uint64_t waiting = search->index->tokens - search->opened_tokens;
-    const uint64_t left = search->visible > search->tokens_scored ? search->visible - search->tokens_scored : 0;
-    return left < waiting ? (float)left / (float)waiting : 1.0f;
-}
-
 void dci_search_fix_inverse(struct index_search *search)
 {
-    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rest = SEARCH_ROOM(search, float, ROOM_SPREADS);
+    const float *lanes = SEARCH_ROOM(search, float, ROOM_LANES), *rest = SEARCH_ROOM(search, float, ROOM_REST);
     const float *origins = SEARCH_ROOM(search, float, ROOM_ORIGINS);
     const float *reference = SEARCH_ROOM(search, float, ROOM_REFERENCE);
     float *inverse = SEARCH_ROOM(search, float, ROOM_INVERSE);
-    const float share = waiting_share(search);
     const float *rough = SEARCH_ROOM(search, float, ROOM_ROUGH);
     for (uint32_t v = 0; v < search->views; v++) {
         // These sums are in units of the reference, which is not above the origin by more than exp can say.
         const float unit = dci_exp(reference[v] - origins[v]);
-        const float waiting = search->weighed ? share * dci_sum_lanes(rest + (size_t)v * DCI_LANES) : 0.0f;
+        const float waiting = search->weighed ? rest[v] : 0.0f;
         const float dropped = search->barred ? dci_sum_lanes(rough + (size_t)v * DCI_LANES) : 0.0f;
         const float sum = dci_sum_lanes(lanes + (size_t)v * DCI_LANES) + unit * (waiting + dropped);
         inverse[v] = sum > 0.0f ? 1.0f / (sum * (float)search->views) : 0.0f;
@@ -142,8 +133,9 @@ static void sort_best_first(struct candidate *items, uint32_t n)
 
 static bool is_eligible(const struct index_search *search, const struct scored *scored, uint32_t position)
 {
+    const struct part *part = &search->parts[scored->part];
     return position >= search->low && position < search->high &&
-           (scored->cell != TREE_NONE || *dci_place(search->index, position) != TREE_NONE);
+           (scored->cell != TREE_NONE || *dci_place(part->index, position - part->first) != TREE_NONE);
 }
 
 // A mass that is certainly reached by as many tokens as are to be selected: the one that was, when tokens were weighed
@@ -203,9 +195,15 @@ static uint32_t collect_tokens(struct index_search *search, uint32_t begin, uint
     return count;
 }
 
-static uint32_t page_at(const struct index_search *search, uint32_t block, uint32_t lane)
+static struct index_part_page page_at(const struct index_search *search, uint32_t block, uint32_t lane)
 {
-    return dci_scored_place(search, dci_scored(search, block), lane).page;
+    const struct scored *scored = dci_scored(search, block);
+    return (struct index_part_page){dci_scored_part(search, scored, lane), dci_scored_place(search, scored, lane).page};
+}
+
+static bool is_same_page(struct index_part_page a, struct index_part_page b)
+{
+    return a.page == b.page && a.part == b.part;
 }
 
 // The same: one per page, of consecutive lanes.
@@ -223,7 +221,7 @@ static uint32_t collect_pages(struct index_search *search, uint32_t begin, uint3
             }
             const float mass = masses[(size_t)block * DCI_LANES + lane];
             struct candidate *last = &candidates[count == 0 ? 0 : count - 1];
-            if (count > 0 && page_at(search, last->block, last->lane) == page_at(search, block, lane)) {
+            if (count > 0 && is_same_page(page_at(search, last->block, last->lane), page_at(search, block, lane))) {
                 last->mass += mass;
                 last->position = position < last->position ? position : last->position;
             } else {
@@ -265,16 +263,17 @@ static void emit_lane(struct index_search *search, uint32_t block, uint32_t lane
 // All of a page's tokens, from its first candidate on.
 static void emit_page(struct index_search *search, const struct candidate *first, uint32_t *emitted)
 {
-    const uint32_t page = page_at(search, first->block, first->lane);
+    const struct index_part_page page = page_at(search, first->block, first->lane);
+    const uint32_t step = search->index->page_tokens, own = first->position - search->parts[page.part].first;
     for (uint32_t block = first->block; block < search->settled; block++) {
         const struct scored *scored = dci_scored(search, block);
-        const uint32_t step = search->index->page_tokens;
-        if (scored->cell != TREE_NONE ? scored->page != page : scored->place / step > first->position / step) {
+        if (scored->part != page.part ||
+            (scored->cell != TREE_NONE ? scored->page != page.page : scored->place / step > own / step)) {
             break;
         }
         for (uint32_t lane = 0; lane < DCI_LANES; lane++) {
             if (is_eligible(search, scored, dci_scored_position(search, scored, lane)) &&
-                page_at(search, block, lane) == page) {
+                is_same_page(page_at(search, block, lane), page)) {
                 emit_lane(search, block, lane, emitted);
             }
         }
@@ -364,7 +363,7 @@ void index_search_finish(struct index_search *search, struct index_selection *se
     *tokens = selected;
 }
 
-uint32_t index_search_near(struct index_search *search, uint32_t more, uint32_t *pages)
+uint32_t index_search_near(struct index_search *search, uint32_t more, struct index_part_page *pages)
 {
     const float *masses = SEARCH_ROOM(search, float, ROOM_MASSES);
     const uint32_t begin = search->ends_blocks < search->settled ? search->ends_blocks : search->settled;
@@ -383,8 +382,8 @@ uint32_t index_search_near(struct index_search *search, uint32_t more, uint32_t 
             if (!is_near || !is_eligible(search, scored, dci_scored_position(search, scored, lane))) {
                 continue;
             }
-            const uint32_t page = page_at(search, block, lane);
-            if (count == 0 || pages[count - 1] != page) {
+            const struct index_part_page page = page_at(search, block, lane);
+            if (count == 0 || !is_same_page(pages[count - 1], page)) {
                 pages[count++] = page;
             }
             if (count == more) {

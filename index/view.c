@@ -14,7 +14,6 @@ static void views_point(struct index_search *search)
         .codes = SEARCH_ROOM(search, int8_t, ROOM_CODES),
         .sums = SEARCH_ROOM(search, int32_t, ROOM_SUMS),
         .steps = SEARCH_ROOM(search, float, ROOM_STEPS),
-        .bases = SEARCH_ROOM(search, float, ROOM_BASES),
         .norms = SEARCH_ROOM(search, float, ROOM_NORMS),
         .row_bytes = search->index->code_row_bytes,
         .fine = SEARCH_ROOM(search, int8_t, ROOM_FINE),
@@ -38,7 +37,10 @@ static void view_encode(struct index_search *search, uint32_t v, const float *ve
     dci_rotate(index, rotated);
     const float step = index->kernel->encode8(rotated, dim, codes, &SEARCH_ROOM(search, int32_t, ROOM_SUMS)[v]);
     SEARCH_ROOM(search, float, ROOM_STEPS)[v] = query->scale * step;
-    SEARCH_ROOM(search, float, ROOM_BASES)[v] = query->scale * index->kernel->dot(rotated, index->base, dim);
+    for (uint32_t p = 0; p < search->part_count; p++) {
+        SEARCH_ROOM(search, float, ROOM_BASES)
+        [(size_t)p * search->views + v] = query->scale * index->kernel->dot(rotated, search->parts[p].index->base, dim);
+    }
     memcpy(fine, codes, dim);
     memset(fine + dim, 0, 2 * half - dim);
     const float table_step =
@@ -53,7 +55,11 @@ bool dci_views_init(struct index_search *search)
 {
     const struct index *index = search->index;
     const struct index_query *query = &search->query;
-    const float key_norm_max = sqrtf(index->norm2_max);
+    float norm2_max = 0.0f;
+    for (uint32_t p = 0; p < search->part_count; p++) {
+        norm2_max = search->parts[p].index->norm2_max > norm2_max ? search->parts[p].index->norm2_max : norm2_max;
+    }
+    const float key_norm_max = sqrtf(norm2_max);
     views_point(search);
     for (uint32_t v = 0; v < search->views; v++) {
         const float *vector = query->queries + (size_t)v * index->head_dim;

@@ -124,7 +124,8 @@ static bool reserve_tree(struct search *search, const struct search_lane *lane, 
         question.page_wise = page_wise != 0;
         struct index_query query;
         tree_query(&search->data, lane->data, &question, &query);
-        if (index_search_reserve(search->context, tree->index, &query) != INDEX_OK) {
+        const struct index_part whole = index_part_whole(tree->index);
+        if (index_search_reserve(search->context, &whole, 1, &query) != INDEX_OK) {
             return false;
         }
     }

@@ -140,7 +140,8 @@ static bool reserve(struct step *step)
     for (uint32_t w = 0; w < step->cores_max; w++) {
         for (uint32_t l = 0; l < step->lane_count; l++) {
             const struct index_query query = query_of(step, &step->lanes[l], step->budget_max, 0);
-            if (index_search_reserve(step->workers[w].context, step->lanes[l].tree.index, &query) != INDEX_OK) {
+            const struct index_part whole = index_part_whole(step->lanes[l].tree.index);
+            if (index_search_reserve(step->workers[w].context, &whole, 1, &query) != INDEX_OK) {
                 return false;
             }
         }

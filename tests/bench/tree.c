@@ -213,7 +213,8 @@ void tree_query(const struct data *data, const struct data_lane *lane, const str
 bool tree_search(struct index_search *search, const struct tree *tree, const struct index_query *query,
                  struct index_selection *selection, const struct index_selected **tokens)
 {
-    if (index_search_begin(search, tree->index, query) != INDEX_OK) {
+    const struct index_part whole = index_part_whole(tree->index);
+    if (index_search_begin(search, &whole, 1, query) != INDEX_OK) {
         return false;
     }
     while (!index_search_step(search, ALL_UNITS)) {

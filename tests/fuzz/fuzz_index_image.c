@@ -154,8 +154,9 @@ static void search(const struct index *index, const struct index_allocator *allo
                                           .coverage = round == 2 ? 0.9f : 0.0f};
         struct index_selection selection;
         const struct index_selected *tokens;
-        FUZZ_CHECK(index_search_reserve(context, index, &query) == INDEX_OK);
-        const enum index_status status = index_search_begin(context, index, &query);
+        const struct index_part whole = index_part_whole(index);
+        FUZZ_CHECK(index_search_reserve(context, &whole, 1, &query) == INDEX_OK);
+        const enum index_status status = index_search_begin(context, &whole, 1, &query);
         if (status == INDEX_NOT_FINITE) {
             continue;
         }

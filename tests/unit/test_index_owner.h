@@ -547,12 +547,27 @@ struct answer {
     struct index_selection selection;
     const struct index_selected *tokens;
 };
-static inline struct answer search_run(struct index_search *search, const struct index *index,
-                                       const struct index_query *query, uint64_t work_units, uint32_t steps_max)
+// Over an index that is all of its lane.
+static inline enum index_status search_reserve(struct index_search *search, const struct index *index,
+                                               const struct index_query *query)
 {
-    struct answer answer = {.status = index_search_reserve(search, index, query)};
+    const struct index_part whole = index_part_whole(index);
+    return index_search_reserve(search, &whole, 1, query);
+}
+static inline enum index_status search_begin(struct index_search *search, const struct index *index,
+                                             const struct index_query *query)
+{
+    const struct index_part whole = index_part_whole(index);
+    return index_search_begin(search, &whole, 1, query);
+}
+
+static inline struct answer search_parts(struct index_search *search, const struct index_part *parts,
+                                         uint32_t part_count, const struct index_query *query, uint64_t work_units,
+                                         uint32_t steps_max)
+{
+    struct answer answer = {.status = index_search_reserve(search, parts, part_count, query)};
     if (answer.status == INDEX_OK) {
-        answer.status = index_search_begin(search, index, query);
+        answer.status = index_search_begin(search, parts, part_count, query);
     }
     if (answer.status != INDEX_OK) {
         return answer;
@@ -561,6 +576,13 @@ static inline struct answer search_run(struct index_search *search, const struct
     }
     index_search_finish(search, &answer.selection, &answer.tokens);
     return answer;
+}
+
+static inline struct answer search_run(struct index_search *search, const struct index *index,
+                                       const struct index_query *query, uint64_t work_units, uint32_t steps_max)
+{
+    const struct index_part whole = index_part_whole(index);
+    return search_parts(search, &whole, 1, query, work_units, steps_max);
 }
 
 // Masses of all tokens by the book, in double precision.

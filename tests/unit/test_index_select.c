@@ -198,8 +198,8 @@ static void slices_are_bounded(void **state)
     const uint64_t units[] = {1, 1000, 100000000};
     uint32_t calls[3] = {0};
     for (uint32_t i = 0; i < 3; i++) {
-        assert_int_equal(index_search_reserve(lane.search, lane.owner.index, &query), INDEX_OK);
-        assert_int_equal(index_search_begin(lane.search, lane.owner.index, &query), INDEX_OK);
+        assert_int_equal(search_reserve(lane.search, lane.owner.index, &query), INDEX_OK);
+        assert_int_equal(search_begin(lane.search, lane.owner.index, &query), INDEX_OK);
         do {
             calls[i]++;
         } while (!index_search_step(lane.search, units[i]));
@@ -309,9 +309,9 @@ static void assert_same_answer(const struct answer *a, const struct answer *b)
 static struct answer search_keeping(struct lane *lane, const struct index_query *query, bool sifts, uint32_t blocks,
                                     uint32_t center_blocks)
 {
-    struct answer answer = {.status = index_search_reserve(lane->search, lane->owner.index, query)};
+    struct answer answer = {.status = search_reserve(lane->search, lane->owner.index, query)};
     assert_int_equal(answer.status, INDEX_OK);
-    assert_int_equal(index_search_begin(lane->search, lane->owner.index, query), INDEX_OK);
+    assert_int_equal(search_begin(lane->search, lane->owner.index, query), INDEX_OK);
     lane->search->sieve_blocks = sifts ? lane->search->sieve_blocks : 0;
     lane->search->score_blocks = blocks < lane->search->score_blocks ? blocks : lane->search->score_blocks;
     lane->search->center_blocks =
@@ -537,10 +537,10 @@ static void refuses_bad_queries(void **state)
     bad[11].coverage = NAN;
     bad[12].effort = NAN;
     for (uint32_t i = 0; i < 13; i++) {
-        assert_int_equal(index_search_reserve(lane.search, lane.owner.index, &bad[i]), INDEX_INVALID);
-        assert_int_equal(index_search_begin(lane.search, lane.owner.index, &bad[i]), INDEX_INVALID);
+        assert_int_equal(search_reserve(lane.search, lane.owner.index, &bad[i]), INDEX_INVALID);
+        assert_int_equal(search_begin(lane.search, lane.owner.index, &bad[i]), INDEX_INVALID);
     }
-    assert_int_equal(index_search_begin(lane.search, lane.owner.index, &good), INDEX_NO_MEMORY); // nothing reserved
+    assert_int_equal(search_begin(lane.search, lane.owner.index, &good), INDEX_NO_MEMORY); // nothing reserved
     const float values[] = {NAN, INFINITY, 3e38f, 1e25f};
     for (uint32_t i = 0; i < 4; i++) {
         struct index_query query = good;
@@ -551,7 +551,7 @@ static void refuses_bad_queries(void **state)
         lane.queries[37] = kept;
     }
     // No allocation outside reserve.
-    assert_int_equal(index_search_reserve(lane.search, lane.owner.index, &good), INDEX_OK);
+    assert_int_equal(search_reserve(lane.search, lane.owner.index, &good), INDEX_OK);
     const uint64_t acquired = lane.heap.acquired;
     (void)lane_search(&lane, &good, 1);
     assert_int_equal(lane.heap.acquired, acquired);
@@ -581,7 +581,7 @@ static void builds_while_searching(void **state)
     const struct answer quiet = lane_search(&lane, &query, 500);
     memcpy(before, quiet.tokens, sizeof before);
     for (enum index_build_state build = INDEX_BUILD_MORE; build != INDEX_BUILD_PLAN;) {
-        assert_int_equal(index_search_begin(lane.search, lane.owner.index, &query), INDEX_OK);
+        assert_int_equal(search_begin(lane.search, lane.owner.index, &query), INDEX_OK);
         do {
             build = build == INDEX_BUILD_PLAN ? build : owner_step(&lane.owner, 300);
         } while (!index_search_step(lane.search, 50));

@@ -232,7 +232,7 @@ INDEX_MUST_CHECK enum index_status index_search_create(const struct index_alloca
 void index_search_destroy(struct index_search *search); // accepts NULL
 // Makes room for a search with this query over these parts of a lane: at least one, INDEX_PARTS_MAX at most, from
 // position 0 on, each beginning where the one before ends. A part may be without tokens. All their indexes have the
-// same head_dim, dtype, page_tokens and seed (the same index may come twice). The only call that may allocate. The
+// same head_dim, dtype, page_tokens and seed. The only call that may allocate. The
 // array is borrowed during the call.
 INDEX_MUST_CHECK enum index_status index_search_reserve(struct index_search *search, const struct index_part *parts,
                                                         uint32_t part_count, const struct index_query *query);

@@ -320,28 +320,6 @@ static void huge_and_tiny_numbers(void **state)
 
 // ---- real attention ----
 
-// The 16-bit elements of a .npy file of the small trace.
-static uint16_t *trace_load(const char *name, size_t elements)
-{
-    char path[1024] = __FILE__;
-    char *slash = strrchr(path, '/');
-    snprintf(slash == NULL ? path : slash + 1, 256, "%s../data/own8k/%s", slash == NULL ? "tests/unit/" : "", name);
-    FILE *file = fopen(path, "rb");
-    if (file == NULL) {
-        fail_msg("cannot open %s", path);
-    }
-    unsigned char head[10];
-    assert_int_equal(fread(head, 1, sizeof head, file), sizeof head);
-    assert_memory_equal(head, "\x93NUMPY\x01\x00", 8);
-    assert_int_equal(fseek(file, 10 + head[8] + 256 * head[9], SEEK_SET), 0);
-    uint16_t *data = malloc(elements * sizeof *data);
-    assert_int_equal(fread(data, sizeof *data, elements, file), elements);
-    fclose(file);
-    return data;
-}
-
-enum { TRACE_TOKENS = 8192, TRACE_DIM = 64, TRACE_FIRST = 7680, TRACE_STEP = 64 };
-
 struct share {
     double got, best, said;
 };

@@ -13,8 +13,8 @@
 // Positions ahead, likewise, where sinks and window lie in the tree.
 #define ONES_AHEAD 4u
 
-// How many deviations the sieve allows for (three times as many with an effort of 1), and the largest one that it takes
-// the mean of exponentials of.
+// How many deviations the sieve allows for (three times as many with all care, see struct part), and the largest one
+// that it takes the mean of exponentials of.
 #define SIEVE_MARGIN 1.0f
 #define DOUBT_MOST   4.0f
 
@@ -275,7 +275,7 @@ static void sieve_init(struct index_search *search, uint32_t slot, const struct 
     const float unit = block->unit[slot % DCI_LANES];
     for (uint32_t v = 0; v < search->views; v++) {
         const float doubt = doubts[v] * unit, limited = doubt < DOUBT_MOST ? doubt : DOUBT_MOST;
-        const float margin = SIEVE_MARGIN * (1.0f + 2.0f * search->query.effort) * doubt;
+        const float margin = SIEVE_MARGIN * (1.0f + 2.0f * source->part->care) * doubt;
         offsets[v] = ((centers[(size_t)v * DCI_LANES] - reference[v]) + margin) * DCI_ROUGH_SLOPE + DCI_ROUGH_OFFSET;
         weights[v] = rough_exp(0.5f * limited * limited - margin);
     }

@@ -15,6 +15,11 @@
 // Blocks that are worked on in one go.
 #define ITEM_BLOCKS 8u
 
+// Cells of a part that is small beside others hold what is unlike: what lies far from their anchors is where a query
+// looks, and the sieve, which expects it around them, would lose it. So it is as careful there as with an effort of 1
+// (real attention, 8,192 tokens in 64 parts: .998 of one head's best 64 tokens, without it .972; in one part .989).
+#define CAREFUL_TOKENS 1024u
+
 // How far from its origin the best score may be: no sum of exponentials overflows, and none is nothing.
 #define ORIGIN_REACH 60.0f
 
@@ -266,6 +271,11 @@ enum index_status index_search_begin(struct index_search *search, const struct i
     bounds_init(search, parts[part_count - 1].end);
     for (uint32_t p = 0; p < part_count; p++) {
         part_init(search, &parts[p], &search->parts[p]);
+    }
+    for (uint32_t p = 0; p < part_count; p++) {
+        struct part *part = &search->parts[p];
+        const bool is_small = part->tree_tokens <= CAREFUL_TOKENS && part->tree_tokens < search->tree_tokens;
+        part->care = is_small ? 1.0f : query->effort;
     }
     if (!dci_views_init(search)) {
         return INDEX_NOT_FINITE;

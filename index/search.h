@@ -53,6 +53,7 @@ struct part {
     uint32_t cell_begin, cell_end;     // its blocks of cells among those of all parts
     uint32_t tokens_scored;            // of all its tokens
     uint32_t tree_tokens, tree_opened; // tokens of its cells, and of those of them that were opened
+    float care;                        // of the sieve with its cells, 0 to 1
 };
 
 struct cell_block {

@@ -477,11 +477,53 @@ static void views_that_end_inside_parts(void **state)
         free(keys);
     }
     for (uint32_t extra = 0; extra < 2; extra++) {
-        printf("%s: %.4f of the best, masses off by %.3f\n", extra == 0 ? "whole indexes" : "views", got[extra] / best,
-               judged[extra].off / judged[extra].said);
+        printf("%s: %.4f of the best, masses off by %.3f, said %.4f\n", extra == 0 ? "whole indexes" : "views",
+               got[extra] / best, judged[extra].off / judged[extra].said, judged[extra].said / got[extra]);
         assert_true(judged[extra].off < 0.3 * judged[extra].said);
     }
     assert_true(got[1] > 0.97 * got[0]);
+}
+
+// Masses follow who sees what, also where a part begins or ends among the queries.
+static void masses_are_causal(void **state)
+{
+    (void)state;
+    struct rng rng = rng_begin(213);
+    for (uint32_t round = 0; round < rounds_of(70); round++) {
+        const struct index_params params = {.head_dim = 48, .dtype = INDEX_FP32, .page_tokens = 16, .seed = round};
+        const uint32_t n = 900, count = 2 + rng_below(&rng, 6), first = rng_below(&rng, n);
+        unsigned char *keys = keys_make(KEYS_GAUSSIAN, params.dtype, params.head_dim, n, &rng);
+        uint32_t ends[INDEX_PARTS_MAX];
+        ends_random(ends, count, n, &rng);
+        if (round % 2 == 0 && first < n - 4) { // among the queries
+            ends[0] = first + rng_below(&rng, 4);
+            for (uint32_t p = 1; p + 1 < count; p++) {
+                ends[p] = ends[p - 1] + (n - ends[p - 1]) / 2;
+            }
+        }
+        const struct chain_shape shape = {keys, n, ends, count, 24, true, false, round % 3 != 0, 200};
+        struct chain chain;
+        chain_begin(&chain, &params, &shape, &rng);
+        for (uint32_t i = 0; i < 24 * params.head_dim; i++) {
+            chain.queries[i] = rng_normal(&rng);
+        }
+        const struct index_query query = {.queries = chain.queries,
+                                          .query_count = 8,
+                                          .head_count = 3,
+                                          .first_position = first,
+                                          .scale = 0.15f,
+                                          .budget = n,
+                                          .sinks = rng_below(&rng, 300),
+                                          .window = round % 5 == 0 ? rng_below(&rng, 300) : 0};
+        const struct answer answer = chain_search(&chain, &query, 1000);
+        masses_exact(&chain.lane, &query, chain.masses);
+        for (uint32_t i = 0; i < answer.selection.count; i++) {
+            const double mass = chain.masses[answer.tokens[i].position];
+            assert_near((double)answer.tokens[i].mass, mass, 0.35 * mass + 1e-7);
+        }
+        chain_end(&chain);
+        free(keys);
+    }
 }
 
 // Parts without tokens change nothing, whatever their indexes hold.
@@ -860,17 +902,12 @@ static void wrong_arguments_are_refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(everything_is_selected),
-        cmocka_unit_test(parts_find_what_one_finds),
-        cmocka_unit_test(parts_of_real_attention),
-        cmocka_unit_test(a_view_is_as_a_query_that_looks_back),
-        cmocka_unit_test(views_that_end_inside_parts),
-        cmocka_unit_test(empty_parts_are_nothing),
-        cmocka_unit_test(whole_pages_of_several_parts),
-        cmocka_unit_test(coverage_of_several_parts),
-        cmocka_unit_test(partial_and_sliced),
-        cmocka_unit_test(near_pages_name_their_part),
-        cmocka_unit_test(sealed_indexes_are_clustered_to_the_end),
+        cmocka_unit_test(everything_is_selected),      cmocka_unit_test(parts_find_what_one_finds),
+        cmocka_unit_test(parts_of_real_attention),     cmocka_unit_test(a_view_is_as_a_query_that_looks_back),
+        cmocka_unit_test(views_that_end_inside_parts), cmocka_unit_test(masses_are_causal),
+        cmocka_unit_test(empty_parts_are_nothing),     cmocka_unit_test(whole_pages_of_several_parts),
+        cmocka_unit_test(coverage_of_several_parts),   cmocka_unit_test(partial_and_sliced),
+        cmocka_unit_test(near_pages_name_their_part),  cmocka_unit_test(sealed_indexes_are_clustered_to_the_end),
         cmocka_unit_test(wrong_arguments_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

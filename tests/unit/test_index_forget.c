@@ -503,7 +503,8 @@ static void a_life_of_changes(void **state)
                                             .page_tokens = pages[life % 7],
                                             .policy = (enum index_policy)(life / 7 % 2),
                                             .promotion_ratio = life % 3 == 0 ? 0.125f : 0.0f,
-                                            .seed = rng_next(&rng)};
+                                            .seed = rng_next(&rng),
+                                            .is_continuation = life % 5 < 2};
         const uint32_t n = 3000;
         const enum keys_kind kind = (enum keys_kind)rng_below(&rng, KEYS_KINDS);
         unsigned char *keys = keys_make(kind, params.dtype, params.head_dim, n, &rng);
@@ -514,7 +515,8 @@ static void a_life_of_changes(void **state)
             const uint32_t what = rng_below(&rng, 100);
             if (what < 30) {
                 const uint32_t some = rng_below(&rng, what < 5 ? 500 : 40), left = n - owner.length;
-                assert_int_equal(owner_append(&owner, some < left ? some : left), INDEX_OK);
+                const enum index_status expected = index_is_sealed(owner.index) ? INDEX_INVALID : INDEX_OK;
+                assert_int_equal(owner_append(&owner, some < left ? some : left), expected);
             } else if (what < 75) {
                 has_plan = has_plan || owner_step(&owner, 1 + rng_below(&rng, 20000)) == INDEX_BUILD_PLAN;
                 if (has_plan && rng_below(&rng, 3) != 0) {
@@ -536,6 +538,8 @@ static void a_life_of_changes(void **state)
                 has_plan = false;
             } else if (what < 92) {
                 search_all(&owner, kind <= KEYS_FEW_DISTINCT);
+            } else if (what == 92 && event > 200) {
+                index_seal(owner.index);
             }
             owner_check(&owner);
             assert_int_equal(index_bytes(owner.index), heap.bytes);

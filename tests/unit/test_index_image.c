@@ -179,7 +179,8 @@ static struct index_params params_random(struct rng *rng, uint32_t round)
                                  .page_tokens = pages[round % 7],
                                  .policy = (enum index_policy)(round / 7 % 2),
                                  .promotion_ratio = round % 3 == 0 ? 0.125f : 0.0f,
-                                 .seed = rng_next(rng)};
+                                 .seed = rng_next(rng),
+                                 .is_continuation = round % 5 < 2};
 }
 
 static void build_all(struct owner *owner)
@@ -194,7 +195,8 @@ static void live(struct owner *const *owners, uint32_t owner_count, uint32_t tok
     const uint32_t some = 1 + rng_below(rng, 300), position = n == 0 ? 0 : rng_below(rng, n);
     for (uint32_t i = 0; i < owner_count; i++) {
         if (what < 5) {
-            assert_int_equal(owner_append(owners[i], some < tokens - n ? some : tokens - n), INDEX_OK);
+            const enum index_status expected = index_is_sealed(owners[i]->index) ? INDEX_INVALID : INDEX_OK;
+            assert_int_equal(owner_append(owners[i], some < tokens - n ? some : tokens - n), expected);
         } else if (what < 6) {
             owner_truncate(owners[i], n - (some < n ? some : n));
         } else if (what < 8) {
@@ -236,6 +238,15 @@ static void every_length_comes_back(void **state)
             build_all(&owner);
             build_all(&again);
             owner_verify(&again);
+            assert_equal(&owner, &again, true, &rng);
+            owner_end(&again);
+            index_seal(owner.index); // the rest is clustered after a load as it is without one
+            again = reborn(&owner, &other, &rng, &image);
+            free(image.bytes);
+            assert_true(index_is_sealed(again.index));
+            assert_int_equal(owner_append(&again, 1), INDEX_INVALID);
+            build_all(&owner);
+            build_all(&again);
             assert_equal(&owner, &again, true, &rng);
             owner_end(&owner);
             owner_end(&again);
@@ -280,6 +291,10 @@ static void lives_go_on_alike(void **state)
             owner_carry_out(&owner, NULL, NULL);
         }
         for (uint32_t event = 0; event < 40; event++) {
+            if (event == 20 && round % 3 == 0) {
+                index_seal(owner.index);
+                index_seal(shadow.index);
+            }
             build_all(&owner); // first of all, so that both number pages in the same order
             build_all(&shadow);
             assert_equal(&owner, &shadow, event % 8 == 0, &rng);
@@ -413,14 +428,15 @@ static void what_is_no_image_is_refused(void **state)
     build_all(&owner);
     struct image image = save(owner.index, &rng);
     struct index *index = NULL;
-    struct index_params wrong[] = {params, params, params, params, params, params};
+    struct index_params wrong[] = {params, params, params, params, params, params, params};
     wrong[0].head_dim = 48;
     wrong[1].dtype = INDEX_FP16;
     wrong[2].page_tokens = 16;
     wrong[3].policy = INDEX_PROMOTION;
     wrong[4].seed = 5;
     wrong[5].head_dim = 17;
-    for (uint32_t i = 0; i < 6; i++) {
+    wrong[6].is_continuation = true;
+    for (uint32_t i = 0; i < 7; i++) {
         assert_int_equal(load(&image, &wrong[i], &other, &rng, &index), INDEX_INVALID);
     }
     // Of another length, or announced so.

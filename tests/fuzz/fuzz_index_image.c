@@ -13,7 +13,7 @@
 #define IMAGE_MOST    131072u
 #define HEAD_DIM      16u
 #define TOKENS        430u
-#define HEADER_BYTES  120u
+#define HEADER_BYTES  128u
 #define SIZE_AT       8u // of the image's bytes, in the header
 #define CONSTANT_MOST 100000u
 
@@ -68,7 +68,7 @@ static void append(struct index *index, uint32_t n)
             key_of((uint32_t)index_length(index) + i, keys + (size_t)i * HEAD_DIM);
         }
         const enum index_status status = index_append_prepare(index, keys, HEAD_DIM * sizeof(float), some, places);
-        if (status == INDEX_FULL) {
+        if (status == INDEX_FULL || (status == INDEX_INVALID && index_is_sealed(index))) {
             return;
         }
         FUZZ_CHECK(status == INDEX_OK);
@@ -133,8 +133,11 @@ static void check(const struct index *index)
     }
 }
 
+// Of the index, and behind it of its beginning once more.
 static void search(const struct index *index, const struct index_allocator *allocator, uint32_t first)
 {
+    const uint64_t length = index_length(index), end = length + length / 2;
+    const struct index_part parts[] = {{index, 0, length}, {index, length, end}};
     float vectors[2 * HEAD_DIM];
     struct index_search *context;
     FUZZ_CHECK(index_search_create(allocator, &context) == INDEX_OK);
@@ -145,18 +148,17 @@ static void search(const struct index *index, const struct index_allocator *allo
         const struct index_query query = {.queries = vectors,
                                           .query_count = 1,
                                           .head_count = 2,
-                                          .first_position = round == 2 ? index_length(index) / 2 : index_length(index),
+                                          .first_position = round == 2 ? length / 2 : end,
                                           .scale = 0.25f,
-                                          .budget = round == 0 ? (uint32_t)index_length(index) : 40,
+                                          .budget = round == 0 ? (uint32_t)end : 40,
                                           .sinks = 2,
                                           .window = round == 1 ? 0 : 20,
                                           .page_wise = round == 1,
                                           .coverage = round == 2 ? 0.9f : 0.0f};
         struct index_selection selection;
         const struct index_selected *tokens;
-        const struct index_part whole = index_part_whole(index);
-        FUZZ_CHECK(index_search_reserve(context, &whole, 1, &query) == INDEX_OK);
-        const enum index_status status = index_search_begin(context, &whole, 1, &query);
+        FUZZ_CHECK(index_search_reserve(context, parts, 1 + round % 2, &query) == INDEX_OK);
+        const enum index_status status = index_search_begin(context, parts, 1 + round % 2, &query);
         if (status == INDEX_NOT_FINITE) {
             continue;
         }
@@ -167,8 +169,9 @@ static void search(const struct index *index, const struct index_allocator *allo
         index_search_finish(context, &selection, &tokens);
         for (uint32_t i = 0; i < selection.count; i++) {
             struct index_place place;
-            FUZZ_CHECK(tokens[i].position < index_length(index) && tokens[i].mass >= 0.0f && tokens[i].mass < 1.1f);
-            index_locate(index, tokens[i].position, 1, &place);
+            const uint32_t position = tokens[i].position;
+            FUZZ_CHECK(position < (round % 2 == 0 ? length : end) && tokens[i].mass >= 0.0f && tokens[i].mass < 1.1f);
+            index_locate(index, position < length ? position : position - length, 1, &place);
             FUZZ_CHECK(place.page == tokens[i].place.page && place.row == tokens[i].place.row);
         }
     }
@@ -226,10 +229,14 @@ static void make_images(void)
                                                     .page_tokens = pages[kind % 3],
                                                     .policy = kind % 2 == 0 ? INDEX_MEANS : INDEX_PROMOTION,
                                                     .promotion_ratio = kind % 2 == 0 ? 0.0f : 0.125f,
-                                                    .seed = kind};
+                                                    .seed = kind,
+                                                    .is_continuation = kind >= 8};
         const uint32_t page_tokens = images[kind].params.page_tokens;
         FUZZ_CHECK(index_create(&images[kind].params, &allocator, &index) == INDEX_OK);
         append(index, kind < 3 ? 30 * kind : TOKENS);
+        if (kind % 5 == 4) {
+            index_seal(index);
+        }
         build(index, page_tokens, kind % 4 == 3);
         if (kind % 4 == 2) {
             forget(index, index_length(index) - 37);

@@ -189,9 +189,10 @@ static void json_sequence(const Icecache__Wire__SequenceStats *row)
     printf(",");
     json_string("namespace", row->name_space);
     printf(",\"tokens\":%" PRIu64 ",\"indexed\":%" PRIu64 ",\"pages\":%" PRIu64 ",\"pool_bytes\":%" PRIu64
-           ",\"index_bytes\":%" PRIu64 ",\"retrieves\":%" PRIu64 ",\"appended_tokens\":%" PRIu64 ",",
+           ",\"index_bytes\":%" PRIu64 ",\"retrieves\":%" PRIu64 ",\"appended_tokens\":%" PRIu64
+           ",\"shared_tokens\":%" PRIu64 ",",
            row->tokens, row->indexed, row->pages, row->pool_bytes, row->index_bytes, row->retrieves,
-           row->appended_tokens);
+           row->appended_tokens, row->shared_tokens);
     json_string("phase", row->phase);
     printf("}");
 }

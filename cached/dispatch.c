@@ -5,6 +5,16 @@
 
 #include <stdio.h>
 
+void sequence_limit_text(const struct server *server, char *text, size_t capacity)
+{
+    if (server->sequence_count >= server->config->sequences_max)
+        snprintf(text, capacity, "%u sequences are open, as many as --sequences-max allows", server->sequence_count);
+    else
+        snprintf(text, capacity,
+                 "the sequence is a chain of %u forks, as many as there can be; open a sequence and append its tokens",
+                 SEQUENCE_STEMS_MAX);
+}
+
 static void open_sequence(struct server *server, struct session *session, const Icecache__Wire__Request *request,
                           const struct env_message *message)
 {
@@ -19,7 +29,7 @@ static void open_sequence(struct server *server, struct session *session, const 
         return;
     }
     if (status == ICE_LIMIT)
-        snprintf(text, sizeof text, "%u sequences are open, as many as --sequences-max allows", server->sequence_count);
+        sequence_limit_text(server, text, sizeof text);
     server->stats.errors++;
     reply_error(server, session, message, request->request_id, status, text);
 }

@@ -29,7 +29,7 @@ static uint32_t slots_of(const struct gather_plan *plan)
 }
 
 // The tokens of up to `n` numbers from `number` on, of one part of the plan; returns how many. Their slots are not set.
-static uint32_t resolve(const struct lane *lane, const struct gather_plan *plan, uint32_t number, uint32_t n,
+static uint32_t resolve(const struct op_lane *part, const struct gather_plan *plan, uint32_t number, uint32_t n,
                         struct gather_token *tokens)
 {
     struct index_place places[64];
@@ -41,13 +41,19 @@ static uint32_t resolve(const struct lane *lane, const struct gather_plan *plan,
     if (number >= plan->sinks && number < window) {
         for (uint32_t i = 0; i < n; i++) {
             const struct index_selected *selected = &plan->selected[number + i - plan->sinks];
-            tokens[i] = (struct gather_token){.position = selected->position, .place = selected->place};
+            tokens[i] = (struct gather_token){
+                .position = selected->position, .lane = op_lane_at(part, selected->position), .place = selected->place};
         }
         return n;
     }
-    index_locate(lane->index, position, n, places);
+    const struct sequence *sequence = part->admission->sequence;
+    const uint32_t stem = sequence_stem_number(sequence, position);
+    struct lane *lane = op_lane_in(part, sequence_stem(sequence, stem));
+    const uint64_t in_stem = sequence_stem_end(sequence, stem) - position;
+    n = n < in_stem ? n : (uint32_t)in_stem;
+    index_locate(lane->index, position - lane->stem->first, n, places);
     for (uint32_t i = 0; i < n; i++)
-        tokens[i] = (struct gather_token){.position = (uint32_t)(position + i), .place = places[i]};
+        tokens[i] = (struct gather_token){.position = (uint32_t)(position + i), .lane = lane, .place = places[i]};
     return n;
 }
 
@@ -61,7 +67,7 @@ static uint32_t slot_of(const struct gather_plan *plan, uint32_t number)
     return plan->cell ? plan->cell->entries[number].slot : number;
 }
 
-uint32_t gather_next(const struct lane *lane, const struct gather_plan *plan, uint32_t *number, uint32_t n,
+uint32_t gather_next(const struct op_lane *part, const struct gather_plan *plan, uint32_t *number, uint32_t n,
                      struct gather_token *tokens)
 {
     const uint32_t slots = slots_of(plan);
@@ -72,7 +78,7 @@ uint32_t gather_next(const struct lane *lane, const struct gather_plan *plan, ui
             continue;
         }
         struct gather_token *some = tokens + count;
-        const uint32_t resolved = resolve(lane, plan, *number, n - count, some);
+        const uint32_t resolved = resolve(part, plan, *number, n - count, some);
         for (uint32_t i = 0; i < resolved; i++, ++*number) {
             if (is_kept(plan, *number))
                 continue;
@@ -85,11 +91,10 @@ uint32_t gather_next(const struct lane *lane, const struct gather_plan *plan, ui
 
 bool gather_is_resident(const struct op_lane *part, const struct gather_plan *plan)
 {
-    const struct lane *lane = part->lane;
     struct gather_token tokens[64];
-    for (uint32_t number = 0, n; (n = gather_next(lane, plan, &number, 64, tokens)) > 0;) {
+    for (uint32_t number = 0, n; (n = gather_next(part, plan, &number, 64, tokens)) > 0;) {
         for (uint32_t i = 0; i < n; i++) {
-            if (!lane->pages[tokens[i].place.page].memory)
+            if (!tokens[i].lane->pages[tokens[i].place.page].memory)
                 return false;
         }
     }
@@ -101,15 +106,14 @@ bool gather_is_resident(const struct op_lane *part, const struct gather_plan *pl
 // long as one that is needed always.
 static ice_status take(struct gather *gather, struct gather_token token, bool waited)
 {
-    struct lane *lane = gather->part->lane;
-    struct page *page = &lane->pages[token.place.page];
+    struct page *page = &token.lane->pages[token.place.page];
     const uint8_t visited = page->visited;
-    const uint8_t *row = lane_token(lane, token.place, 2 * lane->sequence->row_bytes);
+    const uint8_t *row = gather_row(&token, 2 * token.lane->stem->row_bytes);
     if (row && waited)
         page->visited = visited;
     if (row)
         gather_put(gather->part, &token, row);
-    else if (lane_page_is_lost(lane, token.place.page))
+    else if (lane_page_is_lost(token.lane, token.place.page))
         return ICE_PAGE_LOST;
     else
         gather->waiting[gather->waiting_count++] = token;
@@ -119,7 +123,6 @@ static ice_status take(struct gather *gather, struct gather_token token, bool wa
 // Copies what is in memory. Asks for nothing: that could push out what another gather is about to copy.
 static ice_status copy_resident(struct gather *gather)
 {
-    const struct lane *lane = gather->part->lane;
     const uint32_t waiting = gather->waiting_count;
     gather->waiting_count = 0;
     for (uint32_t i = 0; i < waiting; i++) {
@@ -130,7 +133,8 @@ static ice_status copy_resident(struct gather *gather)
     while (gather->waiting_count < gather->waiting_capacity) {
         struct gather_token tokens[64];
         const uint32_t room = gather->waiting_capacity - gather->waiting_count;
-        const uint32_t n = gather_next(lane, &gather->plan, &gather->next_number, room < 64 ? room : 64, tokens);
+        const uint32_t n =
+            gather_next(gather->part, &gather->plan, &gather->next_number, room < 64 ? room : 64, tokens);
         if (n == 0)
             break;
         for (uint32_t i = 0; i < n; i++) {
@@ -144,9 +148,8 @@ static ice_status copy_resident(struct gather *gather)
 
 static void ask_for_missing(struct gather *gather, struct shard *shard)
 {
-    struct lane *lane = gather->part->lane;
     for (uint32_t i = 0; i < gather->waiting_count; i++) {
-        if (!tier_read(shard, lane, gather->waiting[i].place.page))
+        if (!tier_read(shard, gather->waiting[i].lane, gather->waiting[i].place.page))
             return; // no room for more: what comes makes some
     }
 }
@@ -158,23 +161,17 @@ static float mass_of(const struct gather_plan *plan, uint32_t number)
     return selected ? plan->selected[number - plan->sinks].mass : 0;
 }
 
-static const uint8_t *row_in_memory(struct lane *lane, const struct gather_token *token)
-{
-    return lane_token(lane, token->place, 2 * lane->sequence->row_bytes);
-}
-
 // The deadline has passed: what is in the landing or in memory now, in slots of its own.
 static void cut_short(struct gather *gather, struct shard *shard)
 {
     const struct gather_plan *plan = &gather->plan;
     struct op_lane *part = gather->part;
-    struct lane *lane = part->lane;
     const uint32_t slots = slots_of(plan);
     struct gather_token token;
     bool *have_row = (bool *)shard->record; // it was large enough for the plan, which no longer needs it
     uint32_t *scratch = shard->record + slots;
     for (uint32_t i = 0; i < slots; i++)
-        have_row[i] = resolve(lane, plan, i, 1, &token) == 1 && lane->pages[token.place.page].memory;
+        have_row[i] = resolve(part, plan, i, 1, &token) == 1 && token.lane->pages[token.place.page].memory;
     record_cut(plan->cell, have_row, scratch);
     part->count = 0;
     for (uint32_t i = 0; i < slots; i++) {
@@ -185,11 +182,26 @@ static void cut_short(struct gather *gather, struct shard *shard)
         part->count++;
         if (is_kept(plan, i))
             continue;
-        (void)resolve(lane, plan, i, 1, &token);
+        (void)resolve(part, plan, i, 1, &token);
         token.slot = slot_of(plan, i);
-        gather_put(part, &token, row_in_memory(lane, &token));
+        gather_put(part, &token, gather_row(&token, 2 * token.lane->stem->row_bytes));
     }
     part->partial = true;
+}
+
+// The lanes that a gather may name places of.
+static void hold_lanes(const struct op_lane *part)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        op_lane_in(part, sequence_stem(sequence, i))->gathers++;
+}
+
+static void release_lanes(const struct op_lane *part)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        op_lane_in(part, sequence_stem(sequence, i))->gathers--;
 }
 
 // True where the gather is over; its part is finished and its memory given back then.
@@ -209,7 +221,7 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
         status = ICE_TIMEOUT;
     }
     const size_t bytes = gather->bytes;
-    lane->gathers--;
+    release_lanes(part);
     lane_release_memory(lane, gather, bytes);
     op_lane_finish(part, shard, status);
     return true;
@@ -241,7 +253,7 @@ ice_status gather_start(struct op_lane *part, struct shard *shard, const struct 
     gather->waiting = (struct gather_token *)(gather->selected + plan->selected_count);
     gather->deadline_ns = part->op->kind == OP_RETRIEVE ? part->op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;
     part->count = slots;
-    part->lane->gathers++;
+    hold_lanes(part);
     if (run(gather, shard, now_ns))
         return ICE_OK;
     ask_for_missing(gather, shard);

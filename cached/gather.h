@@ -5,6 +5,7 @@
 #ifndef ICECACHE_CACHED_GATHER_H
 #define ICECACHE_CACHED_GATHER_H
 
+#include "cached/lane.h"
 #include "gpu/record.h"
 #include "index/index.h"
 #include "proto/status.h"
@@ -16,7 +17,6 @@
 // together, the less often a page is read.
 #define GATHER_BATCH 8192u
 
-struct lane;
 struct op_lane;
 struct shard;
 
@@ -33,8 +33,15 @@ struct gather_plan {
 // A token and the slot that it goes to.
 struct gather_token {
     uint32_t slot, position;
+    struct lane *lane; // that the place is in
     struct index_place place;
 };
+
+// Its K row and, behind it, its V row; NULL: see lane_token.
+static inline const uint8_t *gather_row(const struct gather_token *token, size_t bytes)
+{
+    return lane_token(token->lane, token->place, bytes);
+}
 
 // Puts one token where it belongs; `row` is its K row and, behind it, its V row.
 void gather_put(const struct op_lane *part, const struct gather_token *token, const uint8_t *row);
@@ -45,7 +52,7 @@ ICE_MUST_CHECK ice_status gather_start(struct op_lane *part, struct shard *shard
 uint64_t gather_all(struct shard *shard, uint64_t now_ns);
 // The next tokens of a plan that have to be copied, from number *number on, which moves behind them: at most n, fewer
 // only at the end.
-uint32_t gather_next(const struct lane *lane, const struct gather_plan *plan, uint32_t *number, uint32_t n,
+uint32_t gather_next(const struct op_lane *part, const struct gather_plan *plan, uint32_t *number, uint32_t n,
                      struct gather_token *tokens);
 // Are all their pages in memory?
 bool gather_is_resident(const struct op_lane *part, const struct gather_plan *plan);

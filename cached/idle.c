@@ -1,5 +1,5 @@
-// Sequences that nobody has used for long fall asleep: all of them goes to the disk, and they wake with the next
-// request. Reactor only.
+// Stems that nobody has used for long fall asleep: all of them goes to the disk, and they wake with the next request on
+// a sequence that has them. Reactor only.
 //
 // Asleep sooner where the memory for trees runs short: then whoever has been idle for longest, from SERVER_IDLE_MIN_NS
 // on. Growth: one pass over the sequences each SERVER_IDLE_LOOK_NS.
@@ -8,10 +8,24 @@
 
 #include <string.h>
 
-static bool may_sleep(const struct sequence *sequence)
+bool idle_stem(const struct stem *stem, uint64_t now_ns, uint64_t idle_ns)
 {
-    return !sequence->closing && !sequence->writer && sequence->readers == 0 && !sequence->waiting &&
-           !sequence->session->dead && !sequence->asleep && sequence->lengths[0] > 0;
+    return !stem->asleep && !stem->sleep_op && stem->users == 0 && now_ns - stem->used_ns >= idle_ns &&
+           atomic_load_explicit(&stem->page_count, memory_order_relaxed) > 0;
+}
+
+// For how long its stem has been idle that has been so for longest; 0: none can sleep.
+static uint64_t idle_time(const struct sequence *sequence, uint64_t now_ns)
+{
+    uint64_t longest = 0;
+    if (sequence->closing || sequence->writer || sequence->readers > 0 || sequence->waiting || sequence->session->dead)
+        return 0;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        const struct stem *stem = sequence_stem(sequence, i);
+        if (idle_stem(stem, now_ns, 1) && now_ns - stem->used_ns > longest)
+            longest = now_ns - stem->used_ns;
+    }
+    return longest;
 }
 
 // Requests that make few pages are not told beforehand how much room there is: some is kept for them.
@@ -52,19 +66,21 @@ uint64_t idle_look(struct server *server, uint64_t now_ns)
     keep_disk_room(server);
     const bool short_of = memory_is_short(server);
     struct sequence *longest = NULL;
+    uint64_t longest_ns = 0;
     for (struct session *session = server->sessions; session; session = session->next) {
         for (struct sequence *each = session->sequences; each; each = each->session_next) {
-            if (!may_sleep(each))
-                continue;
-            if (after_ns > 0 && now_ns - each->used_ns >= after_ns) {
-                op_sleep_sequence(server, each);
+            const uint64_t idle_ns = idle_time(each, now_ns);
+            if (after_ns > 0 && idle_ns >= after_ns) {
+                op_sleep_sequence(server, each, after_ns);
                 return server->idle_look_ns; // the lists may have changed: one at a look
             }
-            if (!longest || each->used_ns < longest->used_ns)
+            if (idle_ns > longest_ns) {
+                longest_ns = idle_ns;
                 longest = each;
+            }
         }
     }
-    if (short_of && longest && now_ns - longest->used_ns >= SERVER_IDLE_MIN_NS)
-        op_sleep_sequence(server, longest);
+    if (short_of && longest_ns >= SERVER_IDLE_MIN_NS)
+        op_sleep_sequence(server, longest, SERVER_IDLE_MIN_NS);
     return server->idle_look_ns;
 }

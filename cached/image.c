@@ -22,15 +22,20 @@ struct image *image_create(struct server *server, uint32_t pieces, uint32_t page
         budget_give(&server->index_budget, bytes);
         return NULL;
     }
-    *image = (struct image){.memory_bytes = bytes};
+    *image = (struct image){.holds = 1, .memory_bytes = bytes};
     image->pieces = (struct image_piece *)(image + 1);
     image->page_extents = (uint32_t *)(image->pieces + pieces);
     return image;
 }
 
+void image_hold(struct image *image)
+{
+    image->holds++;
+}
+
 void image_destroy(struct server *server, struct image *image)
 {
-    if (!image)
+    if (!image || --image->holds > 0)
         return;
     for (uint32_t i = 0; i < image->piece_count; i++)
         extents_release(server->extents, &image->pieces[i].extent, 1);

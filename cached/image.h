@@ -37,6 +37,7 @@ struct image_piece {
 
 // What is kept in memory of an image. Holds its pieces' extents and its pages' extents once each.
 struct image {
+    uint32_t holds; // sealed prefixes, and stems made of them: reactor only. One that a lane sleeps as is the lane's
     uint64_t bytes; // of the image
     uint64_t tokens, indexed;
     uint32_t piece_count, page_count;     // whose extents are held
@@ -49,7 +50,8 @@ struct image {
 
 // Counted against the index's budget. NULL: none.
 struct image *image_create(struct server *server, uint32_t pieces, uint32_t pages);
-// Gives up the extents that it holds, and its memory. Accepts NULL.
+void image_hold(struct image *image);
+// One holder less; the last one gives up the extents that it holds, and its memory. Accepts NULL.
 void image_destroy(struct server *server, struct image *image);
 uint64_t image_disk_bytes(const struct image *image); // of pieces and pages
 

@@ -189,7 +189,7 @@ static void begin_image(struct image_save *save, struct shard *shard)
     image->bytes = bytes;
     image->tokens = lane_length(lane);
     image->indexed = lane->index ? index_indexed(lane->index) : 0;
-    image->frame_bytes = lane->sequence->frame_bytes;
+    image->frame_bytes = lane->stem->frame_bytes;
     for (uint32_t page = next_used_page(lane, 0); page < lane->page_capacity; page = next_used_page(lane, page + 1))
         image->page_extents[image->page_count++] = lane->pages[page].extent;
     extents_hold(shard->server->extents, image->page_extents, image->page_count);

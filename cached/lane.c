@@ -43,7 +43,7 @@ static void *index_acquire(void *owner, size_t bytes)
     struct lane *lane = owner;
     struct server *server = lane_server(lane);
     struct arena *arena = &server->shards[lane->shard].arena;
-    struct reservation *promised = lane->appending ? &lane->sequence->index_promised : NULL;
+    struct reservation *promised = lane->appending ? &lane->stem->index_promised : NULL;
     const size_t taken = arena_block_bytes(arena, bytes);
     if (arena_grows(arena, bytes) && budget_rest(&server->index_budget, promised) < taken && !may_grow(server))
         return NULL;
@@ -54,7 +54,7 @@ static void *index_acquire(void *owner, size_t bytes)
         budget_give(&server->index_budget, taken);
         return NULL;
     }
-    atomic_fetch_add_explicit(&lane->sequence->index_bytes, taken, memory_order_relaxed);
+    atomic_fetch_add_explicit(&lane->stem->index_bytes, taken, memory_order_relaxed);
     return memory;
 }
 
@@ -68,7 +68,7 @@ static void index_release(void *owner, void *memory, size_t bytes)
     const size_t taken = arena_block_bytes(arena, bytes);
     arena_release(arena, memory, bytes);
     budget_give(&server->index_budget, taken);
-    atomic_fetch_sub_explicit(&lane->sequence->index_bytes, taken, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&lane->stem->index_bytes, taken, memory_order_relaxed);
 }
 
 void *lane_acquire_memory(struct lane *lane, size_t bytes)
@@ -99,13 +99,14 @@ static ice_status status_of(enum index_status status)
 
 static struct index_params params_of(const struct lane *lane)
 {
-    const struct sequence *sequence = lane->sequence;
-    // The seed depends on the sequence's, the layer and the head, and on nothing that differs between two runs.
+    const struct stem *stem = lane->stem;
+    // The seed depends on the stem's, the layer and the head, and on nothing that differs between two runs.
     return (struct index_params){
-        .head_dim = sequence->shape.head_dim,
-        .dtype = (enum index_dtype)sequence->shape.dtype,
-        .page_tokens = (uint32_t)sequence->server->config->page_tokens,
-        .seed = sequence->seed * 0x9e3779b97f4a7c15u + ((uint64_t)lane->layer << 32 | lane->kv_head),
+        .head_dim = stem->shape.head_dim,
+        .dtype = (enum index_dtype)stem->shape.dtype,
+        .page_tokens = (uint32_t)stem->server->config->page_tokens,
+        .is_continuation = stem->first > 0,
+        .seed = stem->seed * 0x9e3779b97f4a7c15u + ((uint64_t)lane->layer << 32 | lane->kv_head),
     };
 }
 
@@ -147,21 +148,30 @@ bool lane_page_is_lost(const struct lane *lane, uint32_t page)
            (!entry->memory && !(entry->flags & PAGE_READING) && !tier_serves(lane_server(lane)));
 }
 
+bool lane_is_whole(const struct lane *lane)
+{
+    for (uint32_t page = 0; page < lane->page_capacity; page++) {
+        if (lane_page_is_used(lane, page) && lane_page_is_lost(lane, page))
+            return false;
+    }
+    return lane->state != LANE_LOST;
+}
+
 ice_status lane_page_make(struct lane *lane, struct shard *shard, uint32_t page, bool promised)
 {
     struct server *server = lane_server(lane);
-    struct sequence *sequence = lane->sequence;
+    struct stem *stem = lane->stem;
     if (!ensure_page_table(lane, page))
         return ICE_INDEX_FULL;
     assert(!lane_page_is_used(lane, page));
     uint32_t extent = EXTENT_NONE;
     if (tier_serves(server)) {
-        extent = extents_acquire(server->extents, promised ? &sequence->extents_promised : NULL, sequence->frame_bytes);
+        extent = extents_acquire(server->extents, promised ? &stem->extents_promised : NULL, stem->frame_bytes);
         if (extent == EXTENT_NONE)
             return ICE_SPILL_FULL;
     }
     lane->pages[page] = (struct page){.extent = extent, .flags = PAGE_USED};
-    if (!tier_take_frame(shard, lane, page, promised ? &sequence->frames_promised : NULL)) {
+    if (!tier_take_frame(shard, lane, page, promised ? &stem->frames_promised : NULL)) {
         if (extent != EXTENT_NONE)
             extents_release(server->extents, &extent, 1);
         lane->pages[page] = (struct page){0};
@@ -169,7 +179,7 @@ ice_status lane_page_make(struct lane *lane, struct shard *shard, uint32_t page,
         return tier_serves(server) ? LANE_WAITS : ICE_POOL_FULL;
     }
     lane->pages[page].visited = 1;
-    atomic_fetch_add_explicit(&sequence->page_count, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&stem->page_count, 1, memory_order_relaxed);
     return ICE_OK;
 }
 
@@ -177,7 +187,7 @@ void lane_page_drop(struct lane *lane, struct shard *shard, uint32_t page)
 {
     assert(lane_page_is_used(lane, page));
     tier_forget(shard, lane, page);
-    atomic_fetch_sub_explicit(&lane->sequence->page_count, 1, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&lane->stem->page_count, 1, memory_order_relaxed);
 }
 
 ice_status lane_page_need(struct lane *lane, struct shard *shard, uint32_t page)
@@ -200,15 +210,12 @@ uint64_t lane_length(const struct lane *lane)
     return lane->index ? index_length(lane->index) : 0;
 }
 
-// Do the stored tokens first .. first+tokens-1 equal the input's first rows, byte for byte? ICE_CONFLICT where not.
-// Goes on where an earlier call had to wait for a page.
-static ice_status compare_stored(struct lane *lane, struct shard *shard, const struct lane_input *input,
-                                 uint32_t tokens)
+ice_status lane_compare(struct lane *lane, struct shard *shard, struct lane_input *input, uint32_t tokens)
 {
     struct index_place places[64];
-    size_t bytes = lane->sequence->row_bytes;
-    while (lane->compared_tokens < tokens) {
-        const uint32_t done = lane->compared_tokens, n = tokens - done < 64 ? tokens - done : 64;
+    size_t bytes = lane->stem->row_bytes;
+    while (input->compared < tokens) {
+        const uint32_t done = input->compared, n = tokens - done < 64 ? tokens - done : 64;
         ice_status status = ICE_OK;
         index_locate(lane->index, input->first + done, n, places);
         for (uint32_t i = 0; i < n; i++) {
@@ -222,7 +229,7 @@ static ice_status compare_stored(struct lane *lane, struct shard *shard, const s
             if (memcmp(row, input->keys + offset, bytes) != 0 ||
                 memcmp(row + bytes, input->values + offset, bytes) != 0)
                 return ICE_CONFLICT;
-            lane->compared_tokens++;
+            input->compared++;
         }
         if (status != ICE_OK)
             return status;
@@ -276,7 +283,7 @@ static ice_status page_for(struct lane *lane, struct shard *shard, uint32_t page
 static void store_rows(struct lane *lane, const struct lane_input *input, uint64_t from,
                        const struct index_place *places, uint32_t n)
 {
-    const size_t bytes = lane->sequence->row_bytes;
+    const size_t bytes = lane->stem->row_bytes;
     for (uint32_t i = 0; i < n; i++) {
         uint8_t *row = lane_row(lane, places[i]);
         memcpy(row, input->keys + (from + i) * input->stride_bytes, bytes);
@@ -324,7 +331,7 @@ static ice_status prepare_index(struct lane *lane, struct shard *shard, const st
     return status;
 }
 
-ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lane_input *input)
+ice_status lane_prepare(struct lane *lane, struct shard *shard, struct lane_input *input)
 {
     const uint64_t length = lane_length(lane);
     if (input->first > length)
@@ -335,7 +342,7 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
     lane->lacks_room = false;
     lane->appending = true;
     if (lane->prepared_tokens == 0) {
-        status = compare_stored(lane, shard, input, skip);
+        status = lane_compare(lane, shard, input, skip);
         if (status == ICE_OK && skip < input->tokens)
             status = prepare_index(lane, shard, input, skip);
     }
@@ -350,7 +357,7 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
 void lane_commit(struct lane *lane, struct shard *shard)
 {
     assert(lane->stored_tokens == lane->prepared_tokens);
-    lane->fresh_count = lane->compared_tokens = 0;
+    lane->fresh_count = 0;
     if (lane->prepared_tokens == 0)
         return;
     lane->prepared_tokens = lane->stored_tokens = 0;
@@ -360,7 +367,6 @@ void lane_commit(struct lane *lane, struct shard *shard)
 
 void lane_drop(struct lane *lane, struct shard *shard)
 {
-    lane->compared_tokens = 0;
     if (lane->prepared_tokens == 0)
         return;
     lane->prepared_tokens = lane->stored_tokens = 0;
@@ -371,7 +377,7 @@ void lane_drop(struct lane *lane, struct shard *shard)
 void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t *keys, uint8_t *values)
 {
     struct index_place places[64];
-    size_t bytes = lane->sequence->row_bytes;
+    size_t bytes = lane->stem->row_bytes;
     for (uint32_t done = 0; done < tokens;) {
         uint32_t n = tokens - done < 64 ? tokens - done : 64;
         index_locate(lane->index, first + done, n, places);
@@ -381,6 +387,38 @@ void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t
             memcpy(values + done * bytes, row + bytes, bytes);
         }
     }
+}
+
+// ---- the end of appends, and truncation ----
+
+void lane_end_appends(struct lane *lane, struct shard *shard)
+{
+    if (!lane->index)
+        return; // nothing has been appended, or it sleeps: then it is done when it wakes
+    index_seal(lane->index);
+    shard_lane_due(shard, lane);
+}
+
+ice_status lane_truncate_prepare(const struct lane *lane, struct shard *shard)
+{
+    const size_t bytes = lane->index ? index_page_bound(lane->index) * sizeof(uint32_t) : 0;
+    return shard_scratch(shard, (void **)&shard->places, &shard->places_bytes, bytes) || bytes == 0 ? ICE_OK
+                                                                                                    : ICE_NO_MEMORY;
+}
+
+void lane_truncate(struct lane *lane, struct shard *shard, uint64_t length)
+{
+    uint32_t *released = (uint32_t *)shard->places, count = 0;
+    if (!lane->index || index_length(lane->index) <= length)
+        return;
+    lane_drop_plan(lane, shard);
+    lane_release_rows(lane);
+    index_truncate(lane->index, length, released, &count);
+    for (uint32_t i = 0; i < count; i++)
+        lane_page_drop(lane, shard, released[i]);
+    atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
+    shard_lane_forget(shard, lane);
+    shard_lane_due(shard, lane);
 }
 
 // ---- sleeping and waking ----
@@ -434,12 +472,18 @@ void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *imag
 
 void lane_attach(struct lane *lane, struct image *image)
 {
-    const uint64_t length = lane->sequence->attached_tokens;
     lane->image = image;
     lane->image_is_prefix = true;
     lane->state = LANE_ASLEEP;
-    atomic_store_explicit(&lane->indexed, image->indexed < length ? image->indexed : length, memory_order_relaxed);
+    atomic_store_explicit(&lane->indexed, image->indexed, memory_order_relaxed);
     atomic_fetch_add_explicit(&lane_server(lane)->tier_stats.asleep, 1, memory_order_relaxed);
+}
+
+void lane_detach(struct lane *lane)
+{
+    lane->image = NULL;
+    lane->state = LANE_AWAKE;
+    atomic_fetch_sub_explicit(&lane_server(lane)->tier_stats.asleep, 1, memory_order_relaxed);
 }
 
 ice_status lane_load_begin(struct lane *lane, uint64_t bytes, struct index_load **out)
@@ -487,23 +531,6 @@ static void undo_waking(struct lane *lane)
     free_tables(lane);
 }
 
-// A sequence may be attached to fewer tokens than were sealed.
-static ice_status cut_to_attached(struct lane *lane, struct shard *shard)
-{
-    const uint64_t length = lane->sequence->attached_tokens;
-    if (!lane->index || index_length(lane->index) <= length)
-        return ICE_OK;
-    const uint32_t bound = index_page_bound(lane->index);
-    uint32_t *released = index_acquire(lane, bound * sizeof *released), count = 0;
-    if (!released)
-        return ICE_INDEX_FULL;
-    index_truncate(lane->index, length, released, &count);
-    for (uint32_t i = 0; i < count; i++)
-        lane_page_drop(lane, shard, released[i]);
-    index_release(lane, released, bound * sizeof *released);
-    return ICE_OK;
-}
-
 static uint32_t used_pages(const struct lane *lane)
 {
     uint32_t count = 0;
@@ -515,7 +542,7 @@ static uint32_t used_pages(const struct lane *lane)
 static bool is_waited_for(const struct lane *lane, const struct shard *shard)
 {
     for (const struct op_lane *part = shard->parked; part; part = part->parked_next) {
-        if (part->lane == lane)
+        if (part->awaited == lane)
             return true;
     }
     return false;
@@ -525,12 +552,8 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
 {
     struct server *server = lane_server(lane);
     assert(lane->state == LANE_WAKING);
-    if (status == ICE_OK && lane->image_is_prefix) {
-        atomic_fetch_add_explicit(&lane->sequence->page_count, used_pages(lane), memory_order_relaxed);
-        status = cut_to_attached(lane, shard);
-        if (status != ICE_OK)
-            atomic_fetch_sub_explicit(&lane->sequence->page_count, used_pages(lane), memory_order_relaxed);
-    }
+    if (status == ICE_OK && lane->image_is_prefix)
+        atomic_fetch_add_explicit(&lane->stem->page_count, used_pages(lane), memory_order_relaxed);
     if (status != ICE_OK) {
         undo_waking(lane);
         const bool lost = status != ICE_INDEX_FULL && status != ICE_NO_MEMORY;
@@ -539,7 +562,7 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
         if (lost)
             log_error("the image of layer %u, KV head %u of sequence %llu cannot be read back from the spill file; "
                       "requests that need it fail",
-                      lane->layer, lane->kv_head, (unsigned long long)lane->sequence->id);
+                      lane->layer, lane->kv_head, (unsigned long long)lane->stem->sequence_id);
         return;
     }
     if (!lane->image_is_prefix) {
@@ -549,10 +572,12 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
     lane->image = NULL;
     lane->state = LANE_AWAKE;
     atomic_fetch_sub_explicit(&server->tier_stats.asleep, 1, memory_order_relaxed);
-    if (lane->index) {
-        atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
-        shard_lane_due(shard, lane);
-    }
+    if (!lane->index)
+        return;
+    atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
+    if (stem_is_flushed(lane->stem))
+        index_seal(lane->index);
+    shard_lane_due(shard, lane);
 }
 
 // ---- the end ----
@@ -580,7 +605,7 @@ void lane_destroy(struct lane *lane, struct shard *shard)
         images_forget(shard, lane);
     undo_waking(lane);
     if (!lane->image_is_prefix) {
-        atomic_fetch_sub_explicit(&lane->sequence->page_count, lane->image->page_count, memory_order_relaxed);
+        atomic_fetch_sub_explicit(&lane->stem->page_count, lane->image->page_count, memory_order_relaxed);
         image_destroy(server, lane->image);
     }
     lane->image = NULL;

@@ -1,5 +1,5 @@
-// A lane: one (sequence, layer, KV head) with its DCI-tree and the frames of its pages. Everything in it belongs to the
-// shard that owns the lane; only the atomics are read elsewhere.
+// A lane: one (stem, layer, KV head) with its DCI-tree and the frames of its pages. Everything in it belongs to the
+// shard that owns the lane; only the atomics are read elsewhere. Positions are those of the stem: its first token is 0.
 #ifndef ICECACHE_CACHED_LANE_H
 #define ICECACHE_CACHED_LANE_H
 
@@ -13,8 +13,8 @@
 
 struct image;
 struct lane_rows;
-struct sequence;
 struct shard;
+struct stem;
 
 enum lane_state {
     LANE_AWAKE,
@@ -24,12 +24,12 @@ enum lane_state {
 };
 
 struct lane {
-    struct sequence *sequence; // immutable, as the next three
+    struct stem *stem; // immutable, as the next three
     uint32_t layer, kv_head;
     uint32_t anchor; // the layer whose selections it takes, and then it has no tree; its own: none
     uint32_t shard;
     enum lane_state state;
-    bool image_is_prefix;    // the image belongs to a sealed prefix, which the sequence holds
+    bool image_is_prefix;    // the image belongs to a sealed prefix; the stem holds it
     bool saving;             // its image is being written: no clustering
     bool write_failed;       // a page could not be written
     struct image *image;     // asleep or waking
@@ -50,8 +50,7 @@ struct lane {
     uint32_t plan_frames, plan_moves; // so many of its new pages have frames, so many of its moves are done
     struct lane_rows *rows;           // copies that the index works with
     bool copying;                     // the newest of which is not complete
-    uint32_t compared_tokens;         // of a prepare that waits: so many overlapping tokens are known to be equal
-    uint32_t gathers;                 // of this lane that wait for pages: no plan is committed meanwhile
+    uint32_t gathers;                 // of this lane that wait for pages: no plan is committed meanwhile, and no sleep
     bool damaged;                     // a page that clustering needs is lost: it goes on without clustering
     struct lane *due_previous, *due_next;
     _Atomic uint64_t indexed; // mirror of index_indexed for statistics
@@ -64,24 +63,29 @@ struct lane_input {
     size_t stride_bytes; // from one token's row to the next
     uint64_t first;
     uint32_t tokens;
+    uint32_t compared; // so many of them, the first ones, are known to be equal to stored ones
 };
 
 // No status of the protocol: pages are on their way, or room is being made; try again after the shard's next wake-up.
 #define LANE_WAITS ((ice_status)0x7fff)
 
+// Do the stored tokens input->first .. first+tokens-1 equal the input's first rows, byte for byte? ICE_CONFLICT where
+// not. LANE_WAITS: call again with the same input, which knows how far it has come (compared).
+ICE_MUST_CHECK ice_status lane_compare(struct lane *lane, struct shard *shard, struct lane_input *input,
+                                       uint32_t tokens);
 // Compares what overlaps with stored tokens, checks and stores the rest. On success the lane holds a prepared append
 // (maybe an empty one) until lane_commit or lane_drop. On failure nothing has changed. LANE_WAITS, also instead of
 // ICE_POOL_FULL as long as pages can leave for the disk: call again with the same input, which goes on where this call
 // stopped, or lane_drop. What has been stored by then may leave for the disk again, so that an append of any length
 // gets through a pool of a few pages.
-ICE_MUST_CHECK ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lane_input *input);
+ICE_MUST_CHECK ice_status lane_prepare(struct lane *lane, struct shard *shard, struct lane_input *input);
 void lane_commit(struct lane *lane, struct shard *shard);
 void lane_drop(struct lane *lane, struct shard *shard);
 
 // What an append of `tokens` to a lane of `length` takes at most: pages, and bytes of index and tables. A bound from
 // how the tree stores keys, tokens and pages (in chunks); a test holds it against what it really takes.
-uint64_t lane_promise_pages(const struct sequence *sequence, uint64_t tokens);
-uint64_t lane_promise_bytes(const struct sequence *sequence, uint64_t length, uint64_t tokens);
+uint64_t lane_promise_pages(const struct stem *stem, uint64_t tokens);
+uint64_t lane_promise_bytes(const struct stem *stem, uint64_t length, uint64_t tokens);
 
 uint64_t lane_length(const struct lane *lane);
 // K rows of first .. first+tokens-1 to keys, V rows to values, packed. The positions must exist, in memory.
@@ -102,11 +106,18 @@ static inline const uint8_t *lane_token(const struct lane *lane, struct index_pl
 // Memory of the lane's, counted as the index's. NULL: none. release accepts NULL.
 void *lane_acquire_memory(struct lane *lane, size_t bytes);
 void lane_release_memory(struct lane *lane, void *memory, size_t bytes);
-// A new lane begins asleep, as a sealed prefix's image, which the sequence holds.
+// The lane gets no appends any more: what has waited for more tokens is clustered.
+void lane_end_appends(struct lane *lane, struct shard *shard);
+// Forgets the tokens from `length` on, and cannot fail: room that index_truncate wants has been made before, in this
+// shard's scratch. The lane is awake, and nobody else's.
+ICE_MUST_CHECK ice_status lane_truncate_prepare(const struct lane *lane, struct shard *shard);
+void lane_truncate(struct lane *lane, struct shard *shard, uint64_t length);
+// A new lane begins asleep, as a sealed prefix's image, which the stem holds.
 void lane_attach(struct lane *lane, struct image *image);
+void lane_detach(struct lane *lane); // the same undone, before any shard has seen it
 // ICE_OK: the lane is awake. LANE_WAITS: it wakes; the shard is woken when it has. Otherwise why it cannot.
 ICE_MUST_CHECK ice_status lane_need(struct lane *lane, struct shard *shard);
-// Its tree, its table and its memory go; `image`, from now on the lane's, has them.
+// Its tree, its table and its memory go; `image`, from now on the lane's, has them. Nobody waits for pages of it.
 void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *image);
 // A pending plan is dropped, with the pages that were made for it.
 void lane_drop_plan(struct lane *lane, struct shard *shard);
@@ -117,6 +128,7 @@ ICE_MUST_CHECK ice_status lane_load_end(struct lane *lane, struct index_load *lo
 ICE_MUST_CHECK ice_status lane_load_page(struct lane *lane, uint32_t page, uint32_t extent, uint64_t checksum);
 void lane_woken(struct lane *lane, struct shard *shard, ice_status status);
 bool lane_page_is_lost(const struct lane *lane, uint32_t page);
+bool lane_is_whole(const struct lane *lane); // as far as is known, nothing of it is lost
 void lane_destroy(struct lane *lane, struct shard *shard);
 
 enum lane_work { LANE_IDLE, LANE_MORE, LANE_FETCHES, LANE_STALLED };

@@ -3,19 +3,19 @@
 #define ICECACHE_CACHED_LANE_PAGES_H
 
 #include "cached/lane.h"
-#include "cached/sequence.h"
+#include "cached/stem.h"
 
 #include <assert.h>
 
 static inline struct server *lane_server(const struct lane *lane)
 {
-    return lane->sequence->server;
+    return lane->stem->server;
 }
 
 // A token's K row and V row.
 static inline size_t lane_token_bytes(const struct lane *lane)
 {
-    return 2 * lane->sequence->row_bytes;
+    return 2 * lane->stem->row_bytes;
 }
 
 static inline bool lane_page_is_used(const struct lane *lane, uint32_t page)

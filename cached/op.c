@@ -29,12 +29,21 @@ static bool admit(struct sequence *sequence, const struct admission *admission)
 
 static void op_begin(struct op *op);
 
+// Whoever comes is waited for no longer than the slice that runs.
+static void cancel_sleep(const struct sequence *sequence)
+{
+    for (uint32_t i = 0; sequence->own && i <= sequence->chain_count; i++) {
+        struct op *sleep = sequence_stem(sequence, i)->sleep_op;
+        if (sleep)
+            atomic_store_explicit(&sleep->cancelled, true, memory_order_relaxed);
+    }
+}
+
 static void admission_enter(struct admission *admission)
 {
     struct sequence *sequence = admission->sequence;
     admission->next = NULL;
-    if (sequence->sleep_op) // whoever comes is waited for no longer than the slice that runs
-        atomic_store_explicit(&sequence->sleep_op->cancelled, true, memory_order_relaxed);
+    cancel_sleep(sequence);
     if (!sequence->waiting && admit(sequence, admission))
         return;
     if (sequence->waiting)
@@ -113,10 +122,10 @@ static ice_status check_anchor(const struct op *op, uint32_t i, char *text)
     struct landing *landing = op->landing;
     const struct sequence *sequence = op->admissions[i].sequence;
     const uint32_t row = op->rows[i];
-    const uint32_t anchor = sequence->lanes[(uint64_t)op->layer * sequence->shape.kv_heads].anchor;
+    const uint32_t anchor = sequence_lane(sequence, op->layer, 0)->anchor;
     for (uint32_t head = 0; head < sequence->shape.kv_heads; head++) {
         const struct record_cell *cell = landing->ops->record(landing->memory, row, anchor, head);
-        if (landing->rows[row].sequence_id != sequence->id || !cell->is_known)
+        if (landing->rows[row].binding != sequence->binding || !cell->is_known)
             return refuse(text, ICE_INVALID_ARGUMENT,
                           "layer %u follows layer %u, of which row %u holds no selection; retrieve that one first",
                           op->layer, anchor, row);
@@ -168,18 +177,19 @@ static ice_status check_read(const struct op *op, const struct sequence *sequenc
 static ice_status reserve_append(struct op *op, struct sequence *sequence)
 {
     struct server *server = op->server;
+    struct stem *own = sequence->own;
     uint64_t lanes = (uint64_t)op->layers * sequence->shape.kv_heads;
     uint64_t length = sequence_length(sequence, op->layer, op->layers), end = op->first + op->reserve_tokens;
     uint64_t tokens = op->reserve_tokens > op->tokens && end > length ? end - length : 0;
     if (tokens == 0)
         return ICE_OK;
-    uint64_t pages = lanes * lane_promise_pages(sequence, tokens);
-    uint64_t bytes = lanes * lane_promise_bytes(sequence, length, tokens);
-    ice_status status = sequence_reserve_pages(sequence, pages);
-    if (status == ICE_OK && !budget_reserve(&server->index_budget, &sequence->index_promised, bytes))
+    uint64_t pages = lanes * lane_promise_pages(own, tokens);
+    uint64_t bytes = lanes * lane_promise_bytes(own, length - own->first, tokens);
+    ice_status status = stem_reserve_pages(own, pages);
+    if (status == ICE_OK && !budget_reserve(&server->index_budget, &own->index_promised, bytes))
         status = ICE_INDEX_FULL;
     if (status != ICE_OK)
-        sequence_unreserve(sequence);
+        stem_unreserve(own);
     return status;
 }
 
@@ -205,16 +215,86 @@ static void fill_lanes(struct op *op)
     assert(n == op->lane_count);
 }
 
-// Binds the landing's rows to the op's sequences; a row that held another sequence is emptied first.
+// Binds the landing's rows to the op's sequences; a row that held another sequence, or what has been truncated, is
+// emptied first.
 static void bind_rows(struct op *op)
 {
     struct landing *landing = op->landing;
     for (uint32_t i = 0; i < op->sequence_count; i++) {
         struct landing_row *row = &landing->rows[op->rows[i]];
-        uint64_t id = op->admissions[i].sequence->id;
-        if (row->sequence_id != id && row->sequence_id != 0)
+        const uint64_t binding = op->admissions[i].sequence->binding;
+        if (row->binding != binding && row->binding != 0)
             landing->ops->clear_row(landing->memory, op->rows[i]);
-        row->sequence_id = id;
+        row->binding = binding;
+    }
+}
+
+// ---- forks and truncation ----
+
+static ice_status check_fork(const struct op *op, const struct sequence *sequence, char *text)
+{
+    const uint64_t length = sequence_length(sequence, 0, sequence->shape.layers);
+    if (op->first > length)
+        return refuse(text, ICE_OUT_OF_BOUNDS, "a fork at %llu tokens, the shortest layer has %llu",
+                      (unsigned long long)op->first, (unsigned long long)length);
+    if (op->first > sequence->own->first && !sequence_is_even(sequence))
+        return refuse(text, ICE_CONFLICT, "the layers are not equally long: append to all of them, then fork");
+    return ICE_OK;
+}
+
+static void run_fork(struct op *op)
+{
+    struct sequence *child, *parent = op->admissions[0].sequence;
+    char text[TEXT_BYTES] = "";
+    if (op->first == UINT64_MAX)
+        op->first = sequence_length(parent, 0, parent->shape.layers);
+    ice_status status = check_fork(op, parent, text);
+    if (status == ICE_OK)
+        status = sequence_fork(parent, op->first, &child);
+    if (status == ICE_OK)
+        op->forked_id = child->id;
+    else if (status == ICE_LIMIT)
+        sequence_limit_text(parent->server, text, sizeof text);
+    op_finish(op, status, text);
+}
+
+static uint64_t longest_layer(const struct sequence *sequence)
+{
+    uint64_t length = 0;
+    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
+        length = sequence->lengths[layer] > length ? sequence->lengths[layer] : length;
+    return length;
+}
+
+// True where the op goes on to the lanes.
+static bool begin_truncate(struct op *op)
+{
+    struct sequence *sequence = op->admissions[0].sequence;
+    const uint64_t length = longest_layer(sequence);
+    char text[TEXT_BYTES] = "";
+    ice_status status = ICE_OK;
+    if (op->first > length)
+        status = refuse(text, ICE_OUT_OF_BOUNDS, "truncation to %llu tokens, the longest layer has %llu",
+                        (unsigned long long)op->first, (unsigned long long)length);
+    if (status == ICE_OK && op->first < length) {
+        if (op->first >= sequence->own->first)
+            return true;
+        status = sequence_cut(sequence, op->first);
+        if (status == ICE_OK)
+            sequence->binding = ++op->server->next_id;
+    }
+    op_finish(op, status, text);
+    return false;
+}
+
+static void note_truncation(const struct op *op)
+{
+    struct sequence *sequence = op->admissions[0].sequence;
+    stem_unreserve(sequence->own);
+    sequence->binding = ++op->server->next_id; // landings may hold what is no more
+    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++) {
+        if (sequence->lengths[layer] > op->first)
+            sequence->lengths[layer] = op->first;
     }
 }
 
@@ -265,19 +345,85 @@ static void wake_the_rest(struct op *op)
 {
     if (op->kind == OP_SLEEP || op->kind == OP_WAKE)
         return;
-    for (uint32_t i = 0; i < op->sequence_count; i++) {
-        struct sequence *sequence = op->admissions[i].sequence;
-        if (sequence->asleep) {
-            sequence->asleep = false;
-            op_wake_sequence(op->server, sequence);
+    for (uint32_t i = 0; i < op->sequence_count; i++)
+        op_wake_sequence(op->server, op->admissions[i].sequence);
+}
+
+// ---- requests on whole stems ----
+
+// Is the stem among those that the op is about?
+static bool concerns(const struct op *op, const struct stem *stem)
+{
+    switch (op->kind) {
+    case OP_SEAL:
+        return op_seal_concerns(op, stem);
+    case OP_SLEEP:
+        return idle_stem(stem, op->received_ns, op->idle_ns);
+    default:
+        return true;
+    }
+}
+
+// All lanes of the stems that the op is about, layer by layer: whoever has asked for one will ask for those behind it.
+// False: no memory.
+static bool take_stems(struct op *op)
+{
+    const struct sequence *sequence = op->admissions[0].sequence;
+    struct env *env = op->server->env;
+    uint32_t count = 0;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        count += concerns(op, sequence_stem(sequence, i)) ? sequence->own->lane_count : 0;
+    op->lanes = count > 0 ? env_acquire_zeroed(env, count * sizeof *op->lanes) : NULL;
+    if (count > 0 && !op->lanes)
+        return false;
+    op->lanes_bytes = count * sizeof *op->lanes;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        struct stem *stem = sequence_stem(sequence, i);
+        if (!concerns(op, stem))
+            continue;
+        for (uint32_t lane = 0; lane < stem->lane_count; lane++) {
+            struct image *known = op->kind == OP_SEAL ? op_seal_known(stem, lane) : NULL;
+            op->lanes[op->lane_count++] = (struct op_lane){.task = {.run = op_lane_run},
+                                                           .op = op,
+                                                           .lane = &stem->lanes[lane],
+                                                           .admission = &op->admissions[0],
+                                                           .known = known != NULL,
+                                                           .image = known};
         }
     }
+    for (uint32_t i = 0; op->kind == OP_SLEEP && i < op->lane_count; i++)
+        op->lanes[i].lane->stem->sleep_op = op;
+    return true;
+}
+
+static bool is_of_stems(const struct op *op)
+{
+    return op->kind == OP_SEAL || op->kind == OP_SLEEP || op->kind == OP_WAKE;
+}
+
+static void use_stems(struct op *op, int change)
+{
+    for (uint32_t i = 0; i < op->sequence_count; i++) {
+        const struct sequence *sequence = op->admissions[i].sequence;
+        for (uint32_t k = 0; k <= sequence->chain_count; k++) {
+            struct stem *stem = sequence_stem(sequence, k);
+            stem->users = (uint32_t)((int64_t)stem->users + change);
+        }
+    }
+}
+
+void op_leave_stems(struct op *op)
+{
+    if (op->on_stems)
+        use_stems(op, -1);
+    op->on_stems = false;
 }
 
 static enum op_phase first_phase(const struct op *op)
 {
     switch (op->kind) {
     case OP_APPEND:
+    case OP_TRUNCATE:
         return PHASE_PREPARE;
     case OP_READ:
         return PHASE_READ;
@@ -294,13 +440,19 @@ static enum op_phase first_phase(const struct op *op)
 static void op_begin(struct op *op)
 {
     if (op->kind == OP_CLOSE) {
-        sequence_destroy_lanes(op->admissions[0].sequence);
+        sequence_leave_stems(op->admissions[0].sequence);
         return;
     }
     if (op->session->dead) {
         op_finish(op, ICE_UNKNOWN_SESSION, NULL);
         return;
     }
+    if (op->kind == OP_FORK) {
+        run_fork(op);
+        return;
+    }
+    if (op->kind == OP_TRUNCATE && !begin_truncate(op))
+        return;
     char text[TEXT_BYTES] = "";
     ice_status status = check_begin(op, text);
     if (status == ICE_SPILL_FULL && makes_room(op))
@@ -315,11 +467,19 @@ static void op_begin(struct op *op)
     }
     if (op->kind == OP_RETRIEVE)
         bind_rows(op);
-    if (op->kind == OP_SLEEP)
-        op->admissions[0].sequence->sleep_op = op;
-    fill_lanes(op);
+    if (!is_of_stems(op)) {
+        fill_lanes(op);
+    } else if (!take_stems(op)) {
+        op_finish(op, ICE_NO_MEMORY, NULL);
+        return;
+    }
+    op->on_stems = true;
+    use_stems(op, 1);
     wake_the_rest(op);
-    op_start_phase(op, first_phase(op));
+    if (op->lane_count > 0)
+        op_start_phase(op, first_phase(op));
+    else
+        op_done_without_lanes(op);
 }
 
 // ---- the end ----
@@ -360,7 +520,7 @@ static void note_lengths(struct op *op)
 {
     for (uint32_t i = 0; i < op->lane_count; i++) {
         struct op_lane *part = &op->lanes[i];
-        struct sequence *sequence = part->lane->sequence;
+        struct sequence *sequence = part->admission->sequence;
         uint64_t first = op->kind == OP_APPEND ? op->first : op->first_queries[part->sequence_index];
         uint64_t length = first + (op->kind == OP_APPEND ? op->tokens : op->queries);
         uint64_t *held = &sequence->lengths[op->layer + part->layer_index];
@@ -383,7 +543,7 @@ struct op_totals op_totals(const struct op *op)
         totals.fetch_ns = part->fetch_ns > totals.fetch_ns ? part->fetch_ns : totals.fetch_ns;
         totals.copy_ns = part->copy_ns > totals.copy_ns ? part->copy_ns : totals.copy_ns;
         totals.partial |= part->partial;
-        totals.bytes_moved += (uint64_t)part->moved * 2 * part->lane->sequence->row_bytes;
+        totals.bytes_moved += (uint64_t)part->moved * 2 * part->lane->stem->row_bytes;
     }
     totals.queue_ns = begun_ns - op->received_ns;
     totals.copy_ns += op->push_ns;
@@ -397,7 +557,9 @@ static void note_stats(struct op *op, ice_status status)
     if (op->kind == OP_SLEEP || op->kind == OP_WAKE)
         return; // nobody asked for them
     for (uint32_t i = 0; i < op->sequence_count; i++) {
-        op->admissions[i].sequence->used_ns = now;
+        const struct sequence *sequence = op->admissions[i].sequence;
+        for (uint32_t k = 0; k <= sequence->chain_count; k++)
+            sequence_stem(sequence, k)->used_ns = now;
     }
     if (status != ICE_OK) {
         stats->errors += !op->session->dead; // what a dead session left unfinished is no error of anybody
@@ -413,7 +575,7 @@ static void note_stats(struct op *op, ice_status status)
         histogram_add(&stats->read, now - op->received_ns);
         return;
     }
-    if (op->kind == OP_SEAL)
+    if (op->kind != OP_RETRIEVE)
         return;
     const struct op_totals totals = op_totals(op);
     stats->retrieves++;
@@ -446,6 +608,8 @@ static void op_free(struct op *op)
 {
     struct env *env = op->server->env;
     env->release(env, op->positions, op->positions_bytes);
+    if (op->lanes_bytes > 0)
+        env->release(env, op->lanes, op->lanes_bytes);
     env->release(env, op, op->bytes);
 }
 
@@ -458,13 +622,18 @@ static void finish_close(struct op *op)
     op_detach(op);
 }
 
-static void end_sleep(struct op *op, ice_status status)
+static void end_sleep(const struct op *op, ice_status status)
 {
-    struct sequence *sequence = op->admissions[0].sequence;
-    sequence->sleep_op = NULL;
-    sequence->asleep = status == ICE_OK;
-    if (status != ICE_OK)
-        sequence->used_ns = env_now_ns(op->server->env); // not again at once
+    const struct sequence *sequence = op->admissions[0].sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        struct stem *stem = sequence_stem(sequence, i);
+        if (stem->sleep_op != op)
+            continue;
+        stem->sleep_op = NULL;
+        stem->asleep = status == ICE_OK;
+        if (status != ICE_OK)
+            stem->used_ns = env_now_ns(op->server->env); // not again at once
+    }
 }
 
 void op_signal(const struct op *op)
@@ -484,10 +653,13 @@ void op_finish(struct op *op, ice_status status, const char *text)
     }
     if (op->kind == OP_SLEEP)
         end_sleep(op, status);
-    if (op->phase == PHASE_COMMIT) // also where the search behind it failed: the tokens are there
+    op_leave_stems(op);
+    if (op->phase == PHASE_COMMIT && op->kind == OP_TRUNCATE)
+        note_truncation(op);
+    else if (op->phase == PHASE_COMMIT) // also where the search behind it failed: the tokens are there
         note_lengths(op);
     if (op->kind == OP_APPEND && (status != ICE_OK || op->reserve_tokens <= op->tokens))
-        sequence_unreserve(op->admissions[0].sequence);
+        stem_unreserve(op->admissions[0].sequence->own);
     note_stats(op, status);
     op_signal(op); // also of what failed before it came to a shard
     // The rows are the worker's again before it can read the reply.

@@ -3,9 +3,10 @@
 //   received (reactor) -> admitted by all its sequences (reactor) -> phases on the shards of its lanes -> done
 //   (reactor)
 //
-// Phases: APPEND = prepare, then commit or drop; RETRIEVE = search, or prepare, then commit and search, or drop; READ =
-// read; SEAL and SLEEP = save; WAKE = wake. The shard that finishes a phase last starts the next one; the last phase's
-// last shard hands the op to the reactor, or to the copier of a GPU, which does so when the selections are there.
+// Phases: APPEND and TRUNCATE = prepare, then commit or drop; RETRIEVE = search, or prepare, then commit and search, or
+// drop; READ = read; SEAL and SLEEP = save; WAKE = wake; FORK has none. The shard that finishes a phase last starts the
+// next one; the last phase's last shard hands the op to the reactor, or to the copier of a GPU, which does so when the
+// selections are there.
 #ifndef ICECACHE_CACHED_OP_H
 #define ICECACHE_CACHED_OP_H
 
@@ -18,7 +19,7 @@
 #include "gpu/record.h"
 #include "proto/wire.h"
 
-enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP, OP_WAKE };
+enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP, OP_WAKE, OP_FORK, OP_TRUNCATE };
 enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ, PHASE_SAVE, PHASE_WAKE };
 
 // One lane's part of an op, and what came of it. Written by the lane's shard, read by the reactor when the op is done.
@@ -30,6 +31,9 @@ struct op_lane {
     uint32_t sequence_index;     // in the request
     uint32_t layer_index;        // in the request
     bool prepared;
+    bool known;           // of a sealing: there is an image of it
+    uint32_t compared;    // of a prepare that waits: so many repeated tokens are known to be equal
+    struct lane *awaited; // the lane that it waits for while that wakes
     bool partial;
     uint32_t count;      // slots filled
     uint32_t changed;    // tokens that the landing did not hold before
@@ -55,7 +59,7 @@ struct op {
     uint64_t received_ns, deadline_ns;
     struct env_message message; // frame 2 of a retrieve, held until the op is done
     uint32_t layer, layers;
-    uint64_t first; // append, read
+    uint64_t first; // append, read; fork, truncate: where to cut
     uint32_t tokens;
     uint64_t reserve_tokens;
     uint64_t staging_offset;
@@ -84,7 +88,11 @@ struct op {
     uint32_t admissions_missing;
     bool rows_taken;
     struct op *room_next; // waits for room on the disk (server->room_waiting)
-    uint64_t prefix_id;   // seal: what has come of it
+    size_t lanes_bytes;   // of lanes, where they have memory of their own
+    uint64_t idle_ns;     // sleep: for how long stems have not been used that it is about
+    bool on_stems;        // counted as a user of its sequences' stems
+    uint64_t forked_id;   // fork: what has come of it
+    uint64_t prefix_id;   // seal: likewise
     bool prefix_known;
     struct completion completion;
 
@@ -114,15 +122,35 @@ void op_cancel_all(struct session *session);
 // Links an op to its session, which it holds from now on; unlinks it.
 void op_attach(struct op *op, struct session *session);
 void op_detach(struct op *op);
+// The lane of a stem, of the same layer and head as the part's.
+static inline struct lane *op_lane_in(const struct op_lane *part, const struct stem *stem)
+{
+    return stem_lane(stem, part->lane->layer, part->lane->kv_head);
+}
+// The lane that a position of the part's sequence lies in.
+static inline struct lane *op_lane_at(const struct op_lane *part, uint64_t position)
+{
+    return op_lane_in(part, sequence_stem_at(part->admission->sequence, position));
+}
+// The op no longer counts as a user of its sequences' stems: before their chains change, and at its end.
+void op_leave_stems(struct op *op);
+// Is the stem among what a sealing of the op's tokens is about? Where a sealed prefix knows its images they are not
+// written again; it is only looked whether the stem can be read.
+bool op_seal_concerns(const struct op *op, const struct stem *stem);
+struct image *op_seal_known(const struct stem *stem, uint32_t lane); // held; NULL: to be written
+// The images of the op's lanes are from now on those of a prefix's parts.
+void op_fill_parts(struct op *op, struct prefix *prefix);
+// Whoever is attached to the prefix shares the sequence's stems, from now on the own one as well, where it can be.
+void op_share_stems(struct op *op, struct prefix *prefix);
 // Sealing (op_prefix.c): what depends on the sequence's state; whether nothing need be done; what follows the lanes.
 ICE_MUST_CHECK ice_status op_check_seal(struct op *op, char *text, size_t capacity);
 bool op_seal_is_known(struct op *op);
 void op_sealed_lanes(struct op *op, ice_status status, const char *text);
 // What has waited for room on the disk begins again.
 void op_retry_waiting(struct server *server);
-// A sequence falls asleep, lane by lane, unless a request comes.
-void op_sleep_sequence(struct server *server, struct sequence *sequence);
-// Lets all lanes of a sequence begin to wake, layer by layer: whoever has asked for one will ask for the others.
+// The stems of a sequence that nobody has used for so long fall asleep, lane by lane, unless a request comes.
+void op_sleep_sequence(struct server *server, struct sequence *sequence, uint64_t idle_ns);
+// Lets all lanes of a sequence's sleeping stems begin to wake, where some sleep.
 void op_wake_sequence(struct server *server, struct sequence *sequence);
 // What a retrieve took and moved, over its lanes: the phases in parallel, so the slowest lane's. Done ops only.
 struct op_totals {
@@ -150,5 +178,6 @@ uint64_t op_lane_run_parked(struct shard *shard, uint64_t now_ns);
 // Ends a part whose gather is over.
 void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status);
 void op_start_phase(struct op *op, enum op_phase phase);
+void op_done_without_lanes(struct op *op); // reactor: the end of an op that had nothing to do on shards
 
 #endif

@@ -148,7 +148,7 @@ static struct op *create_seal(struct server *server, struct session *session, co
         refuse(refusal, status, "%s", error.text);
         return NULL;
     }
-    struct op *op = allocate(server, OP_SEAL, 1, sequence->lane_count);
+    struct op *op = allocate(server, OP_SEAL, 1, 0);
     if (!op) {
         refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
         return NULL;
@@ -156,6 +156,24 @@ static struct op *create_seal(struct server *server, struct session *session, co
     op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
     op->layers = sequence->shape.layers;
     op->blocks = blocks;
+    return op;
+}
+
+// A fork, or a truncation: `tokens` are what is left.
+static struct op *create_cut(struct server *server, struct session *session, enum op_kind kind, uint64_t id,
+                             uint64_t tokens, struct refusal *refusal)
+{
+    struct sequence *sequence = find_sequence(server, session, id, refusal);
+    if (!sequence)
+        return NULL;
+    struct op *op = allocate(server, kind, 1, kind == OP_TRUNCATE ? sequence->own->lane_count : 0);
+    if (!op) {
+        refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
+        return NULL;
+    }
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    op->layers = sequence->shape.layers;
+    op->first = tokens;
     return op;
 }
 
@@ -338,6 +356,12 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
         op = create_read(server, session, request->read, &refusal);
     } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_SEAL) {
         op = create_seal(server, session, request->seal, message, &refusal);
+    } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_FORK) {
+        op = create_cut(server, session, OP_FORK, request->sequence_fork->sequence_id, request->sequence_fork->tokens,
+                        &refusal);
+    } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_TRUNCATE) {
+        op = create_cut(server, session, OP_TRUNCATE, request->sequence_truncate->sequence_id,
+                        request->sequence_truncate->tokens, &refusal);
     } else {
         op = create_retrieve(server, session, request->retrieve, message, &refusal);
         deadline_us = request->retrieve->deadline_us ? request->retrieve->deadline_us : deadline_us;
@@ -374,27 +398,34 @@ void op_close_sequence(struct server *server, struct sequence *sequence, const I
 }
 
 // An operation that nobody has asked for. False: no memory.
-static bool submit_own(struct server *server, struct sequence *sequence, enum op_kind kind)
+static bool submit_own(struct server *server, struct sequence *sequence, enum op_kind kind, uint64_t idle_ns)
 {
-    struct op *op = allocate(server, kind, 1, sequence->lane_count);
+    struct op *op = allocate(server, kind, 1, 0);
     if (!op)
         return false;
     op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = kind == OP_SLEEP};
     op->layers = sequence->shape.layers;
     op->held_bytes = op->bytes;
+    op->idle_ns = idle_ns;
     op_attach(op, sequence->session);
     op->received_ns = env_now_ns(server->env);
     op_submit(op);
     return true;
 }
 
-void op_sleep_sequence(struct server *server, struct sequence *sequence)
+void op_sleep_sequence(struct server *server, struct sequence *sequence, uint64_t idle_ns)
 {
-    if (!submit_own(server, sequence, OP_SLEEP))
-        sequence->used_ns = env_now_ns(server->env); // later, perhaps
+    if (!submit_own(server, sequence, OP_SLEEP, idle_ns))
+        sequence->own->used_ns = env_now_ns(server->env); // later, perhaps
 }
 
 void op_wake_sequence(struct server *server, struct sequence *sequence)
 {
-    (void)submit_own(server, sequence, OP_WAKE); // otherwise each lane wakes when it is asked for
+    bool sleeps = false;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        sleeps |= sequence_stem(sequence, i)->asleep;
+        sequence_stem(sequence, i)->asleep = false;
+    }
+    if (sleeps)
+        (void)submit_own(server, sequence, OP_WAKE, 0); // otherwise each lane wakes when it is asked for
 }

@@ -53,7 +53,7 @@ static void to_floats(float *out, const uint8_t *in, uint32_t count, uint32_t dt
 static float *gather_queries(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
-    const struct wire_shape *shape = &part->lane->sequence->shape;
+    const struct wire_shape *shape = &part->lane->stem->shape;
     uint32_t group = shape->query_heads / shape->kv_heads;
     uint32_t block = group * shape->head_dim;
     float *queries = shard_scratch(shard, (void **)&shard->queries, &shard->queries_bytes,
@@ -76,7 +76,7 @@ static float *gather_queries(struct op_lane *part, struct shard *shard)
 static struct lane_input riding_input(const struct op_lane *part)
 {
     const struct op *op = part->op;
-    const struct sequence *sequence = part->lane->sequence;
+    const struct sequence *sequence = part->admission->sequence;
     const struct wire_shape *shape = &sequence->shape;
     size_t stride = shape->kv_heads * sequence->row_bytes;
     size_t side = (size_t)op->sequence_count * op->queries * stride;
@@ -85,7 +85,7 @@ static struct lane_input riding_input(const struct op_lane *part)
                                        dtype_bytes((enum dtype)op->query_dtype);
     size_t offset = part->sequence_index * op->queries * stride + part->lane->kv_head * sequence->row_bytes;
     const uint8_t *keys = (const uint8_t *)op->message.vectors + queries + offset;
-    return (struct lane_input){keys, keys + side, stride, op->first_queries[part->sequence_index], op->queries};
+    return (struct lane_input){keys, keys + side, stride, op->first_queries[part->sequence_index], op->queries, 0};
 }
 
 // Where this lane's first row lies in the staging, K [layer][kv_head][token][head_dim], or
@@ -93,7 +93,7 @@ static struct lane_input riding_input(const struct op_lane *part)
 static uint8_t *staging_rows(const struct op_lane *part, uint64_t *side_bytes, size_t *stride_bytes)
 {
     const struct op *op = part->op;
-    const struct sequence *sequence = part->lane->sequence;
+    const struct sequence *sequence = part->admission->sequence;
     *side_bytes = staging_side_bytes(op->layers, sequence->shape.kv_heads, op->tokens, sequence->row_bytes);
     uint64_t heads = sequence->shape.kv_heads, head = part->lane->kv_head;
     uint64_t before = part->layer_index * heads * op->tokens + head * (op->token_major ? 1 : op->tokens); // rows
@@ -105,7 +105,7 @@ static uint8_t *staging_rows(const struct op_lane *part, uint64_t *side_bytes, s
 static ice_status check_queries(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
-    const struct wire_shape *shape = &part->lane->sequence->shape;
+    const struct wire_shape *shape = &part->lane->stem->shape;
     const float *queries = gather_queries(part, shard);
     if (!queries)
         return ICE_NO_MEMORY;
@@ -120,10 +120,63 @@ static ice_status check_queries(struct op_lane *part, struct shard *shard)
     return ICE_OK;
 }
 
+// What the append repeats of tokens before the own stem must be equal to them.
+static ice_status compare_shared(struct op_lane *part, struct shard *shard, const struct lane_input *input)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    const uint64_t own = sequence->own->first, all = input->first + input->tokens, end = all < own ? all : own;
+    while (input->first + part->compared < end) {
+        const uint64_t at = input->first + part->compared;
+        const uint32_t i = sequence_stem_number(sequence, at);
+        const struct stem *stem = sequence_stem(sequence, i);
+        const uint64_t until = sequence_stem_end(sequence, i) < end ? sequence_stem_end(sequence, i) : end;
+        const size_t offset = part->compared * input->stride_bytes;
+        struct lane_input some = {.keys = input->keys + offset,
+                                  .values = input->values + offset,
+                                  .stride_bytes = input->stride_bytes,
+                                  .first = at - stem->first,
+                                  .tokens = (uint32_t)(until - at)};
+        const ice_status status = lane_compare(op_lane_in(part, stem), shard, &some, some.tokens);
+        part->compared += some.compared;
+        if (status != ICE_OK)
+            return status;
+    }
+    return ICE_OK;
+}
+
+// The part of an append that is the own stem's, in its positions.
+static struct lane_input own_input(const struct op_lane *part, const struct lane_input *input)
+{
+    const uint64_t first = part->lane->stem->first;
+    const uint64_t before = input->first < first ? first - input->first : 0;
+    const uint32_t skip = before < input->tokens ? (uint32_t)before : input->tokens;
+    return (struct lane_input){.keys = input->keys + skip * input->stride_bytes,
+                               .values = input->values + skip * input->stride_bytes,
+                               .stride_bytes = input->stride_bytes,
+                               .first = input->first + skip > first ? input->first + skip - first : 0,
+                               .tokens = input->tokens - skip,
+                               .compared = part->compared > skip ? part->compared - skip : 0};
+}
+
+static ice_status store_input(struct op_lane *part, struct shard *shard, const struct lane_input *input)
+{
+    ice_status status = compare_shared(part, shard, input);
+    if (status != ICE_OK)
+        return status;
+    struct lane_input own = own_input(part, input);
+    const uint32_t skip = input->tokens - own.tokens;
+    status = lane_prepare(part->lane, shard, &own);
+    part->compared = skip + own.compared;
+    part->prepared = status == ICE_OK;
+    return status;
+}
+
 static ice_status run_prepare(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
     struct lane_input input;
+    if (op->kind == OP_TRUNCATE)
+        return lane_truncate_prepare(part->lane, shard);
     if (op->kind == OP_RETRIEVE && !op->follows) {
         ice_status refused = check_queries(part, shard);
         if (refused != ICE_OK)
@@ -133,13 +186,25 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
         uint64_t side;
         size_t stride;
         const uint8_t *keys = staging_rows(part, &side, &stride);
-        input = (struct lane_input){keys, keys + side, stride, op->first, op->tokens};
+        input = (struct lane_input){keys, keys + side, stride, op->first, op->tokens, 0};
     } else {
         input = riding_input(part);
     }
-    ice_status status = lane_prepare(part->lane, shard, &input);
-    part->prepared = status == ICE_OK;
-    return status;
+    return store_input(part, shard, &input);
+}
+
+static void read_rows(const struct op_lane *part, uint8_t *keys, uint8_t *values)
+{
+    const struct op *op = part->op;
+    const struct sequence *sequence = part->admission->sequence;
+    const uint64_t end = op->first + op->tokens;
+    for (uint64_t at = op->first, until; at < end; at = until) {
+        const uint32_t i = sequence_stem_number(sequence, at);
+        const struct stem *stem = sequence_stem(sequence, i);
+        const size_t offset = (at - op->first) * stem->row_bytes;
+        until = sequence_stem_end(sequence, i) < end ? sequence_stem_end(sequence, i) : end;
+        lane_read(op_lane_in(part, stem), at - stem->first, (uint32_t)(until - at), keys + offset, values + offset);
+    }
 }
 
 static ice_status run_read(struct op_lane *part, struct shard *shard)
@@ -153,14 +218,14 @@ static ice_status run_read(struct op_lane *part, struct shard *shard)
     uint64_t side;
     size_t stride; // packed: a read's staging is head by head
     uint8_t *keys = staging_rows(part, &side, &stride);
-    lane_read(part->lane, op->first, op->tokens, keys, keys + side);
+    read_rows(part, keys, keys + side);
     return ICE_OK;
 }
 
 static struct index_query make_query(const struct op_lane *part, const float *queries)
 {
     const struct op *op = part->op;
-    const struct sequence *sequence = part->lane->sequence;
+    const struct sequence *sequence = part->admission->sequence;
     return (struct index_query){
         .queries = queries,
         .query_count = op->queries,
@@ -178,7 +243,7 @@ static struct index_query make_query(const struct op_lane *part, const float *qu
 static void put_in_slot(const struct op_lane *part, const struct gpu_target *target, const struct gather_token *token,
                         const uint8_t *row)
 {
-    size_t bytes = part->lane->sequence->row_bytes;
+    size_t bytes = part->lane->stem->row_bytes;
     target->store(target->keys + token->slot * bytes, row, bytes);
     target->store(target->values + token->slot * bytes, row + bytes, bytes);
     target->positions[token->slot] = token->position;
@@ -199,7 +264,7 @@ void gather_put(const struct op_lane *part, const struct gather_token *token, co
         put_in_slot(part, &target, token, row);
         return;
     }
-    const size_t bytes = part->lane->sequence->row_bytes;
+    const size_t bytes = part->lane->stem->row_bytes;
     uint64_t side;
     size_t stride;
     uint8_t *keys = staging_rows(part, &side, &stride) + token->slot * bytes;
@@ -297,27 +362,28 @@ static ice_status follow(struct op_lane *part, struct shard *shard, struct gathe
     if (!tokens)
         return ICE_NO_MEMORY;
     for (uint32_t i = 0; i < followed.count; i++) {
-        tokens[i] = (struct index_selected){.position = followed.entries[i].position};
-        index_locate(part->lane->index, tokens[i].position, 1, &tokens[i].place);
+        const uint32_t position = followed.entries[i].position;
+        const struct lane *lane = op_lane_at(part, position);
+        tokens[i] = (struct index_selected){.position = position};
+        index_locate(lane->index, position - lane->stem->first, 1, &tokens[i].place);
     }
     part->mass = anchor->mass;
-    part->indexed = index_length(part->lane->index);
+    part->indexed = part->admission->sequence->lengths[op->layer]; // nobody else changes it while the request runs
     part->searched_ns = env_now_ns(op->server->env);
     return plan_landing(part, shard, followed.count, tokens, plan);
 }
 
 static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
 {
-    const struct lane *lane = part->lane;
-    const size_t bytes = 2 * lane->sequence->row_bytes;
+    const size_t bytes = 2 * part->lane->stem->row_bytes;
     struct gather_token tokens[256];
     struct gpu_target target;
     target_of(part, &target);
-    for (uint32_t number = 0, n; (n = gather_next(lane, plan, &number, 256, tokens)) > 0;) {
+    for (uint32_t number = 0, n; (n = gather_next(part, plan, &number, 256, tokens)) > 0;) {
         for (uint32_t i = 0; i < n; i++) {
             if (i + STORE_ROWS_AHEAD < n)
-                store_ask(lane_token(lane, tokens[i + STORE_ROWS_AHEAD].place, bytes), bytes);
-            put_in_slot(part, &target, &tokens[i], lane_token(lane, tokens[i].place, bytes));
+                store_ask(gather_row(&tokens[i + STORE_ROWS_AHEAD], bytes), bytes);
+            put_in_slot(part, &target, &tokens[i], gather_row(&tokens[i], bytes));
         }
     }
     part->count = plan->cell->count;
@@ -346,16 +412,48 @@ static bool out_of_time(const struct op *op)
     return atomic_load_explicit(&op->cancelled, memory_order_relaxed) || env_now_ns(op->server->env) >= op->deadline_ns;
 }
 
+// The trees that the sequence sees, and up to where.
+static uint32_t parts_of(const struct op_lane *part, struct index_part *parts)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    uint32_t count = 0;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        const struct stem *stem = sequence_stem(sequence, i);
+        const struct index *index = op_lane_in(part, stem)->index;
+        if (!index)
+            continue; // nothing has been appended to the own stem
+        const uint64_t length = stem->first + index_length(index), end = sequence_stem_end(sequence, i);
+        parts[count++] = (struct index_part){index, stem->first, length < end ? length : end};
+    }
+    return count;
+}
+
+// What the reply says of the trees that were searched.
+static void note_trees(struct op_lane *part)
+{
+    struct index_part parts[INDEX_PARTS_MAX];
+    const uint32_t count = parts_of(part, parts);
+    part->indexed = part->version = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint64_t indexed = index_indexed(parts[i].index), end = parts[i].first + indexed;
+        if (indexed > 0)
+            part->indexed = end < parts[i].end ? end : parts[i].end;
+        // One tree's version is its own; of several it is a digest.
+        part->version = part->version * 0x9e3779b97f4a7c15u + index_version(parts[i].index);
+    }
+}
+
 static ice_status begin_search(struct op_lane *part, struct shard *shard)
 {
     const float *queries = gather_queries(part, shard);
     if (!queries)
         return ICE_NO_MEMORY;
+    struct index_part parts[INDEX_PARTS_MAX];
+    const uint32_t count = parts_of(part, parts);
     struct index_query query = make_query(part, queries);
-    const struct index_part whole = index_part_whole(part->lane->index);
-    enum index_status status = index_search_reserve(shard->search, &whole, 1, &query);
+    enum index_status status = index_search_reserve(shard->search, parts, count, &query);
     if (status == INDEX_OK)
-        status = index_search_begin(shard->search, &whole, 1, &query);
+        status = index_search_begin(shard->search, parts, count, &query);
     switch (status) {
     case INDEX_OK:
         return ICE_OK;
@@ -383,25 +481,47 @@ static ice_status search(struct op_lane *part, struct shard *shard, struct gathe
     part->searched_ns = env_now_ns(op->server->env);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
-    part->indexed = index_indexed(part->lane->index);
-    part->version = index_version(part->lane->index);
+    note_trees(part);
     part->search_ns = part->searched_ns - part->begun_ns;
     return plan_landing(part, shard, selection.count, tokens, plan);
+}
+
+// Pages that the next query is likely to ask for, lane by lane.
+struct ahead {
+    struct lane *lanes[TIER_AHEAD_MAX];
+    uint32_t pages[TIER_AHEAD_MAX];
+    uint32_t count;
+};
+
+static void look_ahead(const struct op_lane *part, struct shard *shard, struct ahead *ahead)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    struct index_part_page near[TIER_AHEAD_MAX];
+    ahead->count = part->op->follows ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    for (uint32_t i = 0; i < ahead->count; i++) {
+        ahead->lanes[i] = op_lane_in(part, sequence_stem(sequence, near[i].part));
+        ahead->pages[i] = near[i].page;
+    }
+}
+
+static void read_ahead(struct shard *shard, const struct ahead *ahead)
+{
+    for (uint32_t i = 0, n; i < ahead->count; i += n) {
+        for (n = 1; i + n < ahead->count && ahead->lanes[i + n] == ahead->lanes[i];)
+            n++;
+        tier_read_ahead(shard, ahead->lanes[i], ahead->pages + i, n);
+    }
 }
 
 // Some pages are on the disk.
 static ice_status fetch(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
 {
-    struct lane *lane = part->lane; // part and op may be gone after the gather's start
-    struct index_part_page near[TIER_AHEAD_MAX];
-    uint32_t pages[TIER_AHEAD_MAX];
-    const uint32_t near_count = part->op->follows ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
-    for (uint32_t i = 0; i < near_count; i++)
-        pages[i] = near[i].page;
+    struct ahead ahead; // part and op may be gone after the gather's start
+    look_ahead(part, shard, &ahead);
     const ice_status status = gather_start(part, shard, plan);
     if (status != ICE_OK)
         return status;
-    tier_read_ahead(shard, lane, pages, near_count);
+    read_ahead(shard, &ahead);
     return LANE_WAITS;
 }
 
@@ -431,6 +551,10 @@ static ice_status run_phase(struct op_lane *part, struct shard *shard)
     case PHASE_PREPARE:
         return run_prepare(part, shard);
     case PHASE_COMMIT:
+        if (part->op->kind == OP_TRUNCATE) {
+            lane_truncate(part->lane, shard, part->op->first - part->lane->stem->first);
+            return ICE_OK;
+        }
         lane_commit(part->lane, shard);
         if (cancelled)
             return ICE_UNKNOWN_SESSION;
@@ -444,6 +568,8 @@ static ice_status run_phase(struct op_lane *part, struct shard *shard)
     case PHASE_WAKE:
         return ICE_OK;
     case PHASE_SAVE:
+        if (part->known)
+            return lane_is_whole(part->lane) ? ICE_OK : ICE_PAGE_LOST;
         if (part->lane->state != LANE_AWAKE)
             return ICE_OK; // falls asleep, and is
         images_save(shard, part);
@@ -470,6 +596,11 @@ static void op_done(struct completion *completion, struct server *server)
         op_sealed_lanes(op, status, text);
     else
         op_finish(op, status, text);
+}
+
+void op_done_without_lanes(struct op *op)
+{
+    op_done(&op->completion, op->server);
 }
 
 static void next_phase(struct op *op)
@@ -513,13 +644,26 @@ static void finish(struct op_lane *part, ice_status status)
         next_phase(op);
 }
 
+// A lane that others share may have been asked for meanwhile: whoever did has cancelled the sleep before.
+static ice_status fall_asleep(struct op_lane *part, struct shard *shard)
+{
+    struct image *image = part->image;
+    part->image = NULL;
+    if (atomic_load_explicit(&part->op->cancelled, memory_order_relaxed) || part->lane->gathers > 0) {
+        image_destroy(shard->server, image);
+        return ICE_BUSY;
+    }
+    if (image) // NULL: it slept already
+        lane_fall_asleep(part->lane, shard, image);
+    return ICE_OK;
+}
+
 void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status)
 {
     if (status == ICE_OK && part->op->kind == OP_RETRIEVE) {
         end_copy(part, &part->fetch_ns); // nearly all of it was waiting
     } else if (status == ICE_OK && part->op->kind == OP_SLEEP) {
-        lane_fall_asleep(part->lane, shard, part->image);
-        part->image = NULL;
+        status = fall_asleep(part, shard);
     }
     shard->stalled = false; // a plan may have waited for the gather
     finish(part, status);
@@ -542,11 +686,41 @@ static void park(struct op_lane *part, struct shard *shard, uint64_t now_ns)
     shard_look_again(shard, part->parked_until_ns);
 }
 
+// Positions that the part looks at, beside the lane that it is of.
+static void range_of(const struct op_lane *part, uint64_t *from, uint64_t *until)
+{
+    const struct op *op = part->op;
+    *from = op->kind == OP_APPEND || op->kind == OP_READ ? op->first : 0;
+    *until = op->kind == OP_RETRIEVE                        ? UINT64_MAX
+             : op->kind == OP_APPEND || op->kind == OP_READ ? op->first + op->tokens
+                                                            : 0;
+}
+
+// Is all awake that the part looks at? What sleeps is woken at the same time.
+static ice_status need_lanes(struct op_lane *part, struct shard *shard)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    uint64_t from, until;
+    ice_status all = lane_need(part->lane, shard);
+    part->awaited = part->lane;
+    range_of(part, &from, &until);
+    for (uint32_t i = 0; i < sequence->chain_count && sequence->chain[i].stem->first < until; i++) {
+        struct lane *lane = op_lane_in(part, sequence->chain[i].stem);
+        const ice_status status = sequence->chain[i].end > from ? lane_need(lane, shard) : ICE_OK;
+        if (status == ICE_OK || (all != ICE_OK && all != LANE_WAITS))
+            continue;
+        all = status;
+        part->awaited = lane;
+    }
+    return all;
+}
+
 static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
 {
     const enum op_phase phase = part->op->phase; // a gather may have finished the part, and the op, within the call
-    const bool wakes = phase != PHASE_DROP && !(part->op->kind == OP_SLEEP && part->lane->state != LANE_AWAKE);
-    ice_status status = wakes ? lane_need(part->lane, shard) : ICE_OK;
+    const bool wakes =
+        phase != PHASE_DROP && !part->known && !(part->op->kind == OP_SLEEP && part->lane->state != LANE_AWAKE);
+    ice_status status = wakes ? need_lanes(part, shard) : ICE_OK;
     const bool awake = status == ICE_OK;
     if (awake)
         status = run_phase(part, shard);

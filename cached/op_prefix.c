@@ -90,6 +90,53 @@ static void destroy_images(struct op *op)
     }
 }
 
+static uint64_t sealed_tokens(const struct op *op)
+{
+    return (uint64_t)op->blocks * op->admissions[0].sequence->identity.block_tokens;
+}
+
+// Images of a stem that a sealed prefix has; NULL: none has.
+static struct image *const *known_images(const struct stem *stem)
+{
+    return stem->sources ? stem->sources->images : stem->images;
+}
+
+bool op_seal_concerns(const struct op *op, const struct stem *stem)
+{
+    return stem->first < sealed_tokens(op);
+}
+
+// Held from the beginning: the prefix that has them may be removed meanwhile.
+struct image *op_seal_known(const struct stem *stem, uint32_t lane)
+{
+    struct image *const *known = known_images(stem);
+    if (!known)
+        return NULL;
+    image_hold(known[lane]);
+    return known[lane];
+}
+
+static uint32_t sealed_stems(const struct op *op)
+{
+    const struct sequence *sequence = op->admissions[0].sequence;
+    uint32_t count = 0;
+    while (count <= sequence->chain_count && sequence_stem(sequence, count)->first < sealed_tokens(op))
+        count++;
+    return count;
+}
+
+void op_share_stems(struct op *op, struct prefix *prefix)
+{
+    struct sequence *sequence = op->admissions[0].sequence;
+    const uint32_t own = sequence->chain_count;
+    for (uint32_t i = 0; i < prefix->part_count; i++) {
+        struct stem *stem = sequence_stem(sequence, i);
+        if (i == own && (!sequence_is_even(sequence) || sequence_share_own(sequence) != ICE_OK))
+            return; // then the prefix is a copy of what the sequence had
+        prefix_know_stem(&prefix->parts[i], stem);
+    }
+}
+
 // Reactor, when the keeper has written the manifest, or something has failed.
 static void sealed(struct completion *completion, struct server *server)
 {
@@ -100,6 +147,8 @@ static void sealed(struct completion *completion, struct server *server)
     if (status == ICE_OK) {
         op->prefix_id = prefix->id;
         prefix_list_add(prefix);
+        op_leave_stems(op);
+        op_share_stems(op, prefix);
         log_debug("prefix sealed id=%016llx tokens=%llu bytes=%llu", (unsigned long long)prefix->id,
                   (unsigned long long)prefix_tokens(prefix), (unsigned long long)prefix_disk_bytes(prefix));
     } else if (status == ICE_DISK_FAILED) {
@@ -108,6 +157,24 @@ static void sealed(struct completion *completion, struct server *server)
         prefix_destroy(prefix);
     }
     op_finish(op, status, status == ICE_DISK_FAILED ? prefix_disk_text(server) : NULL);
+}
+
+void op_fill_parts(struct op *op, struct prefix *prefix)
+{
+    const struct sequence *sequence = op->admissions[0].sequence;
+    const uint64_t tokens = sealed_tokens(op);
+    uint32_t number = 0;
+    for (uint32_t i = 0; i < prefix->part_count; i++) {
+        const struct stem *stem = sequence_stem(sequence, i);
+        struct prefix_part *part = &prefix->parts[i];
+        const uint64_t end = sequence_stem_end(sequence, i);
+        part->first = stem->first;
+        part->end = end < tokens ? end : tokens;
+        for (uint32_t lane = 0; lane < stem->lane_count; lane++, number++) {
+            part->images[lane] = op->lanes[number].image;
+            op->lanes[number].image = NULL;
+        }
+    }
 }
 
 void op_sealed_lanes(struct op *op, ice_status status, const char *text)
@@ -119,7 +186,8 @@ void op_sealed_lanes(struct op *op, ice_status status, const char *text)
         op_finish(op, status, status == ICE_DISK_FAILED ? prefix_disk_text(server) : text);
         return;
     }
-    struct prefix *prefix = prefix_create(server, &sequence->identity, sequence->lane_count, op->blocks);
+    struct prefix *prefix =
+        prefix_create(server, &sequence->identity, sequence->own->lane_count, sealed_stems(op), op->blocks);
     if (!prefix || server->env->random(server->env, &prefix->id, sizeof prefix->id) != 0) {
         if (prefix)
             prefix_destroy(prefix);
@@ -127,12 +195,10 @@ void op_sealed_lanes(struct op *op, ice_status status, const char *text)
         op_finish(op, ICE_INDEX_FULL, NULL);
         return;
     }
-    prefix->seed = sequence->seed;
+    prefix->seed = sequence->own->seed;
+    prefix->root = sequence->own->root;
     memcpy(prefix->hashes, op->message.vectors, (size_t)op->blocks * PREFIX_BLOCK_BYTES);
-    for (uint32_t i = 0; i < op->lane_count; i++) {
-        prefix->images[i] = op->lanes[i].image;
-        op->lanes[i].image = NULL;
-    }
+    op_fill_parts(op, prefix);
     prefix->op = op;
     prefix->completion.done = sealed;
     prefix_write(prefix);
@@ -188,16 +254,13 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
     }
     const uint64_t tokens = (uint64_t)blocks * open->block_tokens;
     if (status == ICE_OK)
-        status = sequence_open(server, session, open, &sequence);
+        status = sequence_attach(server, session, open, prefix, tokens, &sequence);
+    if (status == ICE_LIMIT)
+        sequence_limit_text(server, error.text, sizeof error.text);
     if (status != ICE_OK) {
         answer_error(server, session, message, request->request_id, status, &error);
         return;
     }
-    sequence->seed = prefix->seed;
-    sequence->attached_tokens = tokens;
-    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
-        sequence->lengths[layer] = tokens;
-    prefix_attach(prefix, sequence);
     reply_attach(server, session, message, request->request_id, sequence->id, tokens);
     op_wake_sequence(server, sequence);
 }

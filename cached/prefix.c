@@ -96,7 +96,7 @@ uint64_t prefix_tokens(const struct prefix *prefix)
 uint64_t prefix_disk_bytes(const struct prefix *prefix)
 {
     uint64_t bytes = 0;
-    for (uint32_t i = 0; i < prefix->lane_count; i++)
+    for (uint32_t i = 0; i < prefix_image_count(prefix); i++)
         bytes += prefix->images[i] ? image_disk_bytes(prefix->images[i]) : 0;
     return bytes;
 }
@@ -104,9 +104,10 @@ uint64_t prefix_disk_bytes(const struct prefix *prefix)
 // ---- making and unmaking ----
 
 struct prefix *prefix_create(struct server *server, const struct prefix_identity *identity, uint32_t lane_count,
-                             uint32_t block_count)
+                             uint32_t part_count, uint32_t block_count)
 {
-    const size_t images = sizeof(struct prefix), hashes = images + lane_count * sizeof(struct image *);
+    const size_t parts = sizeof(struct prefix), images = parts + part_count * sizeof(struct prefix_part);
+    const size_t hashes = images + (size_t)part_count * lane_count * sizeof(struct image *);
     const size_t bytes = hashes + (size_t)block_count * PREFIX_BLOCK_BYTES;
     if (!budget_take(&server->index_budget, NULL, bytes))
         return NULL;
@@ -121,17 +122,48 @@ struct prefix *prefix_create(struct server *server, const struct prefix_identity
     prefix->block_count = block_count;
     prefix->hashes = (uint8_t(*)[PREFIX_BLOCK_BYTES])(memory + hashes);
     prefix->lane_count = lane_count;
+    prefix->part_count = part_count;
+    prefix->parts = (struct prefix_part *)(memory + parts);
     prefix->images = (struct image **)(memory + images);
+    for (uint32_t i = 0; i < part_count; i++)
+        prefix->parts[i].images = prefix->images + (size_t)i * lane_count;
     prefix->memory_bytes = bytes;
     prefix->server = server;
     return prefix;
+}
+
+void prefix_know_stem(struct prefix_part *part, struct stem *stem)
+{
+    part->stem = stem;
+    part->next_same = stem->sources;
+    stem->sources = part;
+}
+
+void prefix_forget_stem(struct stem *stem)
+{
+    for (struct prefix_part *part = stem->sources; part; part = part->next_same)
+        part->stem = NULL;
+    stem->sources = NULL;
+}
+
+static void leave_stem(struct prefix_part *part)
+{
+    if (!part->stem)
+        return;
+    struct prefix_part **link = &part->stem->sources;
+    while (*link != part)
+        link = &(*link)->next_same;
+    *link = part->next_same;
+    part->stem = NULL;
 }
 
 void prefix_destroy(struct prefix *prefix)
 {
     struct server *server = prefix->server;
     assert(!prefix->listed && prefix->attached == 0);
-    for (uint32_t i = 0; i < prefix->lane_count; i++)
+    for (uint32_t i = 0; i < prefix->part_count; i++)
+        leave_stem(&prefix->parts[i]);
+    for (uint32_t i = 0; i < prefix_image_count(prefix); i++)
         image_destroy(server, prefix->images[i]);
     const size_t bytes = prefix->memory_bytes;
     server->env->release(server->env, prefix, bytes);
@@ -179,8 +211,6 @@ void prefix_attach(struct prefix *prefix, struct sequence *sequence)
     prefix->attached++;
     prefix->used = ++prefix->server->prefixes.uses;
     sequence->prefix = prefix;
-    for (uint32_t i = 0; i < prefix->lane_count; i++)
-        lane_attach(&sequence->lanes[i], prefix->images[i]);
 }
 
 void prefix_detach(struct prefix *prefix)
@@ -392,7 +422,7 @@ static bool load_one(void *context, const char *name)
         return false;
     }
     bool whole = prefix != NULL;
-    for (uint32_t i = 0; whole && i < prefix->lane_count; i++)
+    for (uint32_t i = 0; whole && i < prefix_image_count(prefix); i++)
         whole = claim_image(server, prefix->images[i]);
     const int error = whole ? look_at_piece(server, prefix->images[0], loading->piece) : -EBADMSG;
     if (error == 0) {

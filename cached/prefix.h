@@ -26,6 +26,7 @@ struct op;
 struct prefix_waiter; // who asked for a prefix to be removed (op_prefix.c)
 struct sequence;
 struct server;
+struct stem;
 
 // What two sequences must have in common. All bytes are defined, so that it can be compared and hashed as bytes.
 struct prefix_identity {
@@ -37,21 +38,32 @@ struct prefix_identity {
     uint32_t page_tokens;
 };
 
+// Tokens of a prefix that lie in stems of their own.
+struct prefix_part {
+    uint64_t first, end;
+    struct image **images;         // [layer][kv_head], held; they may have more tokens than are sealed
+    struct stem *stem;             // that is these tokens in memory, while somebody has it; NULL: none
+    struct prefix_part *next_same; // another one that this stem is
+};
+
 struct prefix {
     uint64_t id;
     struct prefix_identity identity;
     uint64_t seed;                         // of its trees
+    uint64_t root;                         // of stems made of it
     uint32_t block_count;                  // tokens: block_count x identity.block_tokens
     uint8_t (*hashes)[PREFIX_BLOCK_BYTES]; // [block_count]
     uint32_t lane_count;
-    struct image **images; // [layer][kv_head]; may hold more tokens than are sealed
-    size_t memory_bytes;   // of this allocation, without the images
-    uint32_t attached;     // sequences
-    bool listed;           // in the registry
-    bool removing;         // its manifest is on its way out
-    bool unlinked;         // its manifest is gone for good
-    uint64_t used;         // number of the last attachment, for the order of eviction
-    struct prefix *next;   // in its bucket, or among the unlisted
+    uint32_t part_count;
+    struct prefix_part *parts; // contiguous, from position 0 on
+    struct image **images;     // of all parts
+    size_t memory_bytes;       // of this allocation, without the images
+    uint32_t attached;         // sequences, and their forks
+    bool listed;               // in the registry
+    bool removing;             // its manifest is on its way out
+    bool unlinked;             // its manifest is gone for good
+    uint64_t used;             // number of the last attachment, for the order of eviction
+    struct prefix *next;       // in its bucket, or among the unlisted
     struct prefix_waiter *waiters;
     struct server *server;
     struct op *op;     // the sealing that made it, until it is answered
@@ -85,7 +97,11 @@ uint64_t prefix_disk_bytes(const struct prefix *prefix);
 
 // Room for a prefix that a sealing will fill. NULL: none.
 struct prefix *prefix_create(struct server *server, const struct prefix_identity *identity, uint32_t lane_count,
-                             uint32_t block_count);
+                             uint32_t part_count, uint32_t block_count);
+static inline uint32_t prefix_image_count(const struct prefix *prefix)
+{
+    return prefix->part_count * prefix->lane_count;
+}
 // Gives back what it holds, the images too. Not while it has a manifest.
 void prefix_destroy(struct prefix *prefix);
 // Its manifest may or may not be there: removes it, then all of it.
@@ -100,6 +116,9 @@ void prefix_removed(struct prefix *prefix, ice_status status); // op_prefix.c: a
 // Why nothing can be sealed or attached to; static.
 const char *prefix_disk_text(const struct server *server);
 void prefix_attach(struct prefix *prefix, struct sequence *sequence);
+// From now on whoever is attached to the part shares the stem, until it goes.
+void prefix_know_stem(struct prefix_part *part, struct stem *stem);
+void prefix_forget_stem(struct stem *stem);
 void prefix_detach(struct prefix *prefix);
 // Removes the one that has not been used for longest, where one is not attached. False: none.
 bool prefix_evict(struct server *server);

@@ -1,9 +1,9 @@
 // A manifest as bytes, little-endian:
 //
-//   "ICESEAL1", u64 bytes of all of it, u64 id, u64 seed, identity (its fields in order: namespace NUL-padded, digest
-//   zero-padded, one byte of its length and two of nothing, nine u32), u32 blocks, u32 lanes, the hashes, then for each
-//   lane u64 bytes, tokens, indexed, frame_bytes, u32 pieces, u32 pages, pieces as (u64 checksum, u32 extent), pages'
-//   u32 extents; at the end a u64 XXH3 of all before it.
+//   "ICESEAL2", u64 bytes of all of it, u64 id, u64 seed, identity (its fields in order: namespace NUL-padded, digest
+//   zero-padded, one byte of its length and two of nothing, nine u32), u32 blocks, lanes, parts, the hashes, for each
+//   part u64 first and end, then for each lane of each part u64 bytes, tokens, indexed, frame_bytes, u32 pieces, u32
+//   pages, pieces as (u64 checksum, u32 extent), pages' u32 extents; at the end a u64 XXH3 of all before it.
 //
 // A manifest that a crash has cut or a disk has damaged fails its checksum, and counts as missing.
 #include "cached/prefix_file.h"
@@ -22,7 +22,8 @@
 
 enum { LANE_HEAD_BYTES = 40, PIECE_BYTES = 12, SUM_BYTES = 8 };
 #define IDENTITY_BYTES (WIRE_NAME_BYTES_MAX + 1 + WIRE_DIGEST_BYTES_MAX + 3 + 9 * 4)
-#define HEAD_BYTES     (8 + 3 * 8 + IDENTITY_BYTES + 2 * 4)
+#define HEAD_BYTES     (8 + 3 * 8 + IDENTITY_BYTES + 3 * 4)
+#define PART_BYTES     16
 
 static_assert(sizeof(struct prefix_identity) == IDENTITY_BYTES, "the identity has no bytes but its fields'");
 
@@ -91,8 +92,9 @@ static uint64_t get64(struct cursor *cursor)
 
 static uint64_t bytes_of(const struct prefix *prefix)
 {
-    uint64_t bytes = HEAD_BYTES + (uint64_t)prefix->block_count * PREFIX_BLOCK_BYTES + SUM_BYTES;
-    for (uint32_t i = 0; i < prefix->lane_count; i++) {
+    uint64_t bytes = HEAD_BYTES + (uint64_t)prefix->block_count * PREFIX_BLOCK_BYTES +
+                     (uint64_t)prefix->part_count * PART_BYTES + SUM_BYTES;
+    for (uint32_t i = 0; i < prefix_image_count(prefix); i++) {
         const struct image *image = prefix->images[i];
         bytes += LANE_HEAD_BYTES + (uint64_t)image->piece_count * PIECE_BYTES + (uint64_t)image->page_count * 4;
     }
@@ -122,15 +124,20 @@ uint8_t *prefix_encode(const struct prefix *prefix, size_t *bytes_out)
     if (!memory)
         return NULL;
     struct cursor cursor = {memory, memory + bytes, false};
-    put(&cursor, "ICESEAL1", 8);
+    put(&cursor, "ICESEAL2", 8);
     put64(&cursor, bytes);
     put64(&cursor, prefix->id);
     put64(&cursor, prefix->seed);
     put(&cursor, &prefix->identity, IDENTITY_BYTES);
     put32(&cursor, prefix->block_count);
     put32(&cursor, prefix->lane_count);
+    put32(&cursor, prefix->part_count);
     put(&cursor, prefix->hashes, (size_t)prefix->block_count * PREFIX_BLOCK_BYTES);
-    for (uint32_t i = 0; i < prefix->lane_count; i++)
+    for (uint32_t i = 0; i < prefix->part_count; i++) {
+        put64(&cursor, prefix->parts[i].first);
+        put64(&cursor, prefix->parts[i].end);
+    }
+    for (uint32_t i = 0; i < prefix_image_count(prefix); i++)
         put_image(&cursor, prefix->images[i]);
     put64(&cursor, XXH3_64bits(memory, bytes - SUM_BYTES));
     assert(!cursor.short_of && cursor.at == cursor.end);
@@ -226,10 +233,25 @@ static ice_status get_image(struct server *server, struct cursor *cursor, struct
     return ICE_OK;
 }
 
+// They lie one behind the other, and are all that is sealed.
+static bool get_parts(struct cursor *cursor, struct prefix *prefix)
+{
+    uint64_t end = 0;
+    for (uint32_t i = 0; i < prefix->part_count; i++) {
+        struct prefix_part *part = &prefix->parts[i];
+        part->first = get64(cursor);
+        part->end = get64(cursor);
+        if (part->first != end || part->end <= part->first)
+            return false;
+        end = part->end;
+    }
+    return !cursor->short_of && end == prefix_tokens(prefix);
+}
+
 static bool sum_is_right(const uint8_t *bytes, size_t count)
 {
     uint64_t said, sum;
-    if (count < HEAD_BYTES + SUM_BYTES || memcmp(bytes, "ICESEAL1", 8) != 0)
+    if (count < HEAD_BYTES + SUM_BYTES || memcmp(bytes, "ICESEAL2", 8) != 0)
         return false;
     memcpy(&said, bytes + 8, sizeof said);
     memcpy(&sum, bytes + count - SUM_BYTES, sizeof sum);
@@ -245,21 +267,26 @@ struct prefix *prefix_decode(struct server *server, const uint8_t *bytes, size_t
     struct prefix_identity identity;
     const uint64_t id = get64(&cursor), seed = get64(&cursor);
     get(&cursor, &identity, IDENTITY_BYTES);
-    const uint32_t blocks = get32(&cursor), lanes = get32(&cursor);
+    const uint32_t blocks = get32(&cursor), lanes = get32(&cursor), parts = get32(&cursor);
     const uint64_t rest = (uint64_t)(cursor.end - cursor.at);
-    if (blocks == 0 || !identity_is_sound(&identity, lanes) || (uint64_t)blocks * PREFIX_BLOCK_BYTES > rest)
+    if (blocks == 0 || parts == 0 || parts >= SEQUENCE_STEMS_MAX || !identity_is_sound(&identity, lanes) ||
+        (uint64_t)blocks * PREFIX_BLOCK_BYTES + (uint64_t)parts * PART_BYTES > rest)
         return NULL;
-    struct prefix *prefix = prefix_create(server, &identity, lanes, blocks);
+    struct prefix *prefix = prefix_create(server, &identity, lanes, parts, blocks);
     if (!prefix) {
         *status = ICE_NO_MEMORY;
         return NULL;
     }
-    prefix->id = id;
+    prefix->id = prefix->root = id;
     prefix->seed = seed;
     get(&cursor, prefix->hashes, (size_t)blocks * PREFIX_BLOCK_BYTES);
-    *status = ICE_OK;
-    for (uint32_t i = 0; i < lanes && *status == ICE_OK; i++)
+    *status = get_parts(&cursor, prefix) ? ICE_OK : ICE_INVALID_ARGUMENT;
+    for (uint32_t i = 0; i < prefix_image_count(prefix) && *status == ICE_OK; i++) {
+        const struct prefix_part *part = &prefix->parts[i / lanes];
         *status = get_image(server, &cursor, &prefix->images[i]);
+        if (*status == ICE_OK && prefix->images[i]->tokens < part->end - part->first)
+            *status = ICE_INVALID_ARGUMENT;
+    }
     if (*status == ICE_OK && (cursor.short_of || cursor.at != cursor.end))
         *status = ICE_INVALID_ARGUMENT;
     if (*status == ICE_OK)

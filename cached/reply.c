@@ -111,11 +111,14 @@ void reply_sequence_info(struct server *server, struct session *session, const s
     body.n_lengths = body.n_indexed = sequence->shape.layers;
     body.lengths = sequence->lengths;
     body.indexed = indexed;
-    body.pages = atomic_load_explicit(&sequence->page_count, memory_order_relaxed);
-    body.pool_bytes = atomic_load_explicit(&sequence->resident, memory_order_relaxed) * sequence->frame_bytes;
-    body.index_bytes = atomic_load_explicit(&sequence->index_bytes, memory_order_relaxed);
-    body.build_us = atomic_load_explicit(&sequence->build_ns, memory_order_relaxed) / 1000;
-    body.idle = atomic_load_explicit(&sequence->lanes_due, memory_order_acquire) == 0 && !sequence->writer;
+    struct sequence_usage usage;
+    sequence_usage(sequence, &usage);
+    body.pages = usage.pages;
+    body.pool_bytes = usage.pool_bytes;
+    body.index_bytes = usage.index_bytes;
+    body.build_us = usage.build_ns / 1000;
+    body.idle = usage.lanes_due == 0 && !sequence->writer;
+    body.shared_tokens = usage.shared_tokens;
     reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEQUENCE_INFO;
     reply.sequence_info = &body;
     reply_send(server, session, to->route, to->route_bytes, &reply);
@@ -216,6 +219,7 @@ void reply_op(struct op *op, ice_status status, const char *text)
     Icecache__Wire__AppendReply append = ICECACHE__WIRE__APPEND_REPLY__INIT;
     Icecache__Wire__ReadReply read = ICECACHE__WIRE__READ_REPLY__INIT;
     Icecache__Wire__SealReply seal = ICECACHE__WIRE__SEAL_REPLY__INIT;
+    Icecache__Wire__SequenceForkReply fork = ICECACHE__WIRE__SEQUENCE_FORK_REPLY__INIT;
     if (op->kind == OP_RETRIEVE && status == ICE_OK) {
         reply_retrieve(op);
         return;
@@ -235,6 +239,11 @@ void reply_op(struct op *op, ice_status status, const char *text)
         seal.known = op->prefix_known;
         reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEAL;
         reply.seal = &seal;
+    } else if (op->kind == OP_FORK && status == ICE_OK) {
+        fork.sequence_id = op->forked_id;
+        fork.tokens = op->first;
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEQUENCE_FORK;
+        reply.sequence_fork = &fork;
     }
     reply_send(op->server, op->session, op->route, op->route_bytes, &reply);
 }

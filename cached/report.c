@@ -39,17 +39,19 @@ static void fill_phases(const struct server_stats *stats, struct phase_rows *pha
     }
 }
 
-static const char *phase_of(const struct sequence *sequence)
+static const char *phase_of(const struct sequence *sequence, const struct sequence_usage *usage)
 {
     if (sequence->writer)
         return "appending";
     if (sequence->readers > 0)
         return "retrieving";
-    return atomic_load_explicit(&sequence->lanes_due, memory_order_relaxed) > 0 ? "clustering" : "idle";
+    return usage->lanes_due > 0 ? "clustering" : "idle";
 }
 
 static void fill_sequence(const struct sequence *sequence, Icecache__Wire__SequenceStats *row)
 {
+    struct sequence_usage usage;
+    sequence_usage(sequence, &usage);
     icecache__wire__sequence_stats__init(row);
     row->sequence_id = sequence->id;
     row->session_id = sequence->session->id;
@@ -62,12 +64,13 @@ static void fill_sequence(const struct sequence *sequence, Icecache__Wire__Seque
         row->tokens = sequence->lengths[layer] > row->tokens ? sequence->lengths[layer] : row->tokens;
         row->indexed = indexed < row->indexed ? indexed : row->indexed;
     }
-    row->pages = atomic_load_explicit(&sequence->page_count, memory_order_relaxed);
-    row->pool_bytes = atomic_load_explicit(&sequence->resident, memory_order_relaxed) * sequence->frame_bytes;
-    row->index_bytes = atomic_load_explicit(&sequence->index_bytes, memory_order_relaxed);
+    row->pages = usage.pages;
+    row->pool_bytes = usage.pool_bytes;
+    row->index_bytes = usage.index_bytes;
+    row->shared_tokens = usage.shared_tokens;
     row->retrieves = sequence->retrieves;
     row->appended_tokens = sequence->appended_tokens;
-    row->phase = (char *)phase_of(sequence);
+    row->phase = (char *)phase_of(sequence, &usage);
 }
 
 // All sequences are counted, those from `from` on listed as far as they fit.
@@ -78,6 +81,7 @@ static void fill_sequences(const struct server *server, uint32_t from, struct se
     for (const struct session *session = server->sessions; session; session = session->next) {
         for (const struct sequence *sequence = session->sequences; sequence; sequence = sequence->session_next, at++) {
             uint64_t tokens = 0;
+
             for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
                 tokens = sequence->lengths[layer] > tokens ? sequence->lengths[layer] : tokens;
             body->tokens += tokens;

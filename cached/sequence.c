@@ -1,12 +1,10 @@
-// Sequences: making, finding and unmaking. Runs on the reactor; only the reapers run on shards.
-//
-// A sequence and its lanes are one allocation, so that an open sequence costs one allocation; the trees come
-// with the first append.
+// Sequences: making, forking, cutting, finding and unmaking. Runs on the reactor.
 #include "cached/sequence.h"
 
 #include "cached/server.h"
 #include "proto/dtype.h"
 
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -15,23 +13,43 @@ static size_t align8(size_t bytes)
     return (bytes + 7) & ~(size_t)7;
 }
 
-static uint64_t mix(uint64_t x)
+// ---- making ----
+
+// Counted as the index's memory.
+static ice_status allocate(struct server *server, uint32_t layers, struct sequence **out)
 {
-    x ^= x >> 33;
-    x *= 0xff51afd7ed558ccdu;
-    x ^= x >> 33;
-    x *= 0xc4ceb9fe1a85ec53u;
-    return x ^ x >> 33;
+    const size_t head = align8(sizeof(struct sequence)), lengths = align8(layers * sizeof(uint64_t));
+    const size_t bytes = head + lengths + align8(sizeof(struct op)) + align8(sizeof(struct admission));
+    if (server->sequence_count >= server->config->sequences_max)
+        return ICE_LIMIT;
+    if (!budget_take(&server->index_budget, NULL, bytes))
+        return ICE_INDEX_FULL;
+    uint8_t *memory = env_acquire_zeroed(server->env, bytes);
+    if (!memory) {
+        budget_give(&server->index_budget, bytes);
+        return ICE_NO_MEMORY;
+    }
+    struct sequence *sequence = (struct sequence *)memory;
+    sequence->bytes = bytes;
+    sequence->server = server;
+    sequence->lengths = (uint64_t *)(memory + head);
+    sequence->close_op = (struct op *)(memory + head + lengths);
+    sequence->close_op->admissions = (struct admission *)((uint8_t *)sequence->close_op + align8(sizeof(struct op)));
+    *out = sequence;
+    return ICE_OK;
 }
 
-// The heads of a layer go to consecutive shards, so that a retrieve uses as many of them as it has heads.
-static uint32_t shard_of(const struct server *server, uint64_t id, uint32_t layer, uint32_t kv_head)
+static void free_sequence(struct sequence *sequence)
 {
-    return (uint32_t)((mix(id + ((uint64_t)layer << 40)) + kv_head) % server->shard_count);
+    struct server *server = sequence->server;
+    const size_t bytes = sequence->bytes;
+    server->env->release(server->env, sequence, bytes);
+    budget_give(&server->index_budget, bytes);
 }
 
-static void init_identity(struct sequence *sequence, const Icecache__Wire__SequenceOpen *message, uint64_t tokens_max)
+static void init_from_message(struct sequence *sequence, const Icecache__Wire__SequenceOpen *message)
 {
+    const uint64_t tokens_max = sequence->server->config->tokens_max;
     prefix_identity_of(sequence->server, message, &sequence->identity);
     sequence->shape = (struct wire_shape){
         .layers = message->layers,
@@ -45,65 +63,13 @@ static void init_identity(struct sequence *sequence, const Icecache__Wire__Seque
     sequence->tokens_max = message->max_tokens && message->max_tokens < tokens_max ? message->max_tokens : tokens_max;
 }
 
-static void init_lanes(struct server *server, struct sequence *sequence, const Icecache__Wire__SequenceOpen *message)
+// From now on requests find it.
+static void link_sequence(struct sequence *sequence, struct session *session)
 {
-    for (uint32_t i = 0; i < sequence->lane_count; i++) {
-        struct lane *lane = &sequence->lanes[i];
-        lane->sequence = sequence;
-        lane->layer = i / sequence->shape.kv_heads;
-        lane->kv_head = i % sequence->shape.kv_heads;
-        lane->anchor = message->n_anchor_layers > 0 ? message->anchor_layers[lane->layer] : lane->layer;
-        lane->shard = shard_of(server, sequence->id, lane->layer, lane->kv_head);
-    }
-}
-
-// Counted as the index's memory: a sequence of many lanes has megabytes of them before its first token.
-static ice_status allocate(struct server *server, const Icecache__Wire__SequenceOpen *message, struct sequence **out)
-{
-    size_t lane_count = (size_t)message->layers * message->kv_heads;
-    size_t head = align8(sizeof(struct sequence));
-    size_t lanes = align8(lane_count * sizeof(struct lane));
-    size_t lengths = align8(message->layers * sizeof(uint64_t));
-    size_t reapers = align8(server->shard_count * sizeof(struct sequence_reaper));
-    size_t bytes = head + lanes + lengths + reapers + align8(sizeof(struct op)) + align8(sizeof(struct admission));
-    if (!budget_take(&server->index_budget, NULL, bytes))
-        return ICE_INDEX_FULL;
-    uint8_t *memory = env_acquire_zeroed(server->env, bytes);
-    if (!memory) {
-        budget_give(&server->index_budget, bytes);
-        return ICE_NO_MEMORY;
-    }
-    struct sequence *sequence = (struct sequence *)memory;
-    sequence->bytes = bytes;
-    sequence->index_bytes = bytes;
-    sequence->lane_count = (uint32_t)lane_count;
-    sequence->lanes = (struct lane *)(memory + head);
-    sequence->lengths = (uint64_t *)(memory + head + lanes);
-    sequence->reapers = (struct sequence_reaper *)(memory + head + lanes + lengths);
-    sequence->close_op = (struct op *)(memory + head + lanes + lengths + reapers);
-    sequence->close_op->admissions = (struct admission *)((uint8_t *)sequence->close_op + align8(sizeof(struct op)));
-    *out = sequence;
-    return ICE_OK;
-}
-
-ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
-                         struct sequence **out)
-{
-    if (server->sequence_count >= server->config->sequences_max)
-        return ICE_LIMIT;
-    struct sequence *sequence = NULL;
-    ice_status status = allocate(server, message, &sequence);
-    if (status != ICE_OK)
-        return status;
-    sequence->id = ++server->next_id;
-    sequence->used_ns = env_now_ns(server->env);
-    sequence->server = server;
-    sequence->session = session;
-    init_identity(sequence, message, server->config->tokens_max);
+    struct server *server = sequence->server;
     sequence->row_bytes = sequence->shape.head_dim * dtype_bytes((enum dtype)sequence->shape.dtype);
-    sequence->seed = server->config->seed;
-    sequence->frame_bytes = server_frame_bytes(server, sequence->row_bytes);
-    init_lanes(server, sequence, message);
+    sequence->binding = sequence->id;
+    sequence->session = session;
     session_hold(session);
     sequence->session_next = session->sequences;
     session->sequences = sequence;
@@ -112,9 +78,238 @@ ice_status sequence_open(struct server *server, struct session *session, const I
     sequence->hash_next = *bucket;
     *bucket = sequence;
     server->sequence_count++;
+}
+
+static void set_lengths(struct sequence *sequence, uint64_t length)
+{
+    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
+        sequence->lengths[layer] = length;
+}
+
+static const uint32_t *anchors_of(const Icecache__Wire__SequenceOpen *message)
+{
+    return message->n_anchor_layers > 0 ? message->anchor_layers : NULL;
+}
+
+// The tokens below `end` of what a chain has become no more than that; the rest of the chain is let go of.
+static void let_go_from(struct sequence *sequence, uint64_t end)
+{
+    uint32_t count = sequence->chain_count;
+    while (count > 0 && sequence->chain[count - 1].stem->first >= end)
+        sequence->leaving += stem_release(sequence->chain[--count].stem, sequence);
+    sequence->chain_count = count;
+    if (count > 0 && sequence->chain[count - 1].end > end)
+        sequence->chain[count - 1].end = end;
+}
+
+ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
+                         struct sequence **out)
+{
+    struct sequence *sequence;
+    ice_status status = allocate(server, message->layers, &sequence);
+    if (status != ICE_OK)
+        return status;
+    init_from_message(sequence, message);
+    sequence->id = ++server->next_id;
+    const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .root = sequence->id,
+                                     .seed = server->config->seed,
+                                     .shape = sequence->shape,
+                                     .anchors = anchors_of(message)};
+    status = stem_create(server, &mould, &sequence->own);
+    if (status != ICE_OK) {
+        free_sequence(sequence);
+        return status;
+    }
+    link_sequence(sequence, session);
     *out = sequence;
     return ICE_OK;
 }
+
+// ---- sealed prefixes ----
+
+// A stem whose layers have no tree cannot be shared with a sequence that searches them.
+static bool serves(const struct stem *stem, const struct sequence *sequence)
+{
+    for (uint32_t layer = 0; layer < sequence->shape.layers; layer++) {
+        if (stem_lane(stem, layer, 0)->anchor != layer && !sequence_follows(sequence, layer))
+            return false;
+    }
+    return true;
+}
+
+// The stem of a part of a prefix: one that is there, or one that is made of its images and wakes.
+static ice_status stem_of_part(struct sequence *sequence, struct prefix *prefix, struct prefix_part *part,
+                               struct stem **out)
+{
+    if (part->stem && serves(part->stem, sequence)) {
+        stem_hold(*out = part->stem);
+        return ICE_OK;
+    }
+    const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .root = prefix->root,
+                                     .seed = prefix->seed,
+                                     .first = part->first,
+                                     .depth = (uint32_t)(part - prefix->parts),
+                                     .shape = sequence->shape,
+                                     .like = sequence->own,
+                                     .images = part->images};
+    const ice_status status = stem_create(sequence->server, &mould, out);
+    if (status == ICE_OK && !part->stem)
+        prefix_know_stem(part, *out);
+    return status;
+}
+
+// Of a sequence that has never been seen by anybody.
+static void undo(struct sequence *sequence)
+{
+    for (uint32_t i = 0; i < sequence->chain_count; i++) {
+        struct stem *stem = sequence->chain[i].stem;
+        if (--stem->holds > 0)
+            continue;
+        prefix_forget_stem(stem);
+        stem_discard(stem); // made for this sequence: those that were there are held by others
+    }
+    if (sequence->own)
+        stem_discard(sequence->own);
+    free_sequence(sequence);
+}
+
+ice_status sequence_attach(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
+                           struct prefix *prefix, uint64_t tokens, struct sequence **out)
+{
+    struct sequence *sequence;
+    ice_status status = allocate(server, message->layers, &sequence);
+    if (status != ICE_OK)
+        return status;
+    init_from_message(sequence, message);
+    sequence->id = ++server->next_id;
+    const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .root = prefix->root,
+                                     .seed = prefix->seed,
+                                     .first = tokens,
+                                     .depth = prefix->part_count,
+                                     .shape = sequence->shape,
+                                     .anchors = anchors_of(message)};
+    status = stem_create(server, &mould, &sequence->own);
+    for (uint32_t i = 0; status == ICE_OK && i < prefix->part_count && prefix->parts[i].first < tokens; i++) {
+        struct prefix_part *part = &prefix->parts[i];
+        struct sequence_part *seen = &sequence->chain[sequence->chain_count];
+        status = stem_of_part(sequence, prefix, part, &seen->stem);
+        seen->end = part->end < tokens ? part->end : tokens;
+        sequence->chain_count += status == ICE_OK;
+    }
+    if (status != ICE_OK) {
+        undo(sequence);
+        return status;
+    }
+    link_sequence(sequence, session);
+    set_lengths(sequence, tokens);
+    prefix_attach(prefix, sequence);
+    *out = sequence;
+    return ICE_OK;
+}
+
+// ---- forks ----
+
+// Stems that the first `tokens` lie in.
+static uint32_t chain_until(const struct sequence *sequence, uint64_t tokens)
+{
+    uint32_t count = 0;
+    while (count <= sequence->chain_count && sequence_stem(sequence, count)->first < tokens)
+        count++;
+    return count;
+}
+
+// A new own stem from `first` on.
+static ice_status create_own(struct sequence *sequence, uint64_t first, uint32_t depth, struct stem **out)
+{
+    const struct stem *own = sequence->own;
+    const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .root = own->root,
+                                     .seed = own->seed,
+                                     .first = first,
+                                     .depth = depth,
+                                     .shape = sequence->shape,
+                                     .like = own};
+    return stem_create(sequence->server, &mould, out);
+}
+
+ice_status sequence_share_own(struct sequence *sequence)
+{
+    struct stem *fresh, *own = sequence->own;
+    const uint64_t end = sequence->lengths[0];
+    assert(sequence_is_even(sequence) && end > own->first);
+    if (sequence->chain_count == SEQUENCE_STEMS_MAX - 1)
+        return ICE_LIMIT;
+    const ice_status status = create_own(sequence, end, sequence->chain_count + 1, &fresh);
+    if (status != ICE_OK)
+        return status;
+    sequence->chain[sequence->chain_count++] = (struct sequence_part){own, end};
+    sequence->own = fresh;
+    stem_share(own);
+    return ICE_OK;
+}
+
+// The first `tokens` of the parent's chain, which has them all.
+static void share_chain(const struct sequence *parent, uint64_t tokens, struct sequence *child)
+{
+    for (uint32_t i = 0; i < parent->chain_count && parent->chain[i].stem->first < tokens; i++) {
+        const struct sequence_part *part = &parent->chain[i];
+        stem_hold(part->stem);
+        child->chain[child->chain_count++] =
+            (struct sequence_part){part->stem, part->end < tokens ? part->end : tokens};
+    }
+}
+
+ice_status sequence_fork(struct sequence *parent, uint64_t tokens, struct sequence **out)
+{
+    struct server *server = parent->server;
+    struct sequence *child;
+    ice_status status = allocate(server, parent->shape.layers, &child);
+    if (status != ICE_OK)
+        return status;
+    child->identity = parent->identity;
+    child->shape = parent->shape;
+    child->scale = parent->scale;
+    child->tokens_max = parent->tokens_max;
+    child->id = ++server->next_id;
+    child->own = parent->own; // what the new one is like
+    status = create_own(child, tokens, chain_until(parent, tokens), &child->own);
+    if (status != ICE_OK) {
+        free_sequence(child);
+        return status;
+    }
+    if (tokens > parent->own->first)
+        status = sequence_share_own(parent);
+    if (status != ICE_OK) {
+        undo(child);
+        return status;
+    }
+    share_chain(parent, tokens, child);
+    link_sequence(child, parent->session);
+    set_lengths(child, tokens);
+    if (parent->prefix)
+        prefix_attach(parent->prefix, child);
+    *out = child;
+    return ICE_OK;
+}
+
+ice_status sequence_cut(struct sequence *sequence, uint64_t tokens)
+{
+    struct stem *own = sequence->own, *fresh;
+    assert(tokens < own->first);
+    const ice_status status = create_own(sequence, tokens, chain_until(sequence, tokens), &fresh);
+    if (status != ICE_OK)
+        return status;
+    sequence->own = fresh;
+    sequence->leaving += stem_release(own, sequence);
+    let_go_from(sequence, tokens);
+    set_lengths(sequence, tokens);
+    return ICE_OK;
+}
+
+// ---- finding ----
 
 struct sequence *sequence_find(struct server *server, const struct session *session, uint64_t id)
 {
@@ -123,6 +318,8 @@ struct sequence *sequence_find(struct server *server, const struct session *sess
         sequence = sequence->hash_next;
     return sequence && sequence->session == session && !sequence->closing ? sequence : NULL;
 }
+
+// ---- the end ----
 
 static void unlink_sequence(struct server *server, struct sequence *sequence)
 {
@@ -138,74 +335,35 @@ static void unlink_sequence(struct server *server, struct sequence *sequence)
     server->sequence_count--;
 }
 
-ice_status sequence_reserve_pages(struct sequence *sequence, uint64_t pages)
+// The lanes are gone, now the rest.
+static void sequence_closed(struct sequence *sequence)
 {
     struct server *server = sequence->server;
-    if (!tier_serves(server))
-        return pool_reserve(server->pool, &sequence->frames_promised, sequence->frame_bytes, pages) ? ICE_OK
-                                                                                                    : ICE_POOL_FULL;
-    if (extents_reserve(server->extents, &sequence->extents_promised, sequence->frame_bytes, pages) == pages)
-        return ICE_OK;
-    extents_unreserve(server->extents, &sequence->extents_promised, sequence->frame_bytes);
-    return ICE_SPILL_FULL;
-}
-
-void sequence_unreserve(struct sequence *sequence)
-{
-    struct server *server = sequence->server;
-    pool_unreserve(server->pool, &sequence->frames_promised, sequence->frame_bytes);
-    if (server->extents)
-        extents_unreserve(server->extents, &sequence->extents_promised, sequence->frame_bytes);
-    budget_unreserve(&server->index_budget, &sequence->index_promised);
-}
-
-// Reactor, after the last reaper: the lanes are gone, now the rest.
-static void sequence_closed(struct completion *completion, struct server *server)
-{
-    struct sequence *sequence = (struct sequence *)((char *)completion - offsetof(struct sequence, closed));
     struct session *session = sequence->session;
-    sequence_unreserve(sequence);
     if (sequence->prefix)
         prefix_detach(sequence->prefix);
     unlink_sequence(server, sequence);
-    struct op *op = sequence->close_op;
-    op_finish(op, ICE_OK, NULL); // the op lies in the sequence's memory, which goes next
-    budget_give(&server->index_budget, sequence->bytes);
-    server->env->release(server->env, sequence, sequence->bytes);
+    op_finish(sequence->close_op, ICE_OK, NULL); // the op lies in the sequence's memory, which goes next
+    free_sequence(sequence);
     session_release(server, session);
 }
 
-// One lane at a time, so that a decode request waits for one at most.
-static void reap(struct task *task, void *thread)
+void sequence_stem_gone(struct sequence *sequence)
 {
-    struct sequence_reaper *reaper = (struct sequence_reaper *)task;
-    struct sequence *sequence = reaper->sequence;
-    struct server *server = sequence->server;
-    struct shard *shard = thread;
-    while (reaper->next_lane < sequence->lane_count && sequence->lanes[reaper->next_lane].shard != shard->index)
-        reaper->next_lane++;
-    if (reaper->next_lane < sequence->lane_count) {
-        struct lane *lane = &sequence->lanes[reaper->next_lane++];
-        shard_lane_forget(shard, lane);
-        lane_destroy(lane, shard);
-        task_queue_push(&shard->queue, TASK_BULK, task);
-        return;
-    }
-    if (atomic_fetch_sub_explicit(&sequence->reapers_left, 1, memory_order_acq_rel) == 1)
-        completion_post(&server->completions, &sequence->closed);
+    if (--sequence->leaving == 0 && !sequence->own)
+        sequence_closed(sequence);
 }
 
-void sequence_destroy_lanes(struct sequence *sequence)
+void sequence_leave_stems(struct sequence *sequence)
 {
-    struct server *server = sequence->server;
-    sequence->closed.done = sequence_closed;
-    atomic_store_explicit(&sequence->reapers_left, server->shard_count, memory_order_relaxed);
-    for (uint32_t i = 0; i < server->shard_count; i++) {
-        struct sequence_reaper *reaper = &sequence->reapers[i];
-        *reaper = (struct sequence_reaper){.task = {.run = reap}, .sequence = sequence};
-        task_queue_push(&server->shards[i].queue, TASK_BULK, &reaper->task);
-    }
+    sequence->leaving++; // for this call
+    let_go_from(sequence, 0);
+    sequence->leaving += stem_release(sequence->own, sequence);
+    sequence->own = NULL;
+    sequence_stem_gone(sequence);
 }
+
+// ---- what it has ----
 
 uint64_t sequence_length(const struct sequence *sequence, uint32_t layer, uint32_t layers)
 {
@@ -215,15 +373,39 @@ uint64_t sequence_length(const struct sequence *sequence, uint32_t layer, uint32
     return length;
 }
 
+bool sequence_is_even(const struct sequence *sequence)
+{
+    for (uint32_t layer = 1; layer < sequence->shape.layers; layer++) {
+        if (sequence->lengths[layer] != sequence->lengths[0])
+            return false;
+    }
+    return true;
+}
+
 uint64_t sequence_indexed(const struct sequence *sequence, uint32_t layer)
 {
-    uint64_t indexed = UINT64_MAX;
+    if (!sequence->own)
+        return 0; // its stems are going
     if (sequence_follows(sequence, layer))
         return sequence->lengths[layer]; // there is nothing to cluster
-    for (uint32_t head = 0; head < sequence->shape.kv_heads; head++) {
-        const struct lane *lane = &sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads + head];
-        uint64_t lane_indexed = atomic_load_explicit(&lane->indexed, memory_order_relaxed);
-        indexed = lane_indexed < indexed ? lane_indexed : indexed;
+    for (uint32_t i = sequence->chain_count + 1; i > 0; i--) {
+        const struct stem *stem = sequence_stem(sequence, i - 1);
+        const uint64_t indexed = stem_indexed(stem, layer), end = sequence_stem_end(sequence, i - 1);
+        if (indexed > 0)
+            return stem->first + indexed < end ? stem->first + indexed : end;
     }
-    return indexed;
+    return 0;
+}
+
+void sequence_usage(const struct sequence *sequence, struct sequence_usage *out)
+{
+    *out = (struct sequence_usage){.shared_tokens = sequence->own ? sequence->own->first : 0};
+    for (uint32_t i = 0; sequence->own && i <= sequence->chain_count; i++) {
+        const struct stem *stem = sequence_stem(sequence, i);
+        out->pages += atomic_load_explicit(&stem->page_count, memory_order_relaxed);
+        out->pool_bytes += atomic_load_explicit(&stem->resident, memory_order_relaxed) * stem->frame_bytes;
+        out->index_bytes += atomic_load_explicit(&stem->index_bytes, memory_order_relaxed);
+        out->build_ns += atomic_load_explicit(&stem->build_ns, memory_order_relaxed);
+        out->lanes_due += atomic_load_explicit(&stem->lanes_due, memory_order_acquire);
+    }
 }

@@ -1,17 +1,19 @@
-// A sequence: identity, shape, lanes, and the order of the requests on it.
+// A sequence: identity, shape, its chain of stems, and the order of the requests on it.
 //
-// The reactor owns all of it except the lanes' insides (their shards) and the atomics. Requests on a sequence are
-// admitted in the order in which they came: any number of readers, or one writer.
+// The reactor owns all of it; shards read the chain while a request is on it. Requests on a sequence are admitted in
+// the order in which they came: any number of readers, or one writer.
 #ifndef ICECACHE_CACHED_SEQUENCE_H
 #define ICECACHE_CACHED_SEQUENCE_H
 
-#include "cached/budget.h"
 #include "cached/completion.h"
-#include "cached/lane.h"
 #include "cached/prefix.h"
-#include "cached/task_queue.h"
+#include "cached/stem.h"
+#include "index/index.h"
 #include "proto/limits.h"
 #include "proto/wire.h"
+
+// Stems of a chain, the sequence's own included: so many parts has a search at most.
+#define SEQUENCE_STEMS_MAX INDEX_PARTS_MAX
 
 struct op;
 struct server;
@@ -25,11 +27,10 @@ struct admission {
     bool exclusive;
 };
 
-// Destroys the lanes of one sequence that one shard owns.
-struct sequence_reaper {
-    struct task task;
-    struct sequence *sequence;
-    uint32_t next_lane;
+// What a sequence sees of a stem: positions stem->first .. end-1.
+struct sequence_part {
+    struct stem *stem;
+    uint64_t end;
 };
 
 struct sequence {
@@ -41,67 +42,101 @@ struct sequence {
     struct wire_shape shape;
     float scale;
     uint64_t tokens_max;
-    uint64_t seed;            // of its trees
-    uint64_t attached_tokens; // the sealed prefix it began with
-    size_t row_bytes;         // one K or V row
-    uint64_t frame_bytes;     // a page in memory and, with a disk, in its extent: then a multiple of DISK_ALIGN
-    uint32_t lane_count;
-    struct lane *lanes; // [layer][kv_head]
-    size_t bytes;       // of this allocation, lanes and reapers included
+    size_t row_bytes; // one K or V row
+    size_t bytes;     // of this allocation
+
+    // The reactor changes them while no other request is on the sequence.
+    struct sequence_part chain[SEQUENCE_STEMS_MAX - 1]; // contiguous, from position 0 on
+    uint32_t chain_count;
+    struct stem *own; // behind them
 
     // Reactor only.
     uint64_t *lengths; // per layer, what has been committed
+    uint64_t binding;  // what landings' rows are bound to: another one after a truncation
     bool closing;
+    uint32_t leaving; // stems that are being destroyed for it
     uint32_t readers;
     bool writer;
     struct admission *waiting, *waiting_tail;
     uint64_t retrieves, appended_tokens;
     struct sequence *hash_next, *session_next;
-    struct pool_reservation frames_promised;
-    struct extents_reservation extents_promised;
-    struct reservation index_promised;
-    struct completion closed;
-    struct sequence_reaper *reapers; // one per shard
-    struct prefix *prefix;           // that it was attached to; NULL: none
-    struct op *sleep_op;             // it is falling asleep
-    uint64_t used_ns;                // when a request on it ended
-    bool asleep;                     // all of it, and nobody has needed it since
-    struct op *close_op;             // made with the sequence, so that closing never needs memory
-
-    // Any thread.
-    _Atomic uint32_t reapers_left;
-    _Atomic uint64_t page_count;
-    _Atomic uint64_t resident; // pages in memory
-    _Atomic uint64_t index_bytes;
-    _Atomic uint64_t build_ns;
-    _Atomic uint32_t lanes_due; // lanes with clustering to do
+    struct prefix *prefix; // that it was attached to; NULL: none
+    struct op *close_op;   // made with the sequence, so that closing never needs memory
 };
 
-static inline struct lane *sequence_lane(struct sequence *sequence, uint32_t layer, uint32_t kv_head)
+// The stems of the chain one by one, the own one last.
+static inline struct stem *sequence_stem(const struct sequence *sequence, uint32_t i)
 {
-    return &sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads + kv_head];
+    return i < sequence->chain_count ? sequence->chain[i].stem : sequence->own;
+}
+
+// Where what the sequence sees of stem i ends.
+static inline uint64_t sequence_stem_end(const struct sequence *sequence, uint32_t i)
+{
+    return i < sequence->chain_count ? sequence->chain[i].end : UINT64_MAX;
+}
+
+// Which stem a position lies in. From the end on: most are in the last ones.
+static inline uint32_t sequence_stem_number(const struct sequence *sequence, uint64_t position)
+{
+    uint32_t i = sequence->chain_count;
+    while (sequence_stem(sequence, i)->first > position)
+        i--;
+    return i;
+}
+
+static inline struct stem *sequence_stem_at(const struct sequence *sequence, uint64_t position)
+{
+    return sequence_stem(sequence, sequence_stem_number(sequence, position));
+}
+
+// The lane that is appended to.
+static inline struct lane *sequence_lane(const struct sequence *sequence, uint32_t layer, uint32_t kv_head)
+{
+    return stem_lane(sequence->own, layer, kv_head);
 }
 
 // Does the layer take the selections of another one?
 static inline bool sequence_follows(const struct sequence *sequence, uint32_t layer)
 {
-    return sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads].anchor != layer;
+    return stem_lane(sequence->own, layer, 0)->anchor != layer;
 }
 
 // Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_INDEX_FULL,
 // ICE_NO_MEMORY.
 ICE_MUST_CHECK ice_status sequence_open(struct server *server, struct session *session,
                                         const Icecache__Wire__SequenceOpen *message, struct sequence **out);
+// The same, beginning with the first `tokens` of a sealed prefix.
+ICE_MUST_CHECK ice_status sequence_attach(struct server *server, struct session *session,
+                                          const Icecache__Wire__SequenceOpen *message, struct prefix *prefix,
+                                          uint64_t tokens, struct sequence **out);
+// A sequence that begins with the first `tokens` of another one, on which no other request is; they are not more than
+// the shortest layer has, and where the other one's own stem has some of them, its layers are equally long. ICE_LIMIT
+// also where the chain is too long.
+ICE_MUST_CHECK ice_status sequence_fork(struct sequence *parent, uint64_t tokens, struct sequence **out);
+// What lies behind the first `tokens`, which begin before the own stem, goes. ICE_INDEX_FULL, ICE_NO_MEMORY: nothing
+// has changed.
+ICE_MUST_CHECK ice_status sequence_cut(struct sequence *sequence, uint64_t tokens);
+// The own stem, which has tokens, becomes one that others can share; behind it there is a new one. All layers are
+// equally long. ICE_LIMIT: the chain is too long; ICE_INDEX_FULL, ICE_NO_MEMORY; nothing has changed then.
+ICE_MUST_CHECK ice_status sequence_share_own(struct sequence *sequence);
 // NULL where the session has no such sequence, or it is being closed.
 struct sequence *sequence_find(struct server *server, const struct session *session, uint64_t id);
-// Hands every lane to its shard for destruction; the sequence frees itself when they are done, then calls back.
-void sequence_destroy_lanes(struct sequence *sequence);
-// Room for `pages` that appends will make: extents where there is a disk, which pages can then leave for, frames of the
-// pool where not. ICE_SPILL_FULL, ICE_POOL_FULL; nothing has changed then.
-ICE_MUST_CHECK ice_status sequence_reserve_pages(struct sequence *sequence, uint64_t pages);
-// Gives back what appends were promised and have not taken, of the index's memory too.
-void sequence_unreserve(struct sequence *sequence);
+// Lets go of all its stems; the sequence frees itself when those that nobody else holds are gone, then calls back.
+void sequence_leave_stems(struct sequence *sequence);
+void sequence_stem_gone(struct sequence *sequence); // one of them is
+
 uint64_t sequence_length(const struct sequence *sequence, uint32_t layer, uint32_t layers); // shortest of the layers
-uint64_t sequence_indexed(const struct sequence *sequence, uint32_t layer);                 // smallest over its heads
+bool sequence_is_even(const struct sequence *sequence);                                     // all layers equally long
+// Positions below it need no clustering any more (smallest over the heads), but for a page at the end of each stem.
+uint64_t sequence_indexed(const struct sequence *sequence, uint32_t layer);
+
+// What all its stems have.
+struct sequence_usage {
+    uint64_t pages, pool_bytes, index_bytes, build_ns;
+    uint64_t shared_tokens; // before the own stem
+    uint32_t lanes_due;
+};
+void sequence_usage(const struct sequence *sequence, struct sequence_usage *out);
 
 #endif

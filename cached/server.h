@@ -137,8 +137,11 @@ void remove_prefix(struct server *server, struct session *session, const Icecach
 void report_prefixes(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
                      uint32_t from);
 
-// Sequences that have been idle for long fall asleep (idle.c). Returns when to look again.
+// Stems that have been idle for long fall asleep (idle.c). Returns when to look again.
 uint64_t idle_look(struct server *server, uint64_t now_ns);
+bool idle_stem(const struct stem *stem, uint64_t now_ns, uint64_t idle_ns); // it may sleep: unused for so long
+// Why there is no new sequence (dispatch.c).
+void sequence_limit_text(const struct server *server, char *text, size_t capacity);
 
 // Requests from the bus (dispatch.c). Takes ownership of the message.
 void dispatch_message(struct server *server, struct env_message *message);

@@ -21,8 +21,8 @@ struct server;
 struct session;
 
 struct landing_row {
-    uint64_t sequence_id; // bound to; 0: none
-    bool busy;            // from submit until the reply
+    uint64_t binding; // of the sequence that it is bound to; 0: none
+    bool busy;        // from submit until the reply
 };
 
 struct landing {

@@ -45,7 +45,7 @@ void shard_lane_due(struct shard *shard, struct lane *lane)
         return;
     lane->due = true;
     due_append(shard, lane);
-    atomic_fetch_add_explicit(&lane->sequence->lanes_due, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&lane->stem->lanes_due, 1, memory_order_relaxed);
 }
 
 void shard_lane_forget(struct shard *shard, struct lane *lane)
@@ -54,7 +54,7 @@ void shard_lane_forget(struct shard *shard, struct lane *lane)
         return;
     due_remove(shard, lane);
     lane->due = lane->fetching = false;
-    atomic_fetch_sub_explicit(&lane->sequence->lanes_due, 1, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&lane->stem->lanes_due, 1, memory_order_relaxed);
 }
 
 void *shard_scratch(struct shard *shard, void **memory, size_t *held_bytes, size_t bytes)
@@ -116,7 +116,7 @@ static void build_slice(struct shard *shard)
     }
     enum lane_work work = lane_build(lane, shard);
     uint64_t until_ns = env_now_ns(env);
-    atomic_fetch_add_explicit(&lane->sequence->build_ns, until_ns - from_ns, memory_order_relaxed);
+    atomic_fetch_add_explicit(&lane->stem->build_ns, until_ns - from_ns, memory_order_relaxed);
     lane->fetching = work == LANE_FETCHES;
     if (work == LANE_IDLE) {
         shard_lane_forget(shard, lane);

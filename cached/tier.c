@@ -17,7 +17,7 @@
 
 static uint64_t frame_bytes_of(const struct lane *lane)
 {
-    return lane->sequence->frame_bytes;
+    return lane->stem->frame_bytes;
 }
 
 static struct page *page_of(const struct lane *lane, uint32_t page)
@@ -107,7 +107,7 @@ static void drop_memory(struct shard *shard, struct lane *lane, struct page *pag
         ahead_note(&shard->tier, false);
         atomic_fetch_add_explicit(&shard->server->tier_stats.ahead_wasted, 1, memory_order_relaxed);
     }
-    atomic_fetch_sub_explicit(&lane->sequence->resident, 1, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&lane->stem->resident, 1, memory_order_relaxed);
 }
 
 // ---- I/O ----
@@ -180,7 +180,7 @@ static void read_ended(struct page_io *io, struct page *page)
     if (io->request.result == 0 && io->matches) {
         page->memory = io->request.memory;
         order_enter(shard, io->lane, io->page); // as visited as those that asked for it have made it
-        atomic_fetch_add_explicit(&io->lane->sequence->resident, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&io->lane->stem->resident, 1, memory_order_relaxed);
         atomic_fetch_add_explicit(&server->tier_stats.pages_read, 1, memory_order_relaxed);
         return;
     }
@@ -188,7 +188,7 @@ static void read_ended(struct page_io *io, struct page *page)
     page->flags |= PAGE_LOST;
     if (atomic_fetch_add_explicit(&server->tier_stats.pages_lost, 1, memory_order_relaxed) == 0)
         log_error("a page of sequence %llu cannot be read back from the spill file: %s; requests that need it fail",
-                  (unsigned long long)io->lane->sequence->id,
+                  (unsigned long long)io->lane->stem->sequence_id,
                   io->request.result ? strerror(-io->request.result) : "its bytes are not those that were written");
 }
 
@@ -310,7 +310,7 @@ bool tier_write(struct shard *shard, struct lane *lane, uint32_t number)
 
 void tier_ahead_used(const struct lane *lane, struct page *page)
 {
-    struct server *server = lane->sequence->server;
+    struct server *server = lane->stem->server;
     page->flags &= (uint8_t)~PAGE_AHEAD;
     ahead_note(&server->shards[lane->shard].tier, true);
     atomic_fetch_add_explicit(&server->tier_stats.ahead_used, 1, memory_order_relaxed);
@@ -451,7 +451,7 @@ uint8_t *tier_take_frame(struct shard *shard, struct lane *lane, uint32_t number
     page->memory = tier_take_memory(shard, frame_bytes_of(lane), promised);
     if (page->memory) {
         order_enter(shard, lane, number);
-        atomic_fetch_add_explicit(&lane->sequence->resident, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&lane->stem->resident, 1, memory_order_relaxed);
     }
     return page->memory;
 }
@@ -488,7 +488,7 @@ void tier_forget(struct shard *shard, struct lane *lane, uint32_t number)
     if (page->flags & (PAGE_READING | PAGE_WRITING)) {
         if (page->memory) {
             order_leave(shard, page->memory);
-            atomic_fetch_sub_explicit(&lane->sequence->resident, 1, memory_order_relaxed);
+            atomic_fetch_sub_explicit(&lane->stem->resident, 1, memory_order_relaxed);
         }
         leave_to_io(shard, lane, number);
     } else {

@@ -67,6 +67,21 @@ ice_status exchange_check(const ice_client *client, uint64_t generation)
 // Sends a request whose reply nobody waits for.
 static void send_forgotten(ice_client *client, Icecache__Wire__Request *request);
 
+// The sequence that a reply has made; 0: none.
+static uint64_t sequence_of(const Icecache__Wire__Reply *reply)
+{
+    switch (reply->body_case) {
+    case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN:
+        return reply->sequence_open->sequence_id;
+    case ICECACHE__WIRE__REPLY__BODY_ATTACH:
+        return reply->attach->sequence_id;
+    case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_FORK:
+        return reply->sequence_fork->sequence_id;
+    default:
+        return 0;
+    }
+}
+
 // The daemon made something for a caller who has given up: give it back.
 static void discard_late(ice_client *client, const struct pending *pending)
 {
@@ -74,11 +89,10 @@ static void discard_late(ice_client *client, const struct pending *pending)
         return;
     }
     const Icecache__Wire__Reply *reply = pending->reply;
-    const bool opened = reply != NULL && reply->body_case == ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN;
-    const bool attached = reply != NULL && reply->body_case == ICECACHE__WIRE__REPLY__BODY_ATTACH;
-    if (opened || attached) {
+    const uint64_t sequence_id = reply != NULL ? sequence_of(reply) : 0;
+    if (sequence_id != 0) {
         Icecache__Wire__SequenceClose close = ICECACHE__WIRE__SEQUENCE_CLOSE__INIT;
-        close.sequence_id = opened ? reply->sequence_open->sequence_id : reply->attach->sequence_id;
+        close.sequence_id = sequence_id;
         Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
         request.body_case = ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE;
         request.sequence_close = &close;

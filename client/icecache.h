@@ -213,8 +213,24 @@ struct ice_sequence_options {
 
 ICE_CHECKED ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_options *options,
                                          uint64_t deadline_us, ice_sequence **out);
-// Frees all that the sequence holds, here and in the daemon. Accepts NULL.
+// Frees all that the sequence holds, here and in the daemon; what forks share lives on. Accepts NULL.
 ICE_API void ice_sequence_close(ice_sequence *sequence);
+
+#define ICE_ALL_TOKENS UINT64_MAX
+
+// Opens a sequence that begins with the first `tokens` of this one (ICE_ALL_TOKENS: all that every layer has), with the
+// same options. Nothing is copied: pages, tree and room on the disk of these tokens are shared until the last sequence
+// that has them is closed; from then on each sequence is appended to, truncated, sealed and closed for itself, and none
+// sees another's tokens. It takes effect behind what this sequence was asked before, and costs memory for the record of
+// layers x kv_heads only. ICE_OUT_OF_BOUNDS: the shortest layer has fewer tokens. ICE_CONFLICT: the layers are not
+// equally long (in the middle of a step). ICE_LIMIT: --sequences-max, or a fork of a fork 63 deep, where each was
+// appended to. *out is the caller's until ice_sequence_close, written on success only.
+ICE_CHECKED ice_status ice_sequence_fork(ice_sequence *sequence, uint64_t tokens, uint64_t deadline_us,
+                                         ice_sequence **out);
+// Forgets what lies behind the first `tokens`, in the sequence only (not in forks): the next append goes on there. A
+// layer that is shorter stays as it is, so a step that was broken off is undone on all layers. Again is a no-op.
+// What landing rows hold of the sequence counts no more: retrieve again. ICE_OUT_OF_BOUNDS: no layer has so many.
+ICE_CHECKED ice_status ice_sequence_truncate(ice_sequence *sequence, uint64_t tokens, uint64_t deadline_us);
 
 // Clustering goes in batches and leaves the newest tokens out: indexed_min ends before the length for good, by 64
 // tokens and less than a batch (64 tokens; in a long sequence more, at most 512), and is 0 below about 320 tokens and a
@@ -227,6 +243,9 @@ struct ice_sequence_info {
     uint64_t pages, pool_bytes, index_bytes;
     uint64_t build_us; // time that the daemon spent clustering it, summed over lanes
     bool idle;         // no clustering is waiting or running
+    // The first ones, which forks and others attached to the same prefix may share; pages and bytes count them as well.
+    // Behind them clustering begins anew: with the first 320 tokens.
+    uint64_t shared_tokens;
 };
 ICE_CHECKED ice_status ice_sequence_info(ice_sequence *sequence, uint64_t deadline_us, struct ice_sequence_info *out);
 

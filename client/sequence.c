@@ -295,6 +295,7 @@ static ice_status info_fill(const Icecache__Wire__Reply *reply, uint32_t layers,
         .index_bytes = info->index_bytes,
         .build_us = info->build_us,
         .idle = info->idle != 0,
+        .shared_tokens = info->shared_tokens,
     };
     for (uint32_t i = 0; i < layers; i++) {
         uint64_t length = info->lengths[i];

@@ -256,6 +256,8 @@ static bool reply_is_sound(const Icecache__Wire__Reply *reply)
         return reply->lookup->tokens <= WIRE_TOKENS_MAX;
     case ICECACHE__WIRE__REPLY__BODY_ATTACH:
         return reply->attach->tokens <= WIRE_TOKENS_MAX;
+    case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_FORK:
+        return reply->sequence_fork->tokens <= WIRE_TOKENS_MAX;
     case ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST:
         return reply->prefix_list->n_prefix <= WIRE_PREFIXES_LISTED_MAX;
     case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN:

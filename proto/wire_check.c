@@ -563,12 +563,14 @@ ice_status wire_check_request(Icecache__Wire__Request *request, struct wire_erro
     case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
         return check_attach(request->attach, error);
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE:
+    case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_FORK:     // their tokens are held against
+    case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_TRUNCATE: // the sequence's
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
     case ICECACHE__WIRE__REQUEST__BODY_STATS:
     case ICECACHE__WIRE__REQUEST__BODY_SEAL:
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
-        return ICE_OK; // nothing but ids
+        return ICE_OK; // nothing but numbers
     case ICECACHE__WIRE__REQUEST__BODY__NOT_SET:
     default:
         return wire_refuse(

@@ -31,6 +31,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
         FUZZ_CHECK(reply->lookup->tokens <= WIRE_TOKENS_MAX);
     } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_ATTACH) {
         FUZZ_CHECK(reply->attach->tokens <= WIRE_TOKENS_MAX);
+    } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_SEQUENCE_FORK) {
+        FUZZ_CHECK(reply->sequence_fork->tokens <= WIRE_TOKENS_MAX);
     } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST) {
         FUZZ_CHECK(reply->prefix_list->n_prefix <= WIRE_PREFIXES_LISTED_MAX);
     }

@@ -93,6 +93,8 @@ static void check_request(const Icecache__Wire__Request *request)
         check_open(request->attach->open);
         break;
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE:
+    case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_FORK:
+    case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_TRUNCATE:
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
     case ICECACHE__WIRE__REQUEST__BODY_STATS:
     case ICECACHE__WIRE__REQUEST__BODY_SEAL:

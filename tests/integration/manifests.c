@@ -45,8 +45,10 @@ static void parse(struct manifest *manifest, const uint8_t *bytes, size_t count)
     assert_true(end - at > 8);
     const uint32_t blocks = get32(&at);
     manifest->lane_count = get32(&at);
-    assert_true(manifest->lane_count <= MANIFEST_LANES_MAX);
-    at += (size_t)blocks * HASH_BYTES;
+    const uint32_t parts = get32(&at);
+    assert_true(parts > 0 && parts <= MANIFEST_LANES_MAX && manifest->lane_count <= MANIFEST_LANES_MAX / parts);
+    manifest->lane_count *= parts;
+    at += (size_t)blocks * HASH_BYTES + (size_t)parts * 2 * sizeof(uint64_t);
     for (uint32_t i = 0; i < manifest->lane_count; i++) {
         struct manifest_lane *lane = &manifest->lanes[i];
         assert_true(end - at > 40);

@@ -6,7 +6,7 @@
 
 #define MANIFEST_UNIT_BYTES  4096u // an extent's number is its place in this unit
 #define MANIFEST_PIECE_BYTES 65536u
-#define MANIFEST_LANES_MAX   16u
+#define MANIFEST_LANES_MAX   64u
 
 struct manifest_lane {
     uint64_t frame_bytes; // of a page
@@ -15,7 +15,7 @@ struct manifest_lane {
 };
 
 struct manifest {
-    uint32_t lane_count; // [layer][kv_head]
+    uint32_t lane_count; // [part][layer][kv_head]
     struct manifest_lane lanes[MANIFEST_LANES_MAX];
 };
 

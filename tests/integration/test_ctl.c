@@ -150,9 +150,9 @@ static void check_phases(const json_t *stats, uint64_t retrieves, uint64_t appen
 
 static void check_sequence(const json_t *sequence, const struct ice_sequence_info *info, uint64_t retrieves)
 {
-    static const char *const keys[] = {"id",        "session",         "pid",   "worker",     "namespace",
-                                       "tokens",    "indexed",         "pages", "pool_bytes", "index_bytes",
-                                       "retrieves", "appended_tokens", "phase", NULL};
+    static const char *const keys[] = {"id",        "session",         "pid",           "worker",     "namespace",
+                                       "tokens",    "indexed",         "pages",         "pool_bytes", "index_bytes",
+                                       "retrieves", "appended_tokens", "shared_tokens", "phase",      NULL};
     check_keys(sequence, keys);
     assert_int_equal(stats_number(sequence, "pid"), getpid());
     assert_int_equal(stats_number(sequence, "tokens"), info->length);

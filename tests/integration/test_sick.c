@@ -222,6 +222,7 @@ static void dead(void **state)
     load_open(&worker, daemon);
     load_history(&history, 0);
     load_seal(&ledger, &worker, 0, 20);
+    ice_sequence_close(worker.sequence); // else the other worker would share what is in memory
     worker.sequence = sequence_open(worker.client, &load_shape);
     append(&worker, &history, 0, 160); // in memory
     load_open(&other, daemon);

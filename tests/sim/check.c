@@ -12,10 +12,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define IMAGES_MAX 1024u
+
 struct sums {
     uint32_t *held; // by extent
     uint64_t resident[WORLD_SHARDS], reading, image_bytes, index_bytes;
-    uint32_t gathers[WORLD_OPS];
+    const struct image *images[IMAGES_MAX]; // that are held
+    uint32_t image_count;
 };
 
 static bool has_table(const struct lane *lane)
@@ -27,6 +30,21 @@ static void hold(struct sums *sums, uint32_t extent)
 {
     if (extent != EXTENT_NONE)
         sums->held[extent]++;
+}
+
+static void hold_image(struct sums *sums, const struct image *image);
+
+// One that several prefixes and stems may hold.
+static void hold_once(struct sums *sums, const struct image *image)
+{
+    for (uint32_t i = 0; i < sums->image_count; i++)
+        if (sums->images[i] == image)
+            return;
+    if (!image)
+        return;
+    assert_true(sums->image_count < IMAGES_MAX);
+    sums->images[sums->image_count++] = image;
+    hold_image(sums, image);
 }
 
 static void hold_image(struct sums *sums, const struct image *image)
@@ -84,16 +102,25 @@ static uint64_t check_lane(struct world *world, const struct lane *lane, struct 
     return lane->state == LANE_AWAKE ? pages : borrows ? lane->image->page_count : 0;
 }
 
-static void check_sequence(struct world *world, const struct member *member, struct sums *sums)
+static uint64_t resident_of(const struct sums *sums)
 {
-    const struct sequence *sequence = &member->sequence;
+    return sums->resident[0] + sums->resident[1];
+}
+
+static void check_stem(struct world *world, const struct stem *stem, struct sums *sums)
+{
+    const uint64_t before = resident_of(sums);
     uint64_t pages = 0;
-    const uint64_t before = sums->resident[0] + sums->resident[1];
-    for (uint32_t head = 0; head < WORLD_HEADS; head++)
-        pages += check_lane(world, &member->lanes[head], sums);
-    assert_int_equal(pages, atomic_load(&sequence->page_count));
-    assert_int_equal(sums->resident[0] + sums->resident[1] - before, atomic_load(&sequence->resident));
-    sums->index_bytes += atomic_load(&sequence->index_bytes);
+    for (uint32_t head = 0; head < WORLD_HEADS; head++) {
+        pages += check_lane(world, &stem->lanes[head], sums);
+        world->seen.shared_building += stem->holds > 1 && stem->lanes[head].plan_runs;
+        world->seen.shared_asleep += stem->holds > 1 && stem->lanes[head].state == LANE_ASLEEP && stem->asleep;
+    }
+    for (uint32_t head = 0; stem->images && head < WORLD_HEADS; head++)
+        hold_once(sums, stem->images[head]);
+    assert_int_equal(pages, atomic_load(&stem->page_count));
+    assert_int_equal(resident_of(sums) - before, atomic_load(&stem->resident));
+    sums->index_bytes += atomic_load(&stem->index_bytes);
 }
 
 static void check_order(const struct world *world, const struct shard *shard, uint64_t resident)
@@ -155,10 +182,9 @@ static uint64_t check_ios(struct world *world, const struct shard *shard, struct
 static uint32_t pages_on_their_way(const struct world *world)
 {
     uint32_t count = 0;
-    for (uint32_t i = 0; i < WORLD_SEQUENCES; i++) {
-        const struct member *member = &world->members[i];
-        for (uint32_t head = 0; member->open && head < WORLD_HEADS; head++) {
-            const struct lane *lane = &member->lanes[head];
+    for (uint32_t i = 0; i < world->stem_count; i++) {
+        for (uint32_t head = 0; head < WORLD_HEADS; head++) {
+            const struct lane *lane = &world->stems[i]->lanes[head];
             for (uint32_t number = 0; number < lane->page_capacity; number++)
                 count += (lane->pages[number].flags & (PAGE_READING | PAGE_WRITING)) != 0;
         }
@@ -166,15 +192,29 @@ static uint32_t pages_on_their_way(const struct world *world)
     return count;
 }
 
+// A gather counts in every stem of its sequence.
 static void check_gathers(const struct world *world)
 {
     uint32_t gathers = 0, waiting = 0;
-    for (uint32_t i = 0; i < WORLD_SEQUENCES; i++)
-        for (uint32_t head = 0; world->members[i].open && head < WORLD_HEADS; head++)
-            gathers += world->members[i].lanes[head].gathers;
-    for (uint32_t i = 0; i < WORLD_OPS; i++)
-        waiting += world->works[i].used ? atomic_load(&world->works[i].op.lanes_left) : 0;
+    for (uint32_t i = 0; i < world->stem_count; i++)
+        for (uint32_t head = 0; head < WORLD_HEADS; head++)
+            gathers += world->stems[i]->lanes[head].gathers;
+    for (uint32_t i = 0; i < WORLD_OPS; i++) {
+        const struct work *work = &world->works[i];
+        waiting += work->used ? atomic_load(&work->op.lanes_left) * (work->member->sequence->chain_count + 1) : 0;
+    }
     assert_true(gathers <= waiting);
+}
+
+// Prefixes, and what is a sequence's beside its stems.
+static uint64_t other_bytes(const struct world *world)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < WORLD_SEALS; i++)
+        bytes += world->seals[i].prefix ? world->seals[i].prefix->memory_bytes : 0;
+    for (const struct sequence *each = world->session.sequences; each; each = each->session_next)
+        bytes += each->bytes;
+    return bytes;
 }
 
 static void check_extents(struct world *world, const struct sums *sums)
@@ -206,15 +246,16 @@ void world_check(struct world *world)
     }
     memset(held, 0, units * sizeof *held);
     sums.held = held;
-    for (uint32_t i = 0; i < WORLD_SEQUENCES; i++)
-        if (world->members[i].open)
-            check_sequence(world, &world->members[i], &sums);
-    for (uint32_t i = 0; i < WORLD_SEALS; i++)
-        for (uint32_t head = 0; world->seals[i].used && head < WORLD_HEADS; head++)
-            hold_image(&sums, world->seals[i].images[head]);
+    for (uint32_t i = 0; i < world->stem_count; i++)
+        check_stem(world, world->stems[i], &sums);
+    for (uint32_t i = 0; i < WORLD_SEALS; i++) {
+        const struct prefix *prefix = world->seals[i].prefix;
+        for (uint32_t image = 0; prefix && image < prefix_image_count(prefix); image++)
+            hold_once(&sums, prefix->images[image]);
+    }
     for (uint32_t i = 0; i < WORLD_OPS; i++)
-        for (uint32_t head = 0; world->works[i].used && head < WORLD_HEADS; head++)
-            hold_image(&sums, world->works[i].lanes[head].image);
+        for (uint32_t lane = 0; world->works[i].used && lane < world->works[i].op.lane_count; lane++)
+            hold_once(&sums, world->works[i].lanes[lane].image);
     uint64_t orphans = 0, resident = 0, in_use = 0;
     for (uint32_t i = 0; i < world->shape.shards; i++) {
         const struct shard *shard = &world->shards[i];
@@ -233,6 +274,7 @@ void world_check(struct world *world)
     pool_usage(world->server.pool, &usage);
     assert_int_equal(usage.used_frames, world->hog_count + resident + sums.reading + orphans);
     assert_int_equal(resident, atomic_load(&world->server.tier_stats.resident));
-    assert_int_equal(budget_used(&world->server.index_budget), sums.index_bytes + sums.image_bytes);
+    assert_int_equal(budget_used(&world->server.index_budget),
+                     sums.index_bytes + sums.image_bytes + other_bytes(world));
     assert_true(budget_committed(&world->server.index_budget) <= world->server.index_budget.cap_bytes);
 }

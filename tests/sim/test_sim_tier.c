@@ -63,8 +63,8 @@ static void move_clock(struct rng *rng)
 
 static void request_something(struct rng *rng)
 {
-    static const enum op_kind kinds[] = {OP_APPEND,   OP_APPEND, OP_APPEND, OP_RETRIEVE, OP_RETRIEVE,
-                                         OP_RETRIEVE, OP_READ,   OP_SLEEP,  OP_SEAL};
+    static const enum op_kind kinds[] = {OP_APPEND, OP_APPEND, OP_APPEND, OP_RETRIEVE, OP_RETRIEVE, OP_RETRIEVE,
+                                         OP_READ,   OP_SLEEP,  OP_SLEEP,  OP_SEAL,     OP_TRUNCATE};
     struct member *member = &world.members[rng_below(rng, WORLD_SEQUENCES)];
     if (member->open)
         world_request(&world, member, kinds[rng_below(rng, sizeof kinds / sizeof *kinds)]);
@@ -75,13 +75,17 @@ static void come_and_go(struct rng *rng)
     struct member *member = &world.members[rng_below(rng, WORLD_SEQUENCES)];
     struct seal *seal = &world.seals[rng_below(rng, WORLD_SEALS)];
     if (!member->open) {
-        const bool attaches = seal->used && rng_chance(rng, 2);
-        const uint64_t tokens =
-            attaches ? rng_chance(rng, 2) ? seal->tokens : 1 + rng_below(rng, (uint32_t)seal->tokens) : 0;
-        world_open(&world, member, attaches ? seal : NULL, tokens);
+        struct member *parent = &world.members[rng_below(rng, WORLD_SEQUENCES)];
+        const bool attaches = seal->prefix && rng_chance(rng, 2);
+        const uint64_t all = attaches ? seal->tokens : parent->open ? member_length(parent) : 0;
+        const uint64_t tokens = all > 0 && rng_chance(rng, 2) ? 1 + rng_below(rng, (uint32_t)all) : all;
+        if (attaches || !parent->open || rng_chance(rng, 3))
+            world_open(&world, member, attaches ? seal : NULL, attaches ? tokens : 0);
+        else
+            world_fork(&world, parent, member, tokens);
     } else if (!member->closing && !member->writer && member->readers == 0 && rng_chance(rng, 4)) {
         world_close(&world, member);
-    } else if (seal->used && seal->attached == 0 && rng_chance(rng, 4)) {
+    } else if (seal->prefix && seal->prefix->attached == 0 && rng_chance(rng, 4)) {
         world_unseal(&world, seal);
     }
 }
@@ -155,11 +159,11 @@ static void close_all(void)
             world_close(&world, &world.members[i]);
     settle("closing at the end");
     for (uint32_t i = 0; i < WORLD_SEALS; i++)
-        if (world.seals[i].used)
+        if (world.seals[i].prefix)
             world_unseal(&world, &world.seals[i]);
 }
 
-static uint64_t totals[OP_SLEEP + 1], evicted, lost, partial;
+static uint64_t totals[OP_TRUNCATE + 1], evicted, lost, partial;
 static struct seen seen;
 
 static void note_seen(void)
@@ -172,6 +176,8 @@ static void note_seen(void)
     seen.drops_reading += from->drops_reading;
     seen.drops_writing += from->drops_writing;
     seen.slabs_given_up += from->slabs_given_up;
+    seen.shared_building += from->shared_building;
+    seen.shared_asleep += from->shared_asleep;
 }
 
 static void play(uint64_t seed, uint32_t steps)
@@ -187,7 +193,7 @@ static void play(uint64_t seed, uint32_t steps)
     settle("after the schedule");
     read_all();
     close_all();
-    for (unsigned i = 0; i <= OP_SLEEP; i++)
+    for (unsigned i = 0; i <= OP_TRUNCATE; i++)
         totals[i] += world.kinds[i];
     evicted += atomic_load(&world.server.tier_stats.pages_evicted);
     lost += world.lost;
@@ -221,10 +227,12 @@ static void test_schedules(void **state)
         play(i, 6000);
     print_message(
         "retrieves %llu (%llu lanes cut short), appends %llu, reads %llu, seals %llu, sleeps %llu, lost %llu, "
-        "pages evicted %llu\n",
+        "pages evicted %llu, forks %llu, truncations %llu; of shared stems: plans seen %llu, sleeping lanes %llu\n",
         (unsigned long long)totals[OP_RETRIEVE], (unsigned long long)partial, (unsigned long long)totals[OP_APPEND],
         (unsigned long long)totals[OP_READ], (unsigned long long)totals[OP_SEAL], (unsigned long long)totals[OP_SLEEP],
-        (unsigned long long)lost, (unsigned long long)evicted);
+        (unsigned long long)lost, (unsigned long long)evicted, (unsigned long long)totals[OP_FORK],
+        (unsigned long long)totals[OP_TRUNCATE], (unsigned long long)seen.shared_building,
+        (unsigned long long)seen.shared_asleep);
     print_message("seen between two steps: plans that read %llu, that spill %llu, appends that spill %llu, selections "
                   "that spill %llu, drops while reading %llu, while writing %llu, slabs given up %llu\n",
                   (unsigned long long)seen.plans_reading, (unsigned long long)seen.plans_spilling,
@@ -236,7 +244,8 @@ static void test_schedules(void **state)
                 seen.gathers_spilling > 0 && seen.drops_reading > 0 && seen.drops_writing > 0 &&
                 seen.slabs_given_up > 0);
     assert_true(totals[OP_RETRIEVE] > 0 && totals[OP_APPEND] > 0 && totals[OP_READ] > 0 && totals[OP_SEAL] > 0 &&
-                totals[OP_SLEEP] > 0 && lost > 0 && partial > 0 && evicted > 0);
+                totals[OP_SLEEP] > 0 && totals[OP_FORK] > 0 && totals[OP_TRUNCATE] > 0 && seen.shared_building > 0 &&
+                seen.shared_asleep > 0 && lost > 0 && partial > 0 && evicted > 0);
 }
 
 int main(void)

@@ -50,7 +50,12 @@ static void make_memory(struct world *world)
 
 void world_init(struct world *world, const struct world_shape *shape, uint64_t seed)
 {
-    *world = (struct world){.shape = *shape, .rng = {seed}, .config = {.page_tokens = shape->page_tokens, .seed = 1}};
+    *world = (struct world){.shape = *shape,
+                            .rng = {seed},
+                            .config = {.page_tokens = shape->page_tokens,
+                                       .seed = 1,
+                                       .sequences_max = WORLD_SEQUENCES,
+                                       .tokens_max = WORLD_TOKENS}};
     struct server *server = &world->server;
     world_now_ns = 1000000000u;
     env_linux_init(&world->env);
@@ -72,6 +77,7 @@ void world_init(struct world *world, const struct world_shape *shape, uint64_t s
     server->shard_count = shape->shards;
     for (uint32_t i = 0; i < shape->shards; i++)
         assert_int_equal(shard_init(server, &world->shards[i], i), 0);
+    world->session.holds = 1;
     take_hogs(world);
     make_memory(world);
 }
@@ -106,6 +112,8 @@ void world_fini(struct world *world)
     for (uint32_t i = 0; i < world->hog_count; i++)
         pool_release(server->pool, world->hogs[i]);
     extents_usage(server->extents, &extents);
+    assert_int_equal(world->stem_count, 0);
+    assert_int_equal(world->session.holds, 1);
     assert_int_equal(extents.used_extents, 0);
     assert_int_equal(budget_used(&server->index_budget), 0);
     assert_int_equal(budget_committed(&server->index_budget), 0);
@@ -128,7 +136,7 @@ void world_fini(struct world *world)
 static void make_content(struct world *world, struct member *member, uint64_t from)
 {
     struct rng rng = {++world->next_content};
-    const uint32_t dim = member->sequence.shape.head_dim;
+    const uint32_t dim = member->sequence->shape.head_dim;
     for (uint32_t head = 0; head < WORLD_HEADS; head++) {
         for (uint64_t position = from; position < WORLD_TOKENS; position++) {
             uint8_t *key = model_row(member->keys, member, head, position);
@@ -146,77 +154,132 @@ static void make_content(struct world *world, struct member *member, uint64_t fr
     }
 }
 
+static void note_stem(struct world *world, struct stem *stem)
+{
+    for (uint32_t i = 0; i < world->stem_count; i++)
+        if (world->stems[i] == stem)
+            return;
+    assert_true(world->stem_count < WORLD_STEMS);
+    world->stems[world->stem_count++] = stem;
+}
+
+// Stems that the sequence has got.
+static void note_stems(struct world *world, const struct sequence *sequence)
+{
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        note_stem(world, sequence_stem(sequence, i));
+}
+
+static void copy_content(const struct member *member, uint8_t *keys, uint8_t *values, const uint8_t *from_keys,
+                         const uint8_t *from_values, uint64_t tokens)
+{
+    for (uint32_t head = 0; head < WORLD_HEADS; head++) {
+        const size_t at = (size_t)(model_row(NULL, member, head, 0) - (uint8_t *)NULL);
+        memcpy(keys + at, from_keys + at, tokens * member_row_bytes(member));
+        memcpy(values + at, from_values + at, tokens * member_row_bytes(member));
+    }
+}
+
+static bool is_full(ice_status status)
+{
+    return status == ICE_INDEX_FULL || status == ICE_LIMIT; // a world may be short of it
+}
+
 void world_open(struct world *world, struct member *member, struct seal *seal, uint64_t tokens)
 {
-    static uint64_t next_id;
     const uint32_t dim = seal ? seal->head_dim : world->shape.head_dims[rng_below(&world->rng, 2)];
-    uint8_t *keys = member->keys, *values = member->values;
-    *member = (struct member){.open = true, .keys = keys, .values = values, .seal = seal, .length = tokens};
-    struct sequence *sequence = &member->sequence;
-    sequence->id = ++next_id;
-    sequence->server = &world->server;
-    sequence->shape = (struct wire_shape){1, WORLD_HEADS, WORLD_HEADS, dim, DTYPE_BF16};
-    sequence->scale = 0.1f;
-    sequence->seed = 1;
-    sequence->row_bytes = dim * dtype_bytes(DTYPE_BF16);
-    sequence->frame_bytes = server_frame_bytes(&world->server, sequence->row_bytes);
-    sequence->lane_count = WORLD_HEADS;
-    sequence->lanes = member->lanes;
-    sequence->lengths = &member->length;
-    sequence->reapers = member->reapers;
-    sequence->attached_tokens = tokens;
-    for (uint32_t head = 0; head < WORLD_HEADS; head++) {
-        member->lanes[head].sequence = sequence;
-        member->lanes[head].kv_head = head;
-        member->lanes[head].shard = (uint32_t)((sequence->id + head) % world->shape.shards);
-    }
-    make_content(world, member, tokens);
-    if (!seal)
+    uint8_t digest = (uint8_t)dim;
+    Icecache__Wire__SequenceOpen message = ICECACHE__WIRE__SEQUENCE_OPEN__INIT;
+    message.name_space = "sim";
+    message.model_digest.data = &digest;
+    message.model_digest.len = 1;
+    message.tp_size = message.layers = message.block_tokens = 1;
+    message.kv_heads = message.query_heads = WORLD_HEADS;
+    message.head_dim = dim;
+    message.dtype = DTYPE_BF16;
+    message.softmax_scale = 0.1f;
+    struct sequence *sequence;
+    const ice_status status =
+        seal ? sequence_attach(&world->server, &world->session, &message, seal->prefix, tokens, &sequence)
+             : sequence_open(&world->server, &world->session, &message, &sequence);
+    assert_true(status == ICE_OK || is_full(status));
+    if (status != ICE_OK)
         return;
-    seal->attached++;
-    for (uint32_t head = 0; head < WORLD_HEADS; head++) {
-        memcpy(model_row(member->keys, member, head, 0), model_row(seal->keys, member, head, 0),
-               tokens * sequence->row_bytes);
-        memcpy(model_row(member->values, member, head, 0), model_row(seal->values, member, head, 0),
-               tokens * sequence->row_bytes);
-        lane_attach(&member->lanes[head], seal->images[head]);
-    }
+    *member = (struct member){.open = true, .keys = member->keys, .values = member->values, .sequence = sequence};
+    note_stems(world, sequence);
+    make_content(world, member, tokens);
+    if (seal)
+        copy_content(member, member->keys, member->values, seal->keys, seal->values, tokens);
 }
 
 static void give_up_promise(struct member *member)
 {
-    sequence_unreserve(&member->sequence);
+    stem_unreserve(member->sequence->own);
     member->promised_to = 0;
+}
+
+static bool is_free(const struct member *member)
+{
+    return member->open && !member->closing && !member->writer && member->readers == 0;
+}
+
+void world_fork(struct world *world, struct member *parent, struct member *child, uint64_t tokens)
+{
+    struct sequence *sequence;
+    if (!is_free(parent) || parent->sequence->chain_count + 1 >= WORLD_CHAIN)
+        return;
+    const ice_status status = sequence_fork(parent->sequence, tokens, &sequence);
+    assert_true(status == ICE_OK || is_full(status));
+    note_stems(world, parent->sequence);
+    if (parent->sequence->own->first == member_length(parent))
+        parent->promised_to = 0; // what was promised was the old stem's
+    if (status != ICE_OK)
+        return;
+    *child = (struct member){.open = true, .keys = child->keys, .values = child->values, .sequence = sequence};
+    note_stems(world, sequence);
+    make_content(world, child, tokens);
+    copy_content(child, child->keys, child->values, parent->keys, parent->values, tokens);
+    world->kinds[OP_FORK]++;
 }
 
 // The caller has seen to it that no request is on the sequence.
 void world_close(struct world *world, struct member *member)
 {
-    (void)world;
-    assert_true(member->open && !member->closing && !member->writer && member->readers == 0);
+    assert_true(is_free(member));
     member->closing = true;
     give_up_promise(member);
-    sequence_destroy_lanes(&member->sequence);
+    op_close_sequence(&world->server, member->sequence, NULL, NULL);
 }
 
-static void closed(struct member *member)
+// A stem goes for good; the last one of a sequence takes that along.
+static void stem_ends(struct world *world, uint32_t number)
 {
-    const struct sequence *sequence = &member->sequence;
-    assert_int_equal(atomic_load(&sequence->page_count), 0);
-    assert_int_equal(atomic_load(&sequence->resident), 0);
-    assert_int_equal(atomic_load(&sequence->index_bytes), 0);
-    assert_int_equal(atomic_load(&sequence->lanes_due), 0);
-    if (member->seal)
-        member->seal->attached--;
-    member->open = member->closing = false;
+    const struct stem *stem = world->stems[number];
+    assert_int_equal(atomic_load(&stem->page_count), 0);
+    assert_int_equal(atomic_load(&stem->resident), 0);
+    assert_int_equal(atomic_load(&stem->index_bytes), stem->bytes);
+    assert_int_equal(atomic_load(&stem->lanes_due), 0);
+    world->stems[number] = world->stems[--world->stem_count];
+}
+
+static void note_closed(struct world *world)
+{
+    for (uint32_t i = 0; i < WORLD_SEQUENCES; i++) {
+        struct member *member = &world->members[i];
+        bool is_there = false;
+        for (const struct sequence *each = world->session.sequences; each; each = each->session_next)
+            is_there |= each == member->sequence;
+        if (member->closing && !is_there)
+            member->open = member->closing = false;
+    }
 }
 
 void world_unseal(struct world *world, struct seal *seal)
 {
-    assert_true(seal->used && seal->attached == 0);
-    for (uint32_t head = 0; head < WORLD_HEADS; head++)
-        image_destroy(&world->server, seal->images[head]);
-    seal->used = false;
+    (void)world;
+    assert_true(seal->prefix && seal->prefix->attached == 0);
+    prefix_destroy(seal->prefix);
+    seal->prefix = NULL;
 }
 
 // ---- requests ----
@@ -265,23 +328,23 @@ static bool fill_append(struct world *world, struct work *work)
 {
     struct member *member = work->member;
     struct op *op = &work->op;
+    struct stem *own = member->sequence->own;
     struct rng *rng = &world->rng;
-    const uint64_t room = WORLD_TOKENS - member->length;
+    const uint64_t room = WORLD_TOKENS - member_length(member);
     const uint32_t most = rng_chance(rng, 4) ? 600 : rng_chance(rng, 2) ? 100 : 5;
     const uint64_t back = rng_chance(rng, 3) ? rng_below(rng, 40) : 0;
-    op->first = member->length - (back < member->length ? back : 0);
+    op->first = member_length(member) - (back < member_length(member) ? back : 0);
     if (room == 0)
         return false;
     op->tokens = 1 + rng_below(rng, most);
     if (op->first + op->tokens > WORLD_TOKENS)
         op->tokens = (uint32_t)(WORLD_TOKENS - op->first);
-    if (member->promised_to == 0 && rng_chance(rng, 4) && op->first + op->tokens > member->length) {
+    if (member->promised_to == 0 && rng_chance(rng, 4) && op->first + op->tokens > member_length(member)) {
         const uint64_t more = rng_below(rng, 400), end = op->first + op->tokens + more;
-        const uint64_t until = end < WORLD_TOKENS ? end : WORLD_TOKENS, tokens = until - member->length;
-        const uint64_t bytes = WORLD_HEADS * lane_promise_bytes(&member->sequence, member->length, tokens);
-        if (sequence_reserve_pages(&member->sequence, WORLD_HEADS * lane_promise_pages(&member->sequence, tokens)) !=
-                ICE_OK ||
-            !budget_reserve(&world->server.index_budget, &member->sequence.index_promised, bytes)) {
+        const uint64_t until = end < WORLD_TOKENS ? end : WORLD_TOKENS, tokens = until - member_length(member);
+        const uint64_t bytes = WORLD_HEADS * lane_promise_bytes(own, member_length(member) - own->first, tokens);
+        if (stem_reserve_pages(own, WORLD_HEADS * lane_promise_pages(own, tokens)) != ICE_OK ||
+            !budget_reserve(&world->server.index_budget, &own->index_promised, bytes)) {
             give_up_promise(member);
             return false;
         }
@@ -304,7 +367,7 @@ static bool fill_retrieve(struct world *world, struct work *work)
     struct rng *rng = &world->rng;
     op->append = rng_chance(rng, 3) && member->promised_to == 0;
     op->queries = 1 + rng_below(rng, 3);
-    if (op->append ? member->length + op->queries > WORLD_TOKENS : member->length < op->queries)
+    if (op->append ? member_length(member) + op->queries > WORLD_TOKENS : member_length(member) < op->queries)
         return false;
     op->query_dtype = DTYPE_FP32;
     op->budget = rng_chance(rng, 4) ? WORLD_TOKENS : 1 + rng_below(rng, 100);
@@ -315,15 +378,15 @@ static bool fill_retrieve(struct world *world, struct work *work)
     op->landing = &work->landing;
     work->landing =
         (struct landing){.ops = &landing_ops, .memory = (struct gpu_landing *)work, .shape = work->records.shape};
-    if (work->records_of != member->sequence.id)
+    if (work->records_of != member->sequence->binding)
         records_forget_row(&work->records, 0); // as a row that is bound to another sequence
-    work->records_of = member->sequence.id;
+    work->records_of = member->sequence->binding;
     op->resend = rng_chance(rng, 8);
     op->rows = work->rows;
     op->first_queries = work->first_queries;
-    work->first_queries[0] = op->append ? member->length : member->length - op->queries;
+    work->first_queries[0] = op->append ? member_length(member) : member_length(member) - op->queries;
     op->deadline_ns = world_now_ns + (rng_chance(rng, 8) ? 0 : 1000000ull << rng_below(rng, 12));
-    const uint32_t floats = op->queries * WORLD_HEADS * member->sequence.shape.head_dim;
+    const uint32_t floats = op->queries * WORLD_HEADS * member->sequence->shape.head_dim;
     for (uint32_t i = 0; i < floats; i++) {
         const float x = (float)rng_below(rng, 2000) / 1000.0f - 1.0f;
         memcpy(work->staging + i * sizeof x, &x, sizeof x);
@@ -331,7 +394,7 @@ static bool fill_retrieve(struct world *world, struct work *work)
     uint8_t *keys = work->staging + floats * sizeof(float);
     const size_t side = (size_t)WORLD_HEADS * op->queries * member_row_bytes(member);
     if (op->append)
-        put_rows(member, keys, keys + side, member->length, op->queries, true);
+        put_rows(member, keys, keys + side, member_length(member), op->queries, true);
     op->message.vectors = work->staging;
     return true;
 }
@@ -339,7 +402,7 @@ static bool fill_retrieve(struct world *world, struct work *work)
 static bool fill_read(struct world *world, struct work *work)
 {
     struct op *op = &work->op;
-    const uint64_t length = work->member->length;
+    const uint64_t length = member_length(work->member);
     if (length == 0)
         return false;
     op->first = rng_below(&world->rng, (uint32_t)length);
@@ -350,7 +413,7 @@ static bool fill_read(struct world *world, struct work *work)
 static struct seal *free_seal(struct world *world)
 {
     for (uint32_t i = 0; i < WORLD_SEALS; i++)
-        if (!world->seals[i].used)
+        if (!world->seals[i].prefix)
             return &world->seals[i];
     return NULL;
 }
@@ -365,9 +428,13 @@ static bool fill(struct world *world, struct work *work, enum op_kind kind)
     case OP_READ:
         return fill_read(world, work);
     case OP_SEAL:
-        return work->member->length > 0 && free_seal(world);
+        work->op.blocks = (uint32_t)member_length(work->member); // of one token
+        return member_length(work->member) > 0 && free_seal(world);
+    case OP_TRUNCATE:
+        work->op.first = rng_below(&world->rng, (uint32_t)member_length(work->member) + 1);
+        return true;
     default:
-        return work->member->length > 0;
+        return member_length(work->member) > 0;
     }
 }
 
@@ -381,41 +448,113 @@ static struct work *free_work(struct world *world)
 
 static enum op_phase first_phase(const struct op *op)
 {
-    if (op->kind == OP_APPEND || op->append)
+    if (op->kind == OP_APPEND || op->kind == OP_TRUNCATE || op->append)
         return PHASE_PREPARE;
     return op->kind == OP_READ ? PHASE_READ : op->kind == OP_RETRIEVE ? PHASE_SEARCH : PHASE_SAVE;
 }
+
+static void use_stems(struct work *work, int change)
+{
+    const struct sequence *sequence = work->member->sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        sequence_stem(sequence, i)->users += (uint32_t)change;
+}
+
+// Whoever comes is waited for no longer than the slice that runs.
+static void cancel_sleep(const struct sequence *sequence)
+{
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        struct op *sleep = sequence_stem(sequence, i)->sleep_op;
+        if (sleep)
+            atomic_store(&sleep->cancelled, true);
+    }
+}
+
+static bool concerns(const struct op *op, const struct sequence *sequence, const struct stem *stem)
+{
+    switch (op->kind) {
+    case OP_SEAL:
+        return op_seal_concerns(op, stem);
+    case OP_SLEEP:
+        return idle_stem(stem, UINT64_MAX, 0);
+    default:
+        return stem == sequence->own;
+    }
+}
+
+static void take_lanes(struct work *work)
+{
+    const struct sequence *sequence = work->member->sequence;
+    struct op *op = &work->op;
+    op->lanes = work->lanes;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        struct stem *stem = sequence_stem(sequence, i);
+        if (!concerns(op, sequence, stem))
+            continue;
+        if (op->kind == OP_SLEEP)
+            stem->sleep_op = op;
+        for (uint32_t head = 0; head < WORLD_HEADS; head++) {
+            struct image *known = op->kind == OP_SEAL ? op_seal_known(stem, head) : NULL;
+            op->lanes[op->lane_count++] = (struct op_lane){.task = {.run = op_lane_run},
+                                                           .op = op,
+                                                           .lane = &stem->lanes[head],
+                                                           .admission = &work->admission,
+                                                           .known = known != NULL,
+                                                           .image = known};
+        }
+    }
+}
+
+// Cuts the chain at once where the own stem has nothing of what is left.
+static bool cuts_chain(struct world *world, struct member *member, const struct op *op)
+{
+    if (op->kind != OP_TRUNCATE || op->first >= member->sequence->own->first)
+        return false;
+    give_up_promise(member);
+    const ice_status status = sequence_cut(member->sequence, op->first);
+    assert_true(status == ICE_OK || is_full(status));
+    note_stems(world, member->sequence);
+    if (status == ICE_OK) {
+        member->sequence->binding = ++world->server.next_id;
+        make_content(world, member, op->first);
+        world->kinds[OP_TRUNCATE]++;
+    }
+    return true;
+}
+
+static void end_work(struct world *world, struct work *work);
 
 void world_request(struct world *world, struct member *member, enum op_kind kind)
 {
     struct work *work = free_work(world);
     if (!work || !member->open || member->closing)
         return;
-    if (member->sleep) // whoever comes is waited for no longer than the slice that runs
-        atomic_store(&member->sleep->op.cancelled, true);
+    cancel_sleep(member->sequence);
     if (member->writer)
         return;
     work->op = (struct op){.kind = kind, .server = &world->server, .session = &work->session, .layers = 1};
     work->member = member;
     work->session.staging.base = work->staging;
-    work->length = member->length;
+    work->length = member_length(member);
     if (!fill(world, work, kind))
         return;
     struct op *op = &work->op;
     const bool exclusive = (kind != OP_READ && kind != OP_RETRIEVE) || op->append;
-    if (exclusive && member->readers > 0)
+    if ((exclusive && member->readers > 0) || cuts_chain(world, member, op))
         return;
     work->used = true;
     member->writer = exclusive;
     member->readers += !exclusive;
-    member->sleep = kind == OP_SLEEP ? work : NULL;
     op->received_ns = world_now_ns;
-    op->lanes = work->lanes;
-    op->lane_count = WORLD_HEADS;
     op->sequence_count = 1;
-    for (uint32_t head = 0; head < WORLD_HEADS; head++)
-        work->lanes[head] = (struct op_lane){.task = {.run = op_lane_run}, .op = op, .lane = &member->lanes[head]};
-    op_start_phase(op, first_phase(op));
+    op->admissions = &work->admission;
+    work->admission = (struct admission){.op = op, .sequence = member->sequence, .exclusive = exclusive};
+    take_lanes(work);
+    use_stems(work, 1);
+    if (op->lane_count > 0)
+        op_start_phase(op, first_phase(op));
+    else
+        end_work(world, work);
 }
 
 // ---- their ends ----
@@ -454,25 +593,39 @@ static void expect_read(struct work *work)
     }
 }
 
+static void destroy_images(struct world *world, struct work *work)
+{
+    for (uint32_t i = 0; i < work->op.lane_count; i++) {
+        image_destroy(&world->server, work->lanes[i].image);
+        work->lanes[i].image = NULL;
+    }
+}
+
+// As a manifest on the disk would make it known; whoever is attached to it shares the stems, the own one as well at
+// times.
 static void seal_made(struct world *world, struct work *work)
 {
     struct seal *seal = free_seal(world);
     struct member *member = work->member;
-    if (!seal) { // another has been faster
-        for (uint32_t head = 0; head < WORLD_HEADS; head++)
-            image_destroy(&world->server, work->lanes[head].image);
+    struct sequence *sequence = member->sequence;
+    const uint64_t length = member_length(member);
+    const uint32_t parts = sequence->chain_count + (sequence->own->first < length);
+    struct prefix *prefix = seal ? prefix_create(&world->server, &sequence->identity, WORLD_HEADS, parts, 1) : NULL;
+    if (!prefix) { // another has been faster, or there is no memory
+        destroy_images(world, work);
         return;
     }
-    seal->used = true;
-    seal->attached = 0;
-    seal->head_dim = member->sequence.shape.head_dim;
-    seal->tokens = member->length;
-    for (uint32_t head = 0; head < WORLD_HEADS; head++) {
-        const size_t bytes = member->length * member_row_bytes(member);
-        seal->images[head] = work->lanes[head].image;
-        assert_int_equal(seal->images[head]->tokens, member->length);
-        memcpy(model_row(seal->keys, member, head, 0), model_row(member->keys, member, head, 0), bytes);
-        memcpy(model_row(seal->values, member, head, 0), model_row(member->values, member, head, 0), bytes);
+    *seal = (struct seal){prefix, sequence->shape.head_dim, length, seal->keys, seal->values};
+    prefix->seed = sequence->own->seed;
+    prefix->root = sequence->own->root;
+    op_fill_parts(&work->op, prefix);
+    for (uint32_t i = 0; i < parts; i++)
+        for (uint32_t head = 0; head < WORLD_HEADS; head++)
+            assert_true(prefix->parts[i].images[head]->tokens >= prefix->parts[i].end - prefix->parts[i].first);
+    copy_content(member, seal->keys, seal->values, member->keys, member->values, length);
+    if (sequence->chain_count + 1 < WORLD_CHAIN && member->promised_to == 0 && rng_chance(&world->rng, 2)) {
+        op_share_stems(&work->op, prefix);
+        note_stems(world, sequence);
     }
 }
 
@@ -496,6 +649,8 @@ static bool may_end(const struct world *world, const struct work *work, ice_stat
     switch (status) {
     case ICE_UNKNOWN_SESSION:
         return atomic_load(&op->cancelled);
+    case ICE_BUSY: // somebody has asked for what was about to sleep
+        return op->kind == OP_SLEEP;
     case ICE_PAGE_LOST:
         return world->disk.failed_reads > 0;
     case ICE_DISK_FAILED:
@@ -513,25 +668,45 @@ static bool may_end(const struct world *world, const struct work *work, ice_stat
     }
 }
 
-static void note_length(struct work *work)
+static void note_length(struct world *world, struct work *work)
 {
     const struct op *op = &work->op;
     const bool appends = op->kind == OP_APPEND || op->append;
     const uint64_t end = op->kind == OP_APPEND ? op->first + op->tokens : work->first_queries[0] + op->queries;
-    if (appends && op->phase == PHASE_COMMIT && end > work->member->length)
-        work->member->length = end;
+    struct member *member = work->member;
+    if (op->phase != PHASE_COMMIT)
+        return;
+    if (appends && end > member_length(member))
+        member->sequence->lengths[0] = end;
+    if (op->kind == OP_TRUNCATE && op->first < member_length(member)) {
+        give_up_promise(member);
+        member->sequence->lengths[0] = op->first;
+        member->sequence->binding = ++world->server.next_id;
+        make_content(world, member, op->first);
+    }
 }
 
-static void work_ended(struct world *world, struct work *work)
+static void end_sleep(const struct work *work, ice_status status)
+{
+    const struct sequence *sequence = work->member->sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        struct stem *stem = sequence_stem(sequence, i);
+        if (stem->sleep_op == &work->op) {
+            stem->sleep_op = NULL;
+            stem->asleep = status == ICE_OK;
+        }
+    }
+}
+
+static void end_work(struct world *world, struct work *work)
 {
     struct op *op = &work->op;
     struct member *member = work->member;
     const ice_status status = (ice_status)atomic_load(&op->failure);
-    const bool appends = op->kind == OP_APPEND || op->append;
-    if (appends || op->kind == OP_RETRIEVE) {
-        if (op->kind == OP_APPEND || op->append)
-            note_length(work);
-    }
+    use_stems(work, -1);
+    note_length(world, work);
+    if (op->kind == OP_SLEEP)
+        end_sleep(work, status);
     if (status == ICE_OK) {
         ended_well(world, work);
     } else {
@@ -540,17 +715,29 @@ static void work_ended(struct world *world, struct work *work)
                      status_name((int)status));
         world->failed++;
         world->lost += status == ICE_PAGE_LOST;
-        for (uint32_t head = 0; op->kind == OP_SEAL && head < WORLD_HEADS; head++)
-            image_destroy(&world->server, work->lanes[head].image);
+        if (op->kind == OP_SEAL)
+            destroy_images(world, work);
     }
-    if (op->kind == OP_APPEND && (status != ICE_OK || member->length >= member->promised_to))
+    if (op->kind == OP_APPEND && (status != ICE_OK || member_length(member) >= member->promised_to))
         give_up_promise(member);
     const bool exclusive = (op->kind != OP_READ && op->kind != OP_RETRIEVE) || op->append;
     member->writer = exclusive ? false : member->writer;
     member->readers -= !exclusive;
-    member->sleep = op->kind == OP_SLEEP ? NULL : member->sleep;
     work->used = false;
     world->ended++;
+}
+
+// A stem's end may free its sequence, and does what the reactor does then.
+static bool is_stem_end(struct world *world, struct completion *completion)
+{
+    for (uint32_t i = 0; i < world->stem_count; i++) {
+        if (completion != &world->stems[i]->gone)
+            continue;
+        stem_ends(world, i);
+        completion->done(completion, &world->server);
+        return true;
+    }
+    return false;
 }
 
 // What was posted, by hand: the reactor's own ends need sockets.
@@ -562,13 +749,13 @@ void world_take_ends(struct world *world)
     while (next) {
         struct completion *completion = next;
         next = completion->next;
+        if (is_stem_end(world, completion))
+            continue;
         for (uint32_t i = 0; i < WORLD_OPS; i++)
             if (completion == &world->works[i].op.completion)
-                work_ended(world, &world->works[i]);
-        for (uint32_t i = 0; i < WORLD_SEQUENCES; i++)
-            if (completion == &world->members[i].sequence.closed)
-                closed(&world->members[i]);
+                end_work(world, &world->works[i]);
     }
+    note_closed(world);
 }
 
 bool world_is_idle(const struct world *world)

@@ -22,6 +22,8 @@
 #define WORLD_SHARDS    2u
 #define WORLD_SEALS     3u
 #define WORLD_OPS       12u
+#define WORLD_CHAIN     8u // stems of a sequence that is forked
+#define WORLD_STEMS     256u
 #define WORLD_TOKENS    1600u
 #define WORLD_HOGS      1024u
 
@@ -48,32 +50,27 @@ static inline bool rng_chance(struct rng *rng, uint32_t in)
 }
 
 struct seal {
-    bool used;
-    uint32_t attached, head_dim;
+    struct prefix *prefix; // NULL: not in use
+    uint32_t head_dim;
     uint64_t tokens;
-    struct image *images[WORLD_HEADS];
     uint8_t *keys, *values; // [head][WORLD_TOKENS] rows
 };
 
 struct member { // a sequence
     bool open, closing, writer;
     uint32_t readers;
-    struct sequence sequence;
-    struct lane lanes[WORLD_HEADS];
-    struct sequence_reaper reapers[WORLD_SHARDS];
-    uint64_t length;      // committed
+    struct sequence *sequence;
     uint64_t promised_to; // of an append in parts under way: its end; 0: none
-    struct seal *seal;    // that it was attached to
     uint8_t *keys, *values;
-    struct work *sleep;
 };
 
 struct work { // an operation
     bool used;
     struct op op;
-    struct op_lane lanes[WORLD_HEADS];
+    struct admission admission;
+    struct op_lane lanes[WORLD_HEADS * (WORLD_CHAIN + 1)];
     struct member *member;
-    struct session session;
+    struct session session; // its staging
     struct landing landing;
     uint32_t rows[1];
     uint64_t first_queries[1];
@@ -81,7 +78,7 @@ struct work { // an operation
     uint32_t *positions;      // [head][WORLD_TOKENS]
     uint32_t counts[WORLD_HEADS];
     struct records records; // of what the slots hold
-    uint64_t records_of;    // id of the sequence
+    uint64_t records_of;    // binding of the sequence
     uint64_t length;        // what the sequence held when it began
 };
 
@@ -103,6 +100,8 @@ struct seen {
     uint64_t drops_reading;    // a page was dropped while it was read
     uint64_t drops_writing;
     uint64_t slabs_given_up;
+    uint64_t shared_building; // a stem of several sequences has a plan carried out
+    uint64_t shared_asleep;
 };
 
 struct world {
@@ -116,18 +115,24 @@ struct world {
     struct member members[WORLD_SEQUENCES];
     struct seal seals[WORLD_SEALS];
     struct work works[WORLD_OPS];
+    struct session session;          // of all sequences
+    struct stem *stems[WORLD_STEMS]; // all that there are
+    uint32_t stem_count;
     void *hogs[WORLD_HOGS];
     uint32_t hog_count;
     struct seen seen;
     uint64_t steps, ended, failed, partial, lost, next_content;
-    uint64_t kinds[OP_SLEEP + 1]; // ended well
+    uint64_t kinds[OP_TRUNCATE + 1]; // ended well
 };
 
 extern uint64_t world_now_ns;
 
 void world_init(struct world *world, const struct world_shape *shape, uint64_t seed);
 void world_fini(struct world *world);
+// seal: NULL, or what it is attached to with so many tokens.
 void world_open(struct world *world, struct member *member, struct seal *seal, uint64_t tokens);
+// Where the parent admits it.
+void world_fork(struct world *world, struct member *parent, struct member *child, uint64_t tokens);
 void world_close(struct world *world, struct member *member);
 void world_unseal(struct world *world, struct seal *seal);
 // Begins a request where the member admits it. The kinds choose their arguments at random.
@@ -139,13 +144,18 @@ void world_check(struct world *world);
 
 static inline size_t member_row_bytes(const struct member *member)
 {
-    return member->sequence.row_bytes;
+    return member->sequence->row_bytes;
 }
 
 // Where a row of the model lies in one of the arrays [head][WORLD_TOKENS].
 static inline uint8_t *model_row(uint8_t *rows, const struct member *member, uint32_t head, uint64_t position)
 {
     return rows + ((uint64_t)head * WORLD_TOKENS + position) * member_row_bytes(member);
+}
+
+static inline uint64_t member_length(const struct member *member)
+{
+    return member->sequence->lengths[0];
 }
 
 #endif

@@ -20,7 +20,7 @@ struct bench {
     struct config config;
     struct server server;
     struct shard shard;
-    struct sequence sequence;
+    struct stem stem;
     struct lane lane;
     uint8_t *keys, *values, *out;
 };
@@ -41,13 +41,13 @@ static void bench_init(struct bench *bench, uint32_t head_dim, uint32_t dtype, u
     bench->server.shards = &bench->shard;
     assert_int_equal(tier_init(&bench->shard), 0);
     arena_init(&bench->shard.arena, &bench->env);
-    struct sequence *sequence = &bench->sequence;
-    sequence->server = &bench->server;
-    sequence->shape = (struct wire_shape){1, 1, 1, head_dim, dtype};
-    sequence->row_bytes = head_dim * dtype_bytes((enum dtype)dtype);
-    sequence->frame_bytes = page_tokens * 2 * sequence->row_bytes;
-    bench->lane.sequence = sequence;
-    size_t bytes = TOKENS_MAX * sequence->row_bytes;
+    struct stem *stem = &bench->stem;
+    stem->server = &bench->server;
+    stem->shape = (struct wire_shape){1, 1, 1, head_dim, dtype};
+    stem->row_bytes = head_dim * dtype_bytes((enum dtype)dtype);
+    stem->frame_bytes = page_tokens * 2 * stem->row_bytes;
+    bench->lane.stem = stem;
+    size_t bytes = TOKENS_MAX * stem->row_bytes;
     bench->keys = malloc(bytes);
     bench->values = malloc(bytes);
     bench->out = malloc(2 * bytes);
@@ -65,7 +65,7 @@ static uint64_t frames(struct bench *bench)
 {
     struct pool_usage usage;
     pool_usage(bench->server.pool, &usage);
-    assert_int_equal(usage.used_frames, atomic_load(&bench->sequence.page_count));
+    assert_int_equal(usage.used_frames, atomic_load(&bench->stem.page_count));
     return usage.used_frames;
 }
 
@@ -74,11 +74,11 @@ static void bench_fini(struct bench *bench)
 {
     shard_lane_forget(&bench->shard, &bench->lane);
     lane_destroy(&bench->lane, &bench->shard);
-    pool_unreserve(bench->server.pool, &bench->sequence.frames_promised, bench->sequence.frame_bytes);
-    budget_unreserve(&bench->server.index_budget, &bench->sequence.index_promised);
+    pool_unreserve(bench->server.pool, &bench->stem.frames_promised, bench->stem.frame_bytes);
+    budget_unreserve(&bench->server.index_budget, &bench->stem.index_promised);
     assert_int_equal(frames(bench), 0);
     assert_int_equal(budget_used(&bench->server.index_budget), 0);
-    assert_int_equal(atomic_load(&bench->sequence.index_bytes), 0);
+    assert_int_equal(atomic_load(&bench->stem.index_bytes), 0);
     bench->env.release(&bench->env, bench->shard.places, bench->shard.places_bytes);
     tier_fini(&bench->shard);
     arena_fini(&bench->shard.arena);
@@ -91,8 +91,8 @@ static void bench_fini(struct bench *bench)
 
 static ice_status prepare(struct bench *bench, uint64_t first, uint32_t tokens)
 {
-    size_t row = bench->sequence.row_bytes;
-    const struct lane_input input = {bench->keys + first * row, bench->values + first * row, row, first, tokens};
+    size_t row = bench->stem.row_bytes;
+    struct lane_input input = {bench->keys + first * row, bench->values + first * row, row, first, tokens, 0};
     return lane_prepare(&bench->lane, &bench->shard, &input);
 }
 
@@ -104,7 +104,7 @@ static void append(struct bench *bench, uint64_t first, uint32_t tokens)
 
 static void expect_content(struct bench *bench, uint32_t tokens)
 {
-    size_t bytes = tokens * bench->sequence.row_bytes;
+    size_t bytes = tokens * bench->stem.row_bytes;
     assert_int_equal(lane_length(&bench->lane), tokens);
     lane_read(&bench->lane, 0, tokens, bench->out, bench->out + bytes);
     assert_memory_equal(bench->out, bench->keys, bytes);
@@ -135,17 +135,17 @@ static void test_append(void **state)
     expect_content(&bench, 150);
     uint64_t held = frames(&bench);
     assert_int_equal(held, 10);
-    bench.keys[120 * bench.sequence.row_bytes] ^= 1;
+    bench.keys[120 * bench.stem.row_bytes] ^= 1;
     assert_int_equal(prepare(&bench, 50, 200), ICE_CONFLICT);
-    bench.keys[120 * bench.sequence.row_bytes] ^= 1;
-    bench.values[149 * bench.sequence.row_bytes + 5] ^= 1;
+    bench.keys[120 * bench.stem.row_bytes] ^= 1;
+    bench.values[149 * bench.stem.row_bytes + 5] ^= 1;
     assert_int_equal(prepare(&bench, 149, 1), ICE_CONFLICT);
-    bench.values[149 * bench.sequence.row_bytes + 5] ^= 1;
+    bench.values[149 * bench.stem.row_bytes + 5] ^= 1;
     uint16_t bad = 0x7f80, good; // infinity
-    memcpy(&good, bench.keys + 180 * bench.sequence.row_bytes, 2);
-    memcpy(bench.keys + 180 * bench.sequence.row_bytes, &bad, 2);
+    memcpy(&good, bench.keys + 180 * bench.stem.row_bytes, 2);
+    memcpy(bench.keys + 180 * bench.stem.row_bytes, &bad, 2);
     assert_int_equal(prepare(&bench, 150, 100), ICE_NOT_FINITE);
-    memcpy(bench.keys + 180 * bench.sequence.row_bytes, &good, 2);
+    memcpy(bench.keys + 180 * bench.stem.row_bytes, &good, 2);
     assert_int_equal(frames(&bench), held);
     assert_int_equal(prepare(&bench, 150, 100), ICE_OK);
     assert_true(frames(&bench) > held);
@@ -198,8 +198,8 @@ static void test_pool_full(void **state)
     bench_init(&bench, 64, DTYPE_FP32, 16, 64u << 20);
     struct pool_reservation all = {0};
     append(&bench, 0, 2000);
-    uint64_t slab_frames = POOL_SLAB_BYTES / bench.sequence.frame_bytes, free_frames = 48 * slab_frames - 125;
-    assert_true(pool_reserve(bench.server.pool, &all, bench.sequence.frame_bytes, free_frames));
+    uint64_t slab_frames = POOL_SLAB_BYTES / bench.stem.frame_bytes, free_frames = 48 * slab_frames - 125;
+    assert_true(pool_reserve(bench.server.pool, &all, bench.stem.frame_bytes, free_frames));
     assert_int_equal(prepare(&bench, 2000, 100), ICE_POOL_FULL);
     assert_int_equal(frames(&bench), 125);
     enum lane_work work;
@@ -208,7 +208,7 @@ static void test_pool_full(void **state)
     assert_int_equal(work, LANE_STALLED);
     assert_int_equal(frames(&bench), 125);
     expect_content(&bench, 2000);
-    pool_unreserve(bench.server.pool, &all, bench.sequence.frame_bytes);
+    pool_unreserve(bench.server.pool, &all, bench.stem.frame_bytes);
     build_all(&bench);
     expect_content(&bench, 2000);
     append(&bench, 2000, 100);
@@ -238,15 +238,15 @@ static void promise_holds(const struct promise *promise)
     static struct bench bench;
     const uint32_t before = promise->before, end = before + promise->tokens;
     bench_init(&bench, promise->head_dim, promise->dtype, promise->page_tokens, 256u << 20);
-    struct sequence *sequence = &bench.sequence;
+    struct stem *stem = &bench.stem;
     if (before > 0) {
         append(&bench, 0, before);
         build_all(&bench);
     }
-    uint64_t bytes = lane_promise_bytes(sequence, before, promise->tokens);
-    assert_true(budget_reserve(&bench.server.index_budget, &sequence->index_promised, bytes));
-    assert_true(pool_reserve(bench.server.pool, &sequence->frames_promised, sequence->frame_bytes,
-                             lane_promise_pages(sequence, promise->tokens)));
+    uint64_t bytes = lane_promise_bytes(stem, before, promise->tokens);
+    assert_true(budget_reserve(&bench.server.index_budget, &stem->index_promised, bytes));
+    assert_true(pool_reserve(bench.server.pool, &stem->frames_promised, stem->frame_bytes,
+                             lane_promise_pages(stem, promise->tokens)));
     uint64_t filled = fill(&bench);
     for (uint32_t first = before; first < end; first += promise->part) {
         uint32_t n = end - first < promise->part ? end - first : promise->part;

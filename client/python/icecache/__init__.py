@@ -14,6 +14,7 @@ from ._library import SESSION_LOST, Status, library
 
 __all__ = [
     "ALL_LAYERS",
+    "ALL_TOKENS",
     "Client",
     "DEFAULT_SINKS",
     "DEFAULT_WINDOW",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 ALL_LAYERS = 0xFFFFFFFF
+ALL_TOKENS = 0xFFFFFFFFFFFFFFFF
 DEFAULT_SINKS = 16
 DEFAULT_WINDOW = 64
 HASH_BYTES = 16
@@ -383,6 +385,7 @@ class SequenceInfo:
     index_bytes: int
     build_us: int
     idle: bool
+    shared_tokens: int
 
 
 @dataclass(frozen=True)
@@ -395,7 +398,7 @@ class Seal:
 
 
 class Sequence(_Handle):
-    """The KV history of one request. prefix_tokens: with how many tokens it began, where it was attached, else 0."""
+    """The KV history of one request. prefix_tokens: with how many it began, where it was attached or forked, else 0."""
 
     _closer = "ice_sequence_close"
 
@@ -412,6 +415,22 @@ class Sequence(_Handle):
         found = _library.SequenceInfo()
         _check(library().ice_sequence_info(self._open(), deadline_us, byref(found)))
         return SequenceInfo(*(getattr(found, name) for name, _ in found._fields_))
+
+    def fork(self, tokens=ALL_TOKENS, deadline_us=0):
+        """A Sequence that begins with the first tokens of this one (or all that every layer has) and shares them.
+
+        Nothing is copied; each of the two goes on for itself. Error with CONFLICT: the layers are not equally long.
+        """
+        handle, child = self._open(), c_void_p()
+        _check(library().ice_sequence_fork(handle, tokens, deadline_us, byref(child)))
+        shape = (self.layers, self.kv_heads, self.query_heads, self.head_dim, self.dtype)
+        forked = Sequence(self._client, child, *shape)
+        forked.prefix_tokens = forked.info().length_min
+        return forked
+
+    def truncate(self, tokens, deadline_us=0):
+        """Forgets what lies behind the first tokens; layers that are shorter stay as they are."""
+        _check(library().ice_sequence_truncate(self._open(), tokens, deadline_us))
 
     def append(self, keys, values, first, layer=ALL_LAYERS, deadline_us=0):
         """Appends K and V, [layer, token, KV head, head_dim] each; returns the length that was reached."""

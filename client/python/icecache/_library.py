@@ -145,6 +145,7 @@ class SequenceInfo(ctypes.Structure):
         ("index_bytes", c_uint64),
         ("build_us", c_uint64),
         ("idle", c_bool),
+        ("shared_tokens", c_uint64),
     ]
 
 
@@ -231,6 +232,8 @@ _SIGNATURES = {
     "ice_landing_gpu": (c_int, [c_void_p, POINTER(GpuLanding)]),
     "ice_sequence_open": (c_int, [c_void_p, POINTER(SequenceOptions), c_uint64, POINTER(c_void_p)]),
     "ice_sequence_close": (None, [c_void_p]),
+    "ice_sequence_fork": (c_int, [c_void_p, c_uint64, c_uint64, POINTER(c_void_p)]),
+    "ice_sequence_truncate": (c_int, [c_void_p, c_uint64, c_uint64]),
     "ice_sequence_info": (c_int, [c_void_p, c_uint64, POINTER(SequenceInfo)]),
     "ice_block_hashes": (c_int, [c_void_p, c_size_t, c_uint32, c_void_p, c_size_t, c_void_p]),
     "ice_sequence_seal": (c_int, [c_void_p, c_void_p, c_size_t, c_uint64, POINTER(SealResult)]),

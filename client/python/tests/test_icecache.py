@@ -279,6 +279,35 @@ class ClientTest(ClientBase):
             self.assertEqual(sorted(own.positions), sorted(anchor.positions))
         del own, anchor
 
+    def test_fork_and_truncate(self):
+        client = self.connect()
+        landing, sequence = self.open(client)
+        tokens, kept = 300, 200
+        keys, values = numbers(1, LAYERS * tokens * ROW), numbers(2, LAYERS * tokens * ROW)
+        sequence.append(keys, values, first=0)
+        child = sequence.fork()
+        early = sequence.fork(kept)
+        self.assertEqual((child.prefix_tokens, early.prefix_tokens), (tokens, kept))
+        self.assertEqual(child.info().shared_tokens, tokens)
+        with self.assertRaises(icecache.Error) as caught:
+            sequence.fork(tokens + 1)
+        self.assertEqual(caught.exception.status, icecache.Status.OUT_OF_BOUNDS)
+        sequence.close()
+        child.truncate(kept)
+        child.truncate(kept)
+        step = numbers(8, LAYERS * ROW)
+        for each in (child, early):
+            self.assertEqual(each.append(step, step, first=kept), kept + 1)
+            got_keys, got_values = (array.array("f", bytes(4 * LAYERS * (kept + 1) * ROW)) for _ in range(2))
+            each.read_into(got_keys, got_values, first=0)
+            for layer in range(LAYERS):
+                at, end = layer * (kept + 1) * ROW, (layer * (kept + 1) + kept) * ROW
+                self.assertEqual(got_keys[at:end], keys[layer * tokens * ROW :][: kept * ROW])
+                self.assertEqual(got_values[end : end + ROW], step[layer * ROW :][:ROW])
+            found = client.retrieve(landing, **self.arguments(each, at=kept))
+            self.assertEqual(found.counts, [14, 14])
+            each.close()
+
     def test_errors_are_told(self):
         client = self.connect()
         landing, sequence = self.open(client)

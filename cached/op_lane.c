@@ -6,6 +6,7 @@
 #include "cached/op.h"
 
 #include "cached/gather.h"
+#include "cached/keep.h"
 #include "cached/server.h"
 #include "gpu/store.h"
 #include "proto/dtype.h"
@@ -262,6 +263,8 @@ static ice_status plan_landing(struct op_lane *part, struct shard *shard, uint32
     list_positions(plan, scratch);
     const struct record_wish wish = {scratch, all, all == ends.visible, op->resend};
     part->changed = record_plan(plan->cell, &wish, scratch + all);
+    for (uint32_t i = 0; i < count; i++)
+        plan->cell->entries[plan->sinks + i].mass = tokens[i].mass;
     return ICE_OK;
 }
 
@@ -331,6 +334,8 @@ static void end_copy(struct op_lane *part, uint64_t *spent_ns)
     struct record_cell *cell = cell_of(part, op->layer);
     record_settle(cell);
     cell->mass = part->mass;
+    cell->indexed = part->indexed;
+    cell->version = part->version;
     part->changed = part->changed < part->count ? part->changed : part->count; // where a deadline has cut it short
     for (uint32_t i = 0; i < cell->count; i++) {
         part->moved += !cell->entries[i].is_kept;
@@ -367,18 +372,64 @@ static ice_status begin_search(struct op_lane *part, struct shard *shard)
     }
 }
 
+// What of the cell's last selection stays selected. ICE_NO_MEMORY: no scratch.
+static ice_status keep_last(const struct op_lane *part, struct shard *shard, struct keep *keep)
+{
+    const struct op *op = part->op;
+    const struct ends ends = ends_of(op, part->sequence_index);
+    const uint32_t slots = op->landing->shape.slots;
+    const struct keep_wish wish = {.keep = op->keep,
+                                   .budget = op->budget,
+                                   .slots = slots,
+                                   .from = ends.sinks,
+                                   .until = ends.window,
+                                   .coverage = op->coverage};
+    const struct record_cell *cell = cell_of(part, op->layer);
+    *keep = (struct keep){0};
+    if (!keep_applies(cell, &wish))
+        return ICE_OK;
+    struct index_selected *scratch = shard_scratch(shard, (void **)&shard->kept, &shard->kept_bytes,
+                                                   keep_scratch_count(slots) * sizeof *scratch);
+    if (!scratch)
+        return ICE_NO_MEMORY;
+    keep_choose(keep, cell, &wish, scratch);
+    for (uint32_t i = 0; i < keep->count; i++)
+        index_locate(part->lane->index, keep->tokens[i].position, 1, &keep->tokens[i].place);
+    return ICE_OK;
+}
+
+// The last selection as it is, without a search: what is said of it is what was said when there was one.
+static ice_status take_last(struct op_lane *part, struct shard *shard, const struct keep *keep,
+                            struct gather_plan *plan)
+{
+    const struct record_cell *cell = cell_of(part, part->op->layer);
+    part->mass = cell->mass;
+    part->indexed = cell->indexed;
+    part->version = cell->version;
+    part->searched_ns = env_now_ns(part->op->server->env);
+    return plan_landing(part, shard, keep->count, keep->tokens, plan);
+}
+
 // Ranks the lane's tokens, and plans what goes to the landing.
 static ice_status search(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
 {
     struct op *op = part->op;
-    ice_status status = begin_search(part, shard);
+    struct keep keep;
+    ice_status status = keep_last(part, shard, &keep);
+    if (status == ICE_OK && keep.is_whole)
+        return take_last(part, shard, &keep, plan);
+    if (status == ICE_OK)
+        status = begin_search(part, shard);
     if (status != ICE_OK)
         return status;
+    part->searched = true;
     while (!out_of_time(op) && !index_search_step(shard->search, SERVER_SEARCH_UNITS))
         ;
     struct index_selection selection;
     const struct index_selected *tokens;
     index_search_finish(shard->search, &selection, &tokens);
+    if (keep.count > 0)
+        tokens = keep_merge(&keep, &selection, tokens, op->coverage > 0 ? selection.count : op->budget);
     part->searched_ns = env_now_ns(op->server->env);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
@@ -393,7 +444,7 @@ static ice_status fetch(struct op_lane *part, struct shard *shard, const struct 
 {
     struct lane *lane = part->lane; // part and op may be gone after the gather's start
     uint32_t near[TIER_AHEAD_MAX];
-    const uint32_t near_count = part->op->follows ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    const uint32_t near_count = !part->searched ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
     const ice_status status = gather_start(part, shard, plan);
     if (status != ICE_OK)
         return status;

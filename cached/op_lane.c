@@ -388,8 +388,8 @@ static ice_status keep_last(const struct op_lane *part, struct shard *shard, str
     *keep = (struct keep){0};
     if (!keep_applies(cell, &wish))
         return ICE_OK;
-    struct index_selected *scratch = shard_scratch(shard, (void **)&shard->kept, &shard->kept_bytes,
-                                                   keep_scratch_count(slots) * sizeof *scratch);
+    struct index_selected *scratch =
+        shard_scratch(shard, (void **)&shard->kept, &shard->kept_bytes, keep_scratch_count(slots) * sizeof *scratch);
     if (!scratch)
         return ICE_NO_MEMORY;
     keep_choose(keep, cell, &wish, scratch);

@@ -75,8 +75,7 @@ static bool step(struct reuse *reuse, const struct tree *tree, const struct refe
     const struct index_selected *tokens = keep.tokens;
     uint32_t count = keep.count;
     if (!keep.is_whole) {
-        const struct tree_question question = {
-            .query = query, .heads = reuse->data.query_heads, .budget = wish.budget};
+        const struct tree_question question = {.query = query, .heads = reuse->data.query_heads, .budget = wish.budget};
         struct index_selection selection;
         struct index_query asks;
         tree_query(&reuse->data, lane, &question, &asks);

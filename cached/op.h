@@ -35,6 +35,7 @@ struct op_lane {
     uint32_t compared;    // of a prepare that waits: so many repeated tokens are known to be equal
     struct lane *awaited; // the lane that it waits for while that wakes
     bool partial;
+    bool searched;       // not where the last selection is kept as it is, or an anchor's is taken
     uint32_t count;      // slots filled
     uint32_t changed;    // tokens that the landing did not hold before
     uint32_t moved;      // tokens that were copied
@@ -66,6 +67,7 @@ struct op {
     bool token_major;        // append: how the staging is laid out
     struct landing *landing; // held
     uint32_t queries, query_dtype, budget, sinks, window;
+    uint32_t keep; // of the last selection, so many stay selected
     bool holds_ends, append, page_wise;
     bool follows; // the layer takes its anchor's selection: there are no queries
     bool resend;  // nothing of the selection is taken to be in the landing

@@ -258,6 +258,7 @@ static void fill_retrieve(struct op *op, const Icecache__Wire__Retrieve *message
     op->queries = message->queries;
     op->query_dtype = message->query_dtype;
     op->budget = message->budget;
+    op->keep = message->keep;
     op->sinks = message->sinks;
     op->window = message->window;
     op->holds_ends = message->worker_holds_ends;

@@ -6,6 +6,7 @@
 #include "cached/op.h"
 
 #include "cached/gather.h"
+#include "cached/keep.h"
 #include "cached/server.h"
 #include "gpu/store.h"
 #include "proto/dtype.h"
@@ -327,6 +328,8 @@ static ice_status plan_landing(struct op_lane *part, struct shard *shard, uint32
     list_positions(plan, scratch);
     const struct record_wish wish = {scratch, all, all == ends.visible, op->resend};
     part->changed = record_plan(plan->cell, &wish, scratch + all);
+    for (uint32_t i = 0; i < count; i++)
+        plan->cell->entries[plan->sinks + i].mass = tokens[i].mass;
     return ICE_OK;
 }
 
@@ -351,6 +354,13 @@ struct op_followed op_follow(const struct op *op, uint32_t i, const struct recor
     return (struct op_followed){anchor->entries + first, entry_from(anchor, ends.window) - first};
 }
 
+// Where a token lies in its stem.
+static void locate(const struct op_lane *part, struct index_selected *token)
+{
+    const struct lane *lane = op_lane_at(part, token->position);
+    index_locate(lane->index, token->position - lane->stem->first, 1, &token->place);
+}
+
 // The anchor layer's selection, of this layer's K and V. No other request works on the row meanwhile.
 static ice_status follow(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
 {
@@ -362,10 +372,8 @@ static ice_status follow(struct op_lane *part, struct shard *shard, struct gathe
     if (!tokens)
         return ICE_NO_MEMORY;
     for (uint32_t i = 0; i < followed.count; i++) {
-        const uint32_t position = followed.entries[i].position;
-        const struct lane *lane = op_lane_at(part, position);
-        tokens[i] = (struct index_selected){.position = position};
-        index_locate(lane->index, position - lane->stem->first, 1, &tokens[i].place);
+        tokens[i] = (struct index_selected){.position = followed.entries[i].position};
+        locate(part, &tokens[i]);
     }
     part->mass = anchor->mass;
     part->indexed = part->admission->sequence->lengths[op->layer]; // nobody else changes it while the request runs
@@ -397,6 +405,8 @@ static void end_copy(struct op_lane *part, uint64_t *spent_ns)
     struct record_cell *cell = cell_of(part, op->layer);
     record_settle(cell);
     cell->mass = part->mass;
+    cell->indexed = part->indexed;
+    cell->version = part->version;
     part->changed = part->changed < part->count ? part->changed : part->count; // where a deadline has cut it short
     for (uint32_t i = 0; i < cell->count; i++) {
         part->moved += !cell->entries[i].is_kept;
@@ -466,18 +476,64 @@ static ice_status begin_search(struct op_lane *part, struct shard *shard)
     }
 }
 
+// What of the cell's last selection stays selected. ICE_NO_MEMORY: no scratch.
+static ice_status keep_last(const struct op_lane *part, struct shard *shard, struct keep *keep)
+{
+    const struct op *op = part->op;
+    const struct ends ends = ends_of(op, part->sequence_index);
+    const uint32_t slots = op->landing->shape.slots;
+    const struct keep_wish wish = {.keep = op->keep,
+                                   .budget = op->budget,
+                                   .slots = slots,
+                                   .from = ends.sinks,
+                                   .until = ends.window,
+                                   .coverage = op->coverage};
+    const struct record_cell *cell = cell_of(part, op->layer);
+    *keep = (struct keep){0};
+    if (!keep_applies(cell, &wish))
+        return ICE_OK;
+    struct index_selected *scratch =
+        shard_scratch(shard, (void **)&shard->kept, &shard->kept_bytes, keep_scratch_count(slots) * sizeof *scratch);
+    if (!scratch)
+        return ICE_NO_MEMORY;
+    keep_choose(keep, cell, &wish, scratch);
+    for (uint32_t i = 0; i < keep->count; i++)
+        locate(part, &keep->tokens[i]);
+    return ICE_OK;
+}
+
+// The last selection as it is, without a search: what is said of it is what was said when there was one.
+static ice_status take_last(struct op_lane *part, struct shard *shard, const struct keep *keep,
+                            struct gather_plan *plan)
+{
+    const struct record_cell *cell = cell_of(part, part->op->layer);
+    part->mass = cell->mass;
+    part->indexed = cell->indexed;
+    part->version = cell->version;
+    part->searched_ns = env_now_ns(part->op->server->env);
+    return plan_landing(part, shard, keep->count, keep->tokens, plan);
+}
+
 // Ranks the lane's tokens, and plans what goes to the landing.
 static ice_status search(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
 {
     struct op *op = part->op;
-    ice_status status = begin_search(part, shard);
+    struct keep keep;
+    ice_status status = keep_last(part, shard, &keep);
+    if (status == ICE_OK && keep.is_whole)
+        return take_last(part, shard, &keep, plan);
+    if (status == ICE_OK)
+        status = begin_search(part, shard);
     if (status != ICE_OK)
         return status;
+    part->searched = true;
     while (!out_of_time(op) && !index_search_step(shard->search, SERVER_SEARCH_UNITS))
         ;
     struct index_selection selection;
     const struct index_selected *tokens;
     index_search_finish(shard->search, &selection, &tokens);
+    if (keep.count > 0)
+        tokens = keep_merge(&keep, &selection, tokens, op->coverage > 0 ? selection.count : op->budget);
     part->searched_ns = env_now_ns(op->server->env);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
@@ -497,7 +553,7 @@ static void look_ahead(const struct op_lane *part, struct shard *shard, struct a
 {
     const struct sequence *sequence = part->admission->sequence;
     struct index_part_page near[TIER_AHEAD_MAX];
-    ahead->count = part->op->follows ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    ahead->count = !part->searched ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
     for (uint32_t i = 0; i < ahead->count; i++) {
         ahead->lanes[i] = op_lane_in(part, sequence_stem(sequence, near[i].part));
         ahead->pages[i] = near[i].page;

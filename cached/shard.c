@@ -298,6 +298,7 @@ void shard_fini(struct shard *shard)
     env->release(env, shard->queries, shard->queries_bytes);
     env->release(env, shard->record, shard->record_bytes);
     env->release(env, shard->followed, shard->followed_bytes);
+    env->release(env, shard->kept, shard->kept_bytes);
     env->release(env, shard->places, shard->places_bytes);
     arena_fini(&shard->arena);
     task_queue_fini(&shard->queue);

@@ -30,6 +30,8 @@ struct shard {
     size_t record_bytes;
     struct index_selected *followed; // scratch: what a layer takes over from its anchor
     size_t followed_bytes;
+    struct index_selected *kept; // scratch: a selection that keeps some of the last one
+    size_t kept_bytes;
     struct index_place *places; // scratch of an append
     size_t places_bytes;
     struct lane *due_head, *due_tail; // lanes with clustering to do

@@ -367,6 +367,7 @@ struct ice_retrieve_options {
     ice_dtype query_dtype;
     const void *keys, *values; // NULL, or [sequence, query, kv_head, head_dim] in the sequence's dtype: appended first
     uint32_t budget;           // tokens per KV head, at least 1
+    uint32_t keep;             // of them, so many of the last selection stay selected: see below; 0: none
     uint32_t sinks, window;    // ICE_DEFAULT_SINKS / ICE_DEFAULT_WINDOW are the usual choice; 0: none
     bool worker_holds_ends;    // sinks and window are not sent
     bool resend;               // send all again, in ascending order of positions: see below
@@ -398,7 +399,17 @@ struct ice_retrieve_result {
 // Step reuse: a token that its row's last retrieve of this layer has put into a slot stays there, and only the others
 // are copied (to a GPU all of them, where whole blocks are sent); bytes_moved counts what is. So the slots of a cell
 // are in no order (but where all tokens of the sequence are asked for, slot i holds position i), and a worker must not
-// write to a landing. One that has done so says `resend`. After an error the cells of this layer in the rows named are
+// write to a landing. One that has done so says `resend`.
+//
+// keep: so many tokens of the cell's last selection of this sequence, those of the highest mass then, stay selected,
+// but for those that sinks and window cover by now; the rest of the budget goes to the best others. So a step moves at
+// most budget - keep tokens of each head beside what enters the window. keep = budget keeps the whole selection, and
+// where that fills the budget nothing is searched: search_us is near 0, masses, indexed and versions are those of the
+// last search, and what leaves the window is dropped. Where the budget holds all tokens, all are selected. Not with
+// ICE_PAGE_WISE (ICE_NOT_SUPPORTED), not above the budget (ICE_INVALID_ARGUMENT); a layer that follows an anchor takes
+// the anchor's selection, whatever its own keep.
+//
+// After an error the cells of this layer in the rows named are
 // undefined (other layers' are not touched). Blocking: submit and wait. result (may be NULL) is filled on success; its
 // arrays are borrowed until this thread's next call of ice_retrieve.
 ICE_CHECKED ice_status ice_retrieve(ice_client *client, const struct ice_retrieve_options *options,

@@ -16,6 +16,18 @@
 
 // ---- checks ----
 
+static ice_status keep_check(const struct ice_retrieve_options *options)
+{
+    if (options->keep > options->budget) {
+        return error_set(ICE_INVALID_ARGUMENT, "options.keep is %u, more than options.budget, %u tokens", options->keep,
+                         options->budget);
+    }
+    if (options->keep > 0 && options->granularity == ICE_PAGE_WISE) {
+        return error_set(ICE_NOT_SUPPORTED, "options.keep is of tokens; it cannot be had with ICE_PAGE_WISE");
+    }
+    return ICE_OK;
+}
+
 static ice_status numbers_check(const struct ice_retrieve_options *options, uint32_t queries)
 {
     if (options->sequence_count == 0 || options->sequence_count > WIRE_SEQUENCES_PER_RETRIEVE_MAX) {
@@ -43,7 +55,7 @@ static ice_status numbers_check(const struct ice_retrieve_options *options, uint
     if (options->granularity != ICE_TOKEN_WISE && options->granularity != ICE_PAGE_WISE) {
         return error_set(ICE_INVALID_ARGUMENT, "options.granularity %d is unknown", (int)options->granularity);
     }
-    return ICE_OK;
+    return keep_check(options);
 }
 
 static ice_status pointers_check(const struct ice_retrieve_options *options)
@@ -238,6 +250,7 @@ static void request_fill(Icecache__Wire__Retrieve *retrieve, const struct ice_re
     retrieve->queries = queries;
     retrieve->query_dtype = (uint32_t)options->query_dtype;
     retrieve->budget = options->budget;
+    retrieve->keep = options->keep;
     retrieve->sinks = options->sinks;
     retrieve->window = options->window;
     retrieve->worker_holds_ends = options->worker_holds_ends;

@@ -14,7 +14,8 @@
 
 static uint64_t cell_bytes_of(const struct landing_shape *shape)
 {
-    return sizeof(struct record_cell) + shape->slots * sizeof(struct record_entry);
+    const uint64_t bytes = sizeof(struct record_cell) + shape->slots * sizeof(struct record_entry);
+    return (bytes + _Alignof(struct record_cell) - 1) / _Alignof(struct record_cell) * _Alignof(struct record_cell);
 }
 
 uint64_t records_bytes(const struct landing_shape *shape)
@@ -111,7 +112,7 @@ uint32_t record_plan(struct record_cell *cell, const struct record_wish *wish, u
         const bool is_held = at < held && old[at].position == wish->positions[i];
         const uint32_t slot = is_held ? old[at].slot : 0;
         const bool stays = is_held && !wish->resend && slot < wish->count && (!wish->is_all || slot == i);
-        cell->entries[i] = (struct record_entry){wish->positions[i], slot & RECORD_NO_SLOT, stays};
+        cell->entries[i] = (struct record_entry){wish->positions[i], slot & RECORD_NO_SLOT, stays, RECORD_AT_ENDS};
         turnover += !is_held;
         if (stays) {
             use(used, slot);

@@ -6,7 +6,7 @@
 //
 // Threads: one at a time per cell (the lane's shard; while no shard works on the row, the thread that binds it). A cell
 // that is settled is read by others while its row belongs to a retrieve of a layer that follows.
-// Growth: 8 bytes for each slot of the landing; planning takes time linear in the tokens of both selections.
+// Growth: 12 bytes for each slot of the landing; planning takes time linear in the tokens of both selections.
 #ifndef ICECACHE_GPU_RECORD_H
 #define ICECACHE_GPU_RECORD_H
 
@@ -14,12 +14,14 @@
 #include "proto/status.h"
 
 #define RECORD_NO_SLOT 0x7fffffffu
+#define RECORD_AT_ENDS (-1.0f) // mass of a token that was not selected, but among sinks or window
 
 // A token and its slot.
 struct record_entry {
     uint32_t position;
     uint32_t slot : 31;
     uint32_t is_kept : 1; // it is in the slot already
+    float mass;           // estimated when it was selected; record_plan: RECORD_AT_ENDS
 };
 
 // Of one (row, layer, KV head).
@@ -27,6 +29,7 @@ struct record_cell {
     uint32_t count;                // entries
     uint32_t is_known;             // the slots hold what the entries say: not while they are written
     float mass;                    // that the selection was estimated to cover
+    uint64_t indexed, version;     // of the index at the last search
     struct record_entry entries[]; // in ascending order of positions
 };
 

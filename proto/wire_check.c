@@ -511,6 +511,20 @@ static ice_status check_retrieve_arrays(const Icecache__Wire__Retrieve *retrieve
     return check_targets(retrieve, error);
 }
 
+static ice_status check_keep(const Icecache__Wire__Retrieve *retrieve, struct wire_error *error)
+{
+    if (retrieve->keep > retrieve->budget) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT,
+                           "keep is %u, more than the budget of %u tokens; give at most the budget", retrieve->keep,
+                           retrieve->budget);
+    }
+    if (retrieve->keep > 0 && retrieve->page_wise) {
+        return wire_refuse(error, ICE_NOT_SUPPORTED,
+                           "keep is of tokens and page_wise selects whole pages; give one of them");
+    }
+    return ICE_OK;
+}
+
 static ice_status check_retrieve(const Icecache__Wire__Retrieve *retrieve, struct wire_error *error)
 {
     ice_status status = check_layers(retrieve->layer, 1, error);
@@ -544,7 +558,7 @@ static ice_status check_retrieve(const Icecache__Wire__Retrieve *retrieve, struc
             "deadline_us is %u, over WIRE_DEADLINE_US_MAX = %u; give less, or 0 for the daemon's default",
             retrieve->deadline_us, WIRE_DEADLINE_US_MAX);
     }
-    return ICE_OK;
+    return check_keep(retrieve, error);
 }
 
 ice_status wire_check_request(Icecache__Wire__Request *request, struct wire_error *error)

@@ -7,6 +7,7 @@
 #include <jansson.h>
 
 int command_copy(const struct options *options, json_t *rows, json_t *ratios);
+int command_reuse(const struct options *options, json_t *rows, json_t *ratios);
 int command_search(const struct options *options, json_t *rows, json_t *ratios);
 int command_serve(const struct options *options, json_t *rows, json_t *ratios);
 int command_spill(const struct options *options, json_t *rows, json_t *ratios);

@@ -39,6 +39,7 @@ int main(int argc, char **argv)
     }
     code = strcmp(options.command, "search") == 0  ? command_search(&options, rows, ratios)
            : strcmp(options.command, "copy") == 0  ? command_copy(&options, rows, ratios)
+           : strcmp(options.command, "reuse") == 0 ? command_reuse(&options, rows, ratios)
            : strcmp(options.command, "serve") == 0 ? command_serve(&options, rows, ratios)
            : strcmp(options.command, "spill") == 0 ? command_spill(&options, rows, ratios)
                                                    : command_step(&options, rows, ratios);

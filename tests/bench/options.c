@@ -16,6 +16,7 @@ static const char help[] =
     "commands\n"
     "  search   build, insertion, memory and search of one lane: the tree beside exact scans\n"
     "  copy     bringing a selection of 8 KV heads into a landing: gathered in host memory, and on to a GPU\n"
+    "  reuse    steps of a trace that keep a part of the last selection: attention mass against bytes moved\n"
     "  serve    retrieves end to end, by a daemon and workers that are started for it, also with too little memory\n"
     "  spill    pages on their way to a file system and back, by the daemon's disk and by fio\n"
     "  step     the whole node job of one decode step at a model's shape: search and gather of all lanes\n"
@@ -30,7 +31,7 @@ static const char help[] =
     "  --tokens LIST       of generated data (search 4096,32768; step 36000; serve 8192, one only)\n"
     "  --head-dim LIST     of generated data, search and copy (128)\n"
     "  --query-heads LIST  of generated data, per KV head, search (4)\n"
-    "  --queries N         search: per lane (64)\n"
+    "  --queries N         search: per lane, reuse: steps (64)\n"
     "  --budget LIST       tokens to select (64,256; serve 64, one only); the first one is timed by search; copy: "
     "tokens a\n"
     "                      KV head\n"
@@ -111,7 +112,7 @@ static const struct {
     {SEEDS, "search"},
     {HEAD_DIM, "search copy"},
     {QUERY_HEADS, "search"},
-    {QUERIES, "search"},
+    {QUERIES, "search reuse"},
     {INSERT_SHARE, "search"},
     {PEERS, "search"},
     {PYTHON, "search"},
@@ -119,11 +120,11 @@ static const struct {
     {COPIES, "step"},
     {CORES, "step"},
     {NO_GATHER, "step"},
-    {TRACE, "search step serve"},
+    {TRACE, "search step serve reuse"},
     {DATA, "search step"},
     {TOKENS, "search step serve"},
-    {SINKS, "search step serve"},
-    {WINDOW, "search step serve"},
+    {SINKS, "search step serve reuse"},
+    {WINDOW, "search step serve reuse"},
     {POLICY, "search step"},
     {DIR, "spill serve"},
     {BYTES, "spill"},
@@ -506,7 +507,7 @@ static bool is_valid(const struct options *options)
         (void)fprintf(stderr, "icecache-bench: --page-bytes must be a multiple of %u\n", PAGE_UNIT);
         return false;
     }
-    if (!is_among("search step serve copy spill", options->command)) {
+    if (!is_among("search step serve copy spill reuse", options->command)) {
         (void)fprintf(stderr, "icecache-bench: %s: no such command; --help lists them\n", options->command);
         return false;
     }

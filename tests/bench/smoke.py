@@ -267,6 +267,12 @@ def main():
     check_step(run_json(bench, *step, "--budget", "32,64", "--cores", "1,2"), 4, TREES[:1])
     check_step(run_json(bench, *step, "--policy", "promotion,means", "--no-gather"), 2, TREES)
     check("tree_over_i8" in run(bench, "step", "--rounds", "1", "--shape", "small", "--tokens", "512"), "no table")
+    rows = run_json(bench, "reuse", "--trace", trace, "--queries", "4", "--budget", "32")["rows"]
+    check([row["keep"] for row in rows] == [0, 8, 16, 24, 32], "reuse: keep")
+    for less, more in zip(rows, rows[1:]):
+        check(more["bytes_per_step"] < less["bytes_per_step"] and more["mass"] < less["mass"] + 0.01, f"reuse: {more}")
+    check(rows[-1]["searched"] == 0 and rows[0]["searched"] == 1, "reuse: searches")
+    run(bench, "reuse", wanted=2)  # without a trace
     run(bench, "search", "--tokens", "3", wanted=2)
     run(bench, "search", "--policy", "best", wanted=2)
     run(bench, "nothing", wanted=2)

@@ -81,6 +81,8 @@ SEEDS = {
         "retrieve_unpacked": request(8, f64(3, 11) + f64(3, 12) + u(4, 1) + u(4, 2) + u(5, 1) + u(5, 2) + u(6, 1)
                                      + u(7, 1) + u(8, 64)),
         "retrieve_row_twice": request(8, RETRIEVE + packed(4, [0, 2, 1]) + packed(5, [1]) + f64(3, 11)),
+        "retrieve_keep": request(8, RETRIEVE + u(20, 1)),
+        "retrieve_keep_over": request(8, RETRIEVE + u(20, 2**31)),
         "retrieve_nan": request(8, RETRIEVE + f32(13, float("nan"))),
         "retrieve_then_open": request(8, RETRIEVE) + b(5, OPEN),
         "read": request(9, f64(1, 5) + u(3, 1) + u(4, 10) + u(5, 90)),

@@ -203,6 +203,8 @@ static void after_deadlines(void **state)
         const bool hurried = i % 2 == 0;
         retrieve_init(&retrieve, &worker, &history, 0, LENGTH - 1 - random_below(&random, 600), 1);
         retrieve.options.deadline_us = hurried ? 100 + random_below(&random, 400) : 0;
+        if (i % 4 > 1)
+            retrieve.options.keep = (uint32_t)random_below(&random, retrieve.options.budget + 1);
         ice_status status = ice_retrieve(worker.client, &retrieve.options, &result);
         if (!hurried)
             assert_ok(status);
@@ -244,6 +246,8 @@ static void spilled(void **state)
         const bool hurried = i % 3 != 0;
         retrieve_init(&retrieve, &worker, &history, i % 2, 6 * LENGTH - 1 - random_below(&random, 3000), 1);
         retrieve.options.deadline_us = hurried ? 200 + random_below(&random, 1500) : TEST_DEADLINE_US;
+        if (i % 4 > 1)
+            retrieve.options.keep = (uint32_t)random_below(&random, retrieve.options.budget + 1);
         ice_status status = ice_retrieve(worker.client, &retrieve.options, &result);
         if (hurried && status != ICE_OK)
             assert_status(status, ICE_TIMEOUT);

@@ -382,6 +382,7 @@ static bool fill_retrieve(struct world *world, struct work *work)
         records_forget_row(&work->records, 0); // as a row that is bound to another sequence
     work->records_of = member->sequence->binding;
     op->resend = rng_chance(rng, 8);
+    op->keep = op->page_wise || rng_chance(rng, 2) ? 0 : rng_below(rng, op->budget + 1);
     op->rows = work->rows;
     op->first_queries = work->first_queries;
     work->first_queries[0] = op->append ? member_length(member) : member_length(member) - op->queries;

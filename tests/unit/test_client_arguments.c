@@ -121,6 +121,8 @@ static void retrieve_arguments(void **state)
     REFUSED_RETRIEVE(options.budget = 0, ICE_INVALID_ARGUMENT, "budget");
     REFUSED_RETRIEVE(options.window = UINT32_MAX, ICE_TOO_LARGE, "window");
     REFUSED_RETRIEVE(options.coverage = 1.5f, ICE_INVALID_ARGUMENT, "coverage");
+    REFUSED_RETRIEVE(options.keep = options.budget + 1, ICE_INVALID_ARGUMENT, "options.keep");
+    REFUSED_RETRIEVE((options.keep = 1, options.granularity = ICE_PAGE_WISE), ICE_NOT_SUPPORTED, "options.keep");
     REFUSED_RETRIEVE(options.coverage = NAN, ICE_INVALID_ARGUMENT, "coverage");
     REFUSED_RETRIEVE(options.granularity = (enum ice_granularity)5, ICE_INVALID_ARGUMENT, "granularity");
     REFUSED_RETRIEVE(options.layer = LAYERS, ICE_UNKNOWN_LAYER, "layer");

@@ -287,6 +287,8 @@ static void decode(const struct fixture *f, struct decoded *out)
     X(use_retrieve, coverage_over, f->retrieve.coverage = 1.5f, ICE_INVALID_ARGUMENT, "coverage is 1.5")               \
     X(use_retrieve, coverage_negative, f->retrieve.coverage = -0.5f, ICE_INVALID_ARGUMENT, "coverage is -0.5")         \
     X(use_retrieve, coverage_nan, f->retrieve.coverage = NAN, ICE_INVALID_ARGUMENT, "coverage is")                     \
+    X(use_retrieve, keep_over, f->retrieve.keep = f->retrieve.budget + 1, ICE_INVALID_ARGUMENT, "more than the")       \
+    X(use_retrieve, keep_pages, (f->retrieve.keep = 1, f->retrieve.page_wise = 1), ICE_NOT_SUPPORTED, "whole pages")   \
     X(use_retrieve, deadline_over, f->retrieve.deadline_us = 600000001, ICE_TOO_LARGE, "over WIRE_DEADLINE_US_MAX")
 
 // clang-format off

@@ -715,7 +715,7 @@ class Client:
 
         Keyword arguments: layer, sequences, rows, first_queries (one entry per sequence), queries (the vectors,
         packed [sequence, query, query head, head_dim]; None for a layer that follows an anchor), query_dtype, query_count (query positions per sequence, 1),
-        budget, sinks, window, worker_holds_ends, resend, coverage, page_wise, deadline_us, and keys and values
+        budget, keep (of the budget, so many tokens of the last selection stay), sinks, window, worker_holds_ends, resend, coverage, page_wise, deadline_us, and keys and values
         ([sequence, query, KV head, head_dim], packed), which are appended first.
 
         queries, keys and values may be in GPU memory, all on the landing's GPU (torch tensors, or anything with
@@ -743,6 +743,7 @@ class Client:
         queries,
         query_dtype,
         budget,
+        keep=0,
         query_count=1,
         sinks=DEFAULT_SINKS,
         window=DEFAULT_WINDOW,
@@ -787,6 +788,7 @@ class Client:
                 sides[0],
                 sides[1],
                 budget,
+                keep,
                 sinks,
                 window,
                 worker_holds_ends,

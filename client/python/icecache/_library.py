@@ -185,6 +185,7 @@ class RetrieveOptions(ctypes.Structure):
         ("keys", c_void_p),
         ("values", c_void_p),
         ("budget", c_uint32),
+        ("keep", c_uint32),
         ("sinks", c_uint32),
         ("window", c_uint32),
         ("worker_holds_ends", c_bool),

@@ -272,6 +272,11 @@ class ClientTest(ClientBase):
         self.assertEqual((again.changed, again.bytes_moved), ([0, 0], 0))
         again = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=0, resend=True))
         self.assertEqual((again.changed, again.bytes_moved), ([0, 0], first.bytes_moved))
+        budget = self.arguments(sequence, at=tokens - 1, layer=0)["budget"]
+        kept = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=0, keep=budget))
+        self.assertEqual((kept.changed, kept.bytes_moved), ([0, 0], 0))
+        with self.assertRaises(icecache.Error):
+            client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=0, keep=budget + 1))
         followed = client.retrieve(landing, **self.arguments(sequence, at=tokens - 1, layer=1, queries=None))
         self.assertEqual(followed.masses, first.masses)
         for head in range(KV_HEADS):

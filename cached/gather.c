@@ -145,10 +145,11 @@ static ice_status copy_resident(struct gather *gather)
 static void ask_for_missing(struct gather *gather, struct shard *shard)
 {
     struct lane *lane = gather->part->lane;
-    for (uint32_t i = 0; i < gather->waiting_count; i++) {
-        if (!tier_read(shard, lane, gather->waiting[i].place.page))
-            return; // no room for more: what comes makes some
-    }
+    bool room = true; // where there is none what comes makes some
+    shard->tier.urgent = gather->part->op->kind == OP_RETRIEVE;
+    for (uint32_t i = 0; i < gather->waiting_count && room; i++)
+        room = tier_read(shard, lane, gather->waiting[i].place.page);
+    shard->tier.urgent = false;
 }
 
 // A selected token's share of the attention; 0 for those at the ends, of which only the sum is known.

@@ -200,14 +200,23 @@ uint64_t lane_length(const struct lane *lane)
     return lane->index ? index_length(lane->index) : 0;
 }
 
+// What an append compares or stores until others have their turn.
+static uint32_t slice_tokens(const struct lane *lane)
+{
+    return SERVER_APPEND_SLICE_BYTES / (uint32_t)lane_token_bytes(lane);
+}
+
 // Do the stored tokens first .. first+tokens-1 equal the input's first rows, byte for byte? ICE_CONFLICT where not.
-// Goes on where an earlier call had to wait for a page.
+// Goes on where an earlier call had to wait for a page, or was cut.
 static ice_status compare_stored(struct lane *lane, struct shard *shard, const struct lane_input *input,
                                  uint32_t tokens)
 {
     struct index_place places[64];
     size_t bytes = lane->sequence->row_bytes;
+    const uint32_t until = lane->compared_tokens + slice_tokens(lane);
     while (lane->compared_tokens < tokens) {
+        if (lane->compared_tokens >= until)
+            return LANE_CUT;
         const uint32_t done = lane->compared_tokens, n = tokens - done < 64 ? tokens - done : 64;
         ice_status status = ICE_OK;
         index_locate(lane->index, input->first + done, n, places);
@@ -289,7 +298,10 @@ static void store_rows(struct lane *lane, const struct lane_input *input, uint64
 static ice_status store_prepared(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
 {
     struct index_place places[64];
+    const uint32_t until = lane->stored_tokens + slice_tokens(lane);
     while (lane->stored_tokens < lane->prepared_tokens) {
+        if (lane->stored_tokens >= until)
+            return LANE_CUT;
         const uint32_t done = lane->stored_tokens, n = min_u32(lane->prepared_tokens - done, 64);
         index_append_places(lane->index, input->first + skip + done, n, places);
         for (uint32_t i = 0, run; i < n; i += run) {
@@ -342,7 +354,7 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, const struct lan
     if (status == ICE_OK)
         status = store_prepared(lane, shard, input, skip);
     lane->appending = false;
-    if (status != ICE_OK && status != LANE_WAITS)
+    if (status != ICE_OK && status != LANE_WAITS && status != LANE_CUT)
         lane_drop(lane, shard);
     return status;
 }

@@ -69,6 +69,9 @@ struct lane_input {
 // No status of the protocol: pages are on their way, or room is being made; try again after the shard's next wake-up.
 #define LANE_WAITS ((ice_status)0x7fff)
 
+// Neither: as much as a slice of work does has been done (SERVER_MOVE_BYTES), call again when others had their turn.
+#define LANE_CUT ((ice_status)0x7ffe)
+
 // Compares what overlaps with stored tokens, checks and stores the rest. On success the lane holds a prepared append
 // (maybe an empty one) until lane_commit or lane_drop. On failure nothing has changed. LANE_WAITS, also instead of
 // ICE_POOL_FULL as long as pages can leave for the disk: call again with the same input, which goes on where this call

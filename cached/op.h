@@ -31,6 +31,8 @@ struct op_lane {
     uint32_t layer_index;        // in the request
     bool prepared;
     bool partial;
+    bool late;           // the deadline had passed before the search: the last selection is given again
+    uint32_t read;       // tokens of a read that are in the staging
     uint32_t count;      // slots filled
     uint32_t changed;    // tokens that the landing did not hold before
     uint32_t moved;      // tokens that were copied
@@ -114,6 +116,8 @@ void op_cancel_all(struct session *session);
 // Links an op to its session, which it holds from now on; unlinks it.
 void op_attach(struct op *op, struct session *session);
 void op_detach(struct op *op);
+// Gives back what an op holds that was made and has not been attached.
+void op_discard(struct op *op);
 // Sealing (op_prefix.c): what depends on the sequence's state; whether nothing need be done; what follows the lanes.
 ICE_MUST_CHECK ice_status op_check_seal(struct op *op, char *text, size_t capacity);
 bool op_seal_is_known(struct op *op);

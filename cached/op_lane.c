@@ -152,9 +152,13 @@ static ice_status run_read(struct op_lane *part, struct shard *shard)
     }
     uint64_t side;
     size_t stride; // packed: a read's staging is head by head
-    uint8_t *keys = staging_rows(part, &side, &stride);
-    lane_read(part->lane, op->first, op->tokens, keys, keys + side);
-    return ICE_OK;
+    const size_t row_bytes = part->lane->sequence->row_bytes;
+    const uint32_t slice = SERVER_APPEND_SLICE_BYTES / (uint32_t)(2 * row_bytes), from = part->read;
+    const uint32_t n = op->tokens - from < slice ? op->tokens - from : slice;
+    uint8_t *keys = staging_rows(part, &side, &stride) + from * row_bytes;
+    lane_read(part->lane, op->first + from, n, keys, keys + side);
+    part->read += n;
+    return part->read < op->tokens ? LANE_CUT : ICE_OK;
 }
 
 static struct index_query make_query(const struct op_lane *part, const float *queries)
@@ -306,6 +310,31 @@ static ice_status follow(struct op_lane *part, struct shard *shard, struct gathe
     return plan_landing(part, shard, followed.count, tokens, plan);
 }
 
+// The deadline had passed when the retrieve's turn came: sinks, window, and what is still to be had of the row's last
+// selection, most of which lies in the landing. Nothing is known of its mass for these queries.
+static ice_status give_last(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
+{
+    const struct op *op = part->op;
+    const struct record_cell *cell = cell_of(part, op->layer);
+    struct op_followed last = {0};
+    if (cell->is_known)
+        last = op_follow(op, part->sequence_index, cell);
+    last.count = last.count < op->budget ? last.count : op->budget;
+    struct index_selected *tokens =
+        shard_scratch(shard, (void **)&shard->followed, &shard->followed_bytes, (last.count + 1) * sizeof *tokens);
+    if (!tokens)
+        return ICE_NO_MEMORY;
+    for (uint32_t i = 0; i < last.count; i++) {
+        tokens[i] = (struct index_selected){.position = last.entries[i].position};
+        index_locate(part->lane->index, tokens[i].position, 1, &tokens[i].place);
+    }
+    part->late = part->partial = true;
+    part->indexed = index_indexed(part->lane->index);
+    part->version = index_version(part->lane->index);
+    part->searched_ns = env_now_ns(op->server->env);
+    return plan_landing(part, shard, last.count, tokens, plan);
+}
+
 static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
 {
     const struct lane *lane = part->lane;
@@ -393,7 +422,8 @@ static ice_status fetch(struct op_lane *part, struct shard *shard, const struct 
 {
     struct lane *lane = part->lane; // part and op may be gone after the gather's start
     uint32_t near[TIER_AHEAD_MAX];
-    const uint32_t near_count = part->op->follows ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    const bool searched = !part->op->follows && !part->late;
+    const uint32_t near_count = !searched ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
     const ice_status status = gather_start(part, shard, plan);
     if (status != ICE_OK)
         return status;
@@ -406,7 +436,9 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     const struct op *op = part->op;
     struct gather_plan plan;
     part->begun_ns = env_now_ns(op->server->env);
-    const ice_status status = op->follows ? follow(part, shard, &plan) : search(part, shard, &plan);
+    const ice_status status = op->follows                          ? follow(part, shard, &plan)
+                              : part->begun_ns >= op->deadline_ns ? give_last(part, shard, &plan)
+                                                                   : search(part, shard, &plan);
     if (status != ICE_OK)
         return status;
     if (op->server->disk && !gather_is_resident(part, &plan))
@@ -485,16 +517,27 @@ static void next_phase(struct op *op)
     completion_post(&op->server->completions, &op->completion);
 }
 
+static enum task_class class_of(const struct op *op)
+{
+    return op->kind == OP_RETRIEVE ? TASK_DECODE : TASK_BULK;
+}
+
 void op_start_phase(struct op *op, enum op_phase phase)
 {
     struct server *server = op->server;
     op->phase = phase;
     atomic_store_explicit(&op->lanes_left, op->lane_count, memory_order_release);
-    enum task_class class = op->kind == OP_RETRIEVE ? TASK_DECODE : TASK_BULK;
+    enum task_class class = class_of(op);
     uint32_t count = op->lane_count; // the op may be gone when the last task has been pushed
     struct op_lane *lanes = op->lanes;
     for (uint32_t i = 0; i < count; i++)
         task_queue_push(&server->shards[lanes[i].lane->shard].queue, class, &lanes[i].task);
+}
+
+// A part that was cut goes on behind what waits.
+static void queue_again(struct op_lane *part, struct shard *shard)
+{
+    task_queue_push(&shard->queue, class_of(part->op), &part->task);
 }
 
 static void finish(struct op_lane *part, ice_status status)
@@ -548,6 +591,10 @@ static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
         status = run_phase(part, shard);
     if (status == LANE_WAITS && awake && phase != PHASE_PREPARE)
         return;
+    if (status == LANE_CUT) {
+        queue_again(part, shard);
+        return;
+    }
     if (phase == PHASE_WAKE)
         status = ICE_OK; // it has begun to wake: that was all
     const bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
@@ -569,15 +616,29 @@ void op_lane_run(struct task *task, void *thread)
     run_part(part, shard, env_now_ns(part->op->server->env));
 }
 
+// Puts a list of parts that have waited before those that wait since.
+static void park_first(struct shard *shard, struct op_lane *first, struct op_lane *last)
+{
+    last->parked_next = shard->parked;
+    if (!shard->parked)
+        shard->parked_tail = last;
+    shard->parked = first;
+}
+
 uint64_t op_lane_run_parked(struct shard *shard, uint64_t now_ns)
 {
-    struct op_lane *part = shard->parked;
+    struct op_lane *part = shard->parked, *last = shard->parked_tail;
     uint64_t next_ns = UINT64_MAX;
     shard->parked = NULL;
     while (part) {
         struct op_lane *next = part->parked_next;
         run_part(part, shard, now_ns);
         part = next;
+        if (part && env_now_ns(shard->server->env) >= now_ns + SERVER_WAITING_SLICE_NS) {
+            park_first(shard, part, last);
+            shard->woken = true; // the next round goes on with them
+            return now_ns;
+        }
     }
     for (part = shard->parked; part; part = part->parked_next)
         next_ns = part->parked_until_ns < next_ns ? part->parked_until_ns : next_ns;

@@ -1,6 +1,7 @@
 // Shard threads. A shard's lanes, scratch and list of due lanes belong to its thread; the queue is the only way in.
 //
-// Clustering runs only when the queue is empty, one slice at a time, so a decode request waits for one slice at most.
+// Clustering runs when the queue is empty, or has not been for SERVER_BUILD_AFTER tasks, one slice at a time, so a
+// decode request waits for one slice at most and a lane for its clustering not for ever.
 // The lane at the head of the due list is finished before the next begins, so that memory for a build in progress is
 // held once; where it waits for pages, a few behind it go on meanwhile (fetching_max).
 #include "cached/shard.h"
@@ -109,6 +110,7 @@ static void build_slice(struct shard *shard)
 {
     struct env *env = shard->server->env;
     struct lane *lane = first_ready(shard);
+    shard->tasks_since_slice = 0;
     uint64_t from_ns = env_now_ns(env);
     if (!lane) {
         stall(shard, from_ns + SERVER_STARVED_RETRY_NS);
@@ -218,8 +220,13 @@ bool shard_round(struct shard *shard, bool may_wait)
     bool sweeps = tier_balance(shard);
     go_on_with_images(shard);
     tier_submit(shard);
+    if (build && shard->tasks_since_slice >= SERVER_BUILD_AFTER) {
+        build_slice(shard);
+        return true;
+    }
     const uint64_t wait_ns = may_wait ? wait_of(shard, build || sweeps) : 0;
     struct task *task = task_queue_pop(&shard->queue, wait_ns, &stopped);
+    shard->tasks_since_slice += build && task;
     if (task)
         task->run(task, shard);
     else if (!stopped && build)

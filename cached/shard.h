@@ -33,6 +33,7 @@ struct shard {
     struct index_place *places; // scratch of an append
     size_t places_bytes;
     struct lane *due_head, *due_tail; // lanes with clustering to do
+    uint32_t tasks_since_slice;       // while some had
     bool stalled;                     // no lane got memory in the last round
     uint64_t stalled_until_ns;
     struct tier tier;

@@ -51,6 +51,7 @@ typedef enum ice_status {
     ICE_PAGE_LOST = 31,
     ICE_UNKNOWN_PREFIX = 32,
     ICE_DISK_FAILED = 33,
+    ICE_OVERLOADED = 34,
     // The session is lost: reconnect.
     ICE_VERSION_MISMATCH = 4,
     ICE_SHUTTING_DOWN = 22,

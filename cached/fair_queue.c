@@ -24,6 +24,17 @@ void fair_queue_push(struct fair_queue *queue, enum fair_class class, uint32_t f
     queue->active[class] |= (uint64_t)1 << flow;
 }
 
+void fair_queue_push_front(struct fair_queue *queue, enum fair_class class, uint32_t flow, struct fair_node *node)
+{
+    flow %= FAIR_FLOWS;
+    struct fair_list *list = &queue->flows[class][flow];
+    node->next = list->head;
+    list->head = node;
+    if (!list->tail)
+        list->tail = node;
+    queue->active[class] |= (uint64_t)1 << flow;
+}
+
 // The class whose turn it is: the one that has waited too long, else the best one that has something.
 static enum fair_class class_in_turn(const struct fair_queue *queue)
 {

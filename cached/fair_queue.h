@@ -34,6 +34,8 @@ struct fair_queue {
 };
 
 void fair_queue_push(struct fair_queue *queue, enum fair_class class, uint32_t flow, struct fair_node *node);
+// Before all of its flow: what goes on after a slice of its work, so that a flow finishes one piece before the next.
+void fair_queue_push_front(struct fair_queue *queue, enum fair_class class, uint32_t flow, struct fair_node *node);
 // The next one, and its class; NULL: nothing waits.
 struct fair_node *fair_queue_pop(struct fair_queue *queue, enum fair_class *class);
 // Takes one out, wherever it stands in its flow; it must be there.

@@ -17,7 +17,7 @@
 
 #define INTAKE_SERVED_PER_ROUND  64u   // messages, until the reactor looks at its other sockets
 #define INTAKE_RECEIVED_PER_TURN 64u   // messages, between two that are served
-#define INTAKE_REFUSALS_PER_S    4096u // requests of one session beyond its bound: more end it
+#define INTAKE_REFUSALS_PER_S    1024u // requests of one session beyond its bound: more end it
 #define INTAKE_STRANGERS_PER_S   1000u // answers to messages of no session; the others are dropped
 
 struct server;

@@ -13,6 +13,7 @@
 #include "cached/env.h"
 #include "cached/sequence.h"
 #include "cached/session.h"
+#include "cached/shard.h"
 #include "cached/task_queue.h"
 #include "gpu/driver.h"
 #include "gpu/record.h"
@@ -40,6 +41,8 @@ struct op_lane {
     float mass;
     uint64_t indexed, version;
     uint64_t begun_ns, search_ns, fetch_ns, copy_ns, searched_ns;
+    struct search_room cut;      // the search that has been cut; empty: none
+    uint64_t cut_ns;             // when
     struct image *image;         // of PHASE_SAVE
     struct op_lane *parked_next; // waits for pages or for room (shard->parked)
     uint64_t parked_until_ns;    // 0: has not waited in this phase

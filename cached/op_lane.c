@@ -56,7 +56,7 @@ static float *gather_queries(struct op_lane *part, struct shard *shard)
     const struct wire_shape *shape = &part->lane->sequence->shape;
     uint32_t group = shape->query_heads / shape->kv_heads;
     uint32_t block = group * shape->head_dim;
-    float *queries = shard_scratch(shard, (void **)&shard->queries, &shard->queries_bytes,
+    float *queries = shard_scratch(shard, (void **)&shard->now.queries, &shard->now.queries_bytes,
                                    (size_t)op->queries * block * sizeof *queries);
     if (!queries)
         return NULL;
@@ -370,9 +370,9 @@ static void end_copy(struct op_lane *part, uint64_t *spent_ns)
     *spent_ns = env_now_ns(op->server->env) - part->searched_ns;
 }
 
-static bool out_of_time(const struct op *op)
+static bool out_of_time(const struct op *op, uint64_t now_ns)
 {
-    return atomic_load_explicit(&op->cancelled, memory_order_relaxed) || env_now_ns(op->server->env) >= op->deadline_ns;
+    return atomic_load_explicit(&op->cancelled, memory_order_relaxed) || now_ns >= op->deadline_ns;
 }
 
 static ice_status begin_search(struct op_lane *part, struct shard *shard)
@@ -381,9 +381,9 @@ static ice_status begin_search(struct op_lane *part, struct shard *shard)
     if (!queries)
         return ICE_NO_MEMORY;
     struct index_query query = make_query(part, queries);
-    enum index_status status = index_search_reserve(shard->search, part->lane->index, &query);
+    enum index_status status = index_search_reserve(shard->now.search, part->lane->index, &query);
     if (status == INDEX_OK)
-        status = index_search_begin(shard->search, part->lane->index, &query);
+        status = index_search_begin(shard->now.search, part->lane->index, &query);
     switch (status) {
     case INDEX_OK:
         return ICE_OK;
@@ -396,18 +396,38 @@ static ice_status begin_search(struct op_lane *part, struct shard *shard)
     }
 }
 
+// Searches until all is seen or the time is up. LANE_CUT: others wait and have not had their turn for long.
+static ice_status run_steps(struct op_lane *part, struct shard *shard)
+{
+    struct env *env = part->op->server->env;
+    const uint64_t cut_ns = env_now_ns(env) + SERVER_SEARCH_SLICE_NS;
+    for (;;) {
+        const uint64_t now_ns = env_now_ns(env);
+        if (out_of_time(part->op, now_ns))
+            return ICE_OK;
+        if (now_ns >= cut_ns && !task_queue_is_empty(&shard->queue) && shard_search_cut(shard, part))
+            return LANE_CUT;
+        if (index_search_step(shard->now.search, SERVER_SEARCH_UNITS))
+            return ICE_OK;
+    }
+}
+
 // Ranks the lane's tokens, and plans what goes to the landing.
 static ice_status search(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
 {
     struct op *op = part->op;
-    ice_status status = begin_search(part, shard);
+    ice_status status = ICE_OK;
+    if (part->cut.search)
+        shard_search_resume(shard, part);
+    else
+        status = begin_search(part, shard);
+    if (status == ICE_OK)
+        status = run_steps(part, shard);
     if (status != ICE_OK)
         return status;
-    while (!out_of_time(op) && !index_search_step(shard->search, SERVER_SEARCH_UNITS))
-        ;
     struct index_selection selection;
     const struct index_selected *tokens;
-    index_search_finish(shard->search, &selection, &tokens);
+    index_search_finish(shard->now.search, &selection, &tokens);
     part->searched_ns = env_now_ns(op->server->env);
     part->partial = selection.partial;
     part->mass = selection.selected_mass + selection.ends_mass;
@@ -423,7 +443,7 @@ static ice_status fetch(struct op_lane *part, struct shard *shard, const struct 
     struct lane *lane = part->lane; // part and op may be gone after the gather's start
     uint32_t near[TIER_AHEAD_MAX];
     const bool searched = !part->op->follows && !part->late;
-    const uint32_t near_count = !searched ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    const uint32_t near_count = !searched ? 0 : index_search_near(shard->now.search, TIER_AHEAD_MAX, near);
     const ice_status status = gather_start(part, shard, plan);
     if (status != ICE_OK)
         return status;
@@ -435,10 +455,12 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
     struct gather_plan plan;
-    part->begun_ns = env_now_ns(op->server->env);
-    const ice_status status = op->follows                          ? follow(part, shard, &plan)
-                              : part->begun_ns >= op->deadline_ns ? give_last(part, shard, &plan)
-                                                                   : search(part, shard, &plan);
+    if (!part->cut.search)
+        part->begun_ns = env_now_ns(op->server->env);
+    const bool is_late = !part->cut.search && part->begun_ns >= op->deadline_ns;
+    const ice_status status = op->follows ? follow(part, shard, &plan)
+                              : is_late   ? give_last(part, shard, &plan)
+                                          : search(part, shard, &plan);
     if (status != ICE_OK)
         return status;
     if (op->server->disk && !gather_is_resident(part, &plan))
@@ -453,6 +475,8 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
 static ice_status run_phase(struct op_lane *part, struct shard *shard)
 {
     bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
+    if (cancelled && part->cut.search)
+        shard_search_resume(shard, part); // and forgets it
     if (cancelled && part->op->phase != PHASE_COMMIT && part->op->phase != PHASE_DROP)
         return ICE_UNKNOWN_SESSION;
     switch (part->op->phase) {
@@ -534,10 +558,10 @@ void op_start_phase(struct op *op, enum op_phase phase)
         task_queue_push(&server->shards[lanes[i].lane->shard].queue, class, &lanes[i].task);
 }
 
-// A part that was cut goes on behind what waits.
+// A part that was cut goes on when other sessions have had their turn, before what else its session has waiting.
 static void queue_again(struct op_lane *part, struct shard *shard)
 {
-    task_queue_push(&shard->queue, class_of(part->op), &part->task);
+    task_queue_push_front(&shard->queue, class_of(part->op), &part->task);
 }
 
 static void finish(struct op_lane *part, ice_status status)

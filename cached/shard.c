@@ -253,6 +253,46 @@ static void scratch_release(void *owner, void *memory, size_t bytes)
     env->release(env, memory, bytes);
 }
 
+// Room for another search while one is cut. False: as many are as may be, or there is no memory.
+static bool take_spare(struct shard *shard, struct search_room *room)
+{
+    const struct index_allocator allocator = {scratch_acquire, scratch_release, shard->server->env};
+    *room = (struct search_room){0};
+    if (shard->spare_count > 0)
+        *room = shard->spare[--shard->spare_count];
+    else if (shard->spare_made < SHARD_SEARCHES_CUT_MAX && index_search_create(&allocator, &room->search) == INDEX_OK)
+        shard->spare_made++;
+    return room->search != NULL;
+}
+
+bool shard_search_cut(struct shard *shard, struct op_lane *part)
+{
+    struct search_room spare;
+    if (!take_spare(shard, &spare))
+        return false;
+    part->cut = shard->now;
+    part->cut_ns = env_now_ns(shard->server->env);
+    part->lane->gathers++; // no plan is committed meanwhile
+    shard->now = spare;
+    return true;
+}
+
+void shard_search_resume(struct shard *shard, struct op_lane *part)
+{
+    shard->spare[shard->spare_count++] = shard->now;
+    shard->now = part->cut;
+    part->cut = (struct search_room){0};
+    part->begun_ns += env_now_ns(shard->server->env) - part->cut_ns; // it has waited for its turn
+    part->lane->gathers--;
+    shard->stalled = false; // a plan may have waited
+}
+
+static void free_room(struct env *env, struct search_room *room)
+{
+    index_search_destroy(room->search);
+    env->release(env, room->queries, room->queries_bytes);
+}
+
 int shard_init(struct server *server, struct shard *shard, uint32_t index)
 {
     *shard = (struct shard){.server = server, .index = index, .look_again_ns = UINT64_MAX};
@@ -267,7 +307,7 @@ int shard_init(struct server *server, struct shard *shard, uint32_t index)
     task_queue_init(&shard->queue);
     arena_init(&shard->arena, server->env);
     const struct index_allocator allocator = {scratch_acquire, scratch_release, server->env};
-    if (index_search_create(&allocator, &shard->search) != INDEX_OK) {
+    if (index_search_create(&allocator, &shard->now.search) != INDEX_OK) {
         shard_fini(shard);
         return -ENOMEM;
     }
@@ -301,8 +341,9 @@ void shard_fini(struct shard *shard)
     struct env *env = shard->server->env;
     tier_fini(shard);
     images_fini(shard);
-    index_search_destroy(shard->search);
-    env->release(env, shard->queries, shard->queries_bytes);
+    free_room(env, &shard->now);
+    while (shard->spare_count > 0)
+        free_room(env, &shard->spare[--shard->spare_count]);
     env->release(env, shard->record, shard->record_bytes);
     env->release(env, shard->followed, shard->followed_bytes);
     env->release(env, shard->places, shard->places_bytes);

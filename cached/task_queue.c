@@ -28,6 +28,21 @@ void task_queue_push(struct task_queue *queue, enum task_class class, struct tas
     pthread_mutex_unlock(&queue->lock);
 }
 
+void task_queue_push_front(struct task_queue *queue, enum task_class class, struct task *task)
+{
+    pthread_mutex_lock(&queue->lock);
+    fair_queue_push_front(&queue->waiting, (enum fair_class) class, task->flow, &task->node);
+    pthread_mutex_unlock(&queue->lock);
+}
+
+bool task_queue_is_empty(struct task_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    const bool is_empty = fair_queue_is_empty(&queue->waiting);
+    pthread_mutex_unlock(&queue->lock);
+    return is_empty;
+}
+
 static struct task *take(struct task_queue *queue)
 {
     enum fair_class class;

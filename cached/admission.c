@@ -54,6 +54,8 @@ void admission_learn(struct server *server, const struct op *op)
         ns += op->lanes[i].search_ns + op->lanes[i].copy_ns;
     ns /= op->lane_count;
     const uint64_t before = server->admission.lane_ns;
+    if (before > 0 && ns > 4 * before)
+        ns = 4 * before; // a moment in which the machine stood still says little of the next one
     server->admission.lane_ns = before == 0 ? ns : before - before / 16 + ns / 16;
 }
 

@@ -695,7 +695,12 @@ static void late_by_a_pause(void **state)
         for (uint32_t i = 0; i < 8; i++) {
             struct ice_retrieve_result result;
             struct ice_landing_view view;
-            assert_ok(ice_retrieve_wait(tickets[i], TEST_DEADLINE_US, &result));
+            ice_status status = ice_retrieve_wait(tickets[i], TEST_DEADLINE_US, &result);
+            if (status == ICE_OVERLOADED) { // the daemon has become careful, and says so in time
+                ice_ticket_close(tickets[i]);
+                continue;
+            }
+            assert_ok(status);
             late |= result.partial;
             assert_ok(ice_landing_view(good.worker.landing, i, 0, 0, &view));
             assert_true(view.count >= SINKS + WINDOW && (result.partial || view.count == SLOTS));

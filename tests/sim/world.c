@@ -163,6 +163,7 @@ void world_open(struct world *world, struct member *member, struct seal *seal, u
     sequence->lane_count = WORLD_HEADS;
     sequence->lanes = member->lanes;
     sequence->lengths = &member->length;
+    sequence->session = &world->session;
     sequence->reapers = member->reapers;
     sequence->attached_tokens = tokens;
     for (uint32_t head = 0; head < WORLD_HEADS; head++) {

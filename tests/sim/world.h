@@ -111,6 +111,7 @@ struct world {
     struct env env;
     struct config config;
     struct server server;
+    struct session session; // of all sequences; holds nothing
     struct shard shards[WORLD_SHARDS];
     struct sim_disk disk;
     struct member members[WORLD_SEQUENCES];

@@ -25,7 +25,7 @@ struct admission_load {
 struct admission_state {
     struct admission_load all;
     uint32_t sessions[ADMISSION_CLASSES]; // that have something in flight
-    uint64_t lane_ns;                     // what a lane of a retrieve takes on its shard, averaged over about 16 retrieves
+    uint64_t lane_ns; // what a lane of a retrieve takes on its shard, averaged over about 16 retrieves
 };
 
 struct op;

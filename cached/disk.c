@@ -1,7 +1,8 @@
 // The disk without its engines: the queue, the caps, the counters, and when to give up.
 //
-// Requests go in the order in which they came, but that urgent reads go first (of which no more than DISK_PASSES_MAX pass
-// the others in a row) and a capped kind (reads, writes) lets the other one pass. What has been taken from the queue is in flight until its done has returned.
+// Requests go in the order in which they came, but that urgent reads go first (of which no more than DISK_PASSES_MAX
+// pass the others in a row) and a capped kind (reads, writes) lets the other one pass. What has been taken from the
+// queue is in flight until its done has returned.
 //
 // When the disk is off. An error of the device on one request says little: a bad place on a disk stays bad, while all
 // the rest can be read. So what counts is failures one after the other, with no success of the same kind between them

@@ -14,7 +14,7 @@
 #define DISK_ALIGN         4096u // of places in the file and of the bytes of a request
 #define DISK_DEPTH_MAX     64u   // requests that the device has at one time; the rest waits in order
 #define DISK_DEPTH_DEFAULT 32u
-#define DISK_PASSES_MAX    16u   // urgent reads one after the other, while others wait: then one of those goes
+#define DISK_PASSES_MAX    16u        // urgent reads one after the other, while others wait: then one of those goes
 #define DISK_FILE          "data"     // in the directory
 #define DISK_FAILURES_MAX  8u         // one after the other, at different places, until the disk is off
 #define DISK_OPEN_WAIT_NS  2000000000 // for the lock of a process that has just been killed

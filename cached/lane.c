@@ -336,9 +336,8 @@ static ice_status prepare_slice(struct lane *lane, struct shard *shard, const st
 {
     const uint32_t done = lane->prepared_tokens, n = min_u32(input->tokens - skip - done, slice_tokens(lane));
     const uint8_t *keys = input->keys + ((size_t)skip + done) * input->stride_bytes;
-    const ice_status status = done == 0
-                                  ? prepare_first(lane, shard, input, skip, n)
-                                  : status_of(index_append_more(lane->index, keys, input->stride_bytes, n));
+    const ice_status status = done == 0 ? prepare_first(lane, shard, input, skip, n)
+                                        : status_of(index_append_more(lane->index, keys, input->stride_bytes, n));
     if (status == ICE_OK)
         lane->prepared_tokens += n;
     return status;
@@ -348,7 +347,8 @@ static ice_status prepare_slice(struct lane *lane, struct shard *shard, const st
 static ice_status prepare_step(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
 {
     ice_status status = compare_stored(lane, shard, input, skip);
-    if (status == ICE_OK && lane->stored_tokens == lane->prepared_tokens && lane->prepared_tokens < input->tokens - skip)
+    if (status == ICE_OK && lane->stored_tokens == lane->prepared_tokens &&
+        lane->prepared_tokens < input->tokens - skip)
         status = prepare_slice(lane, shard, input, skip);
     if (status == ICE_OK)
         status = store_prepared(lane, shard, input, skip);

@@ -330,8 +330,7 @@ static void set_sender(struct op *op, struct session *session, uint64_t request_
 static bool is_admitted(struct op *op, struct session *session, struct refusal *refusal)
 {
     op->session = session;
-    refusal->status =
-        admission_check(op->server, op, env_now_ns(op->server->env), refusal->text, sizeof refusal->text);
+    refusal->status = admission_check(op->server, op, env_now_ns(op->server->env), refusal->text, sizeof refusal->text);
     if (refusal->status == ICE_OK)
         return true;
     op_discard(op);

@@ -202,8 +202,8 @@ void sequence_destroy_lanes(struct sequence *sequence)
     atomic_store_explicit(&sequence->reapers_left, server->shard_count, memory_order_relaxed);
     for (uint32_t i = 0; i < server->shard_count; i++) {
         struct sequence_reaper *reaper = &sequence->reapers[i];
-        *reaper = (struct sequence_reaper){.task = {.run = reap, .flow = sequence->session->slot},
-                                           .sequence = sequence};
+        *reaper =
+            (struct sequence_reaper){.task = {.run = reap, .flow = sequence->session->slot}, .sequence = sequence};
         task_queue_push(&server->shards[i].queue, TASK_BULK, &reaper->task);
     }
 }

@@ -18,7 +18,7 @@
 #include "cached/shard.h"
 
 #define SERVER_HASH_BUCKETS       4096u
-#define SERVER_SEARCH_UNITS       20000u // work units between two looks at the deadline: 0.05 to 0.3 ms
+#define SERVER_SEARCH_UNITS       20000u  // work units between two looks at the deadline: 0.05 to 0.3 ms
 #define SERVER_SEARCH_SLICE_NS    300000u // of a lane's search, until other sessions have had their turn
 #define SERVER_BUILD_UNITS        8000u // work units of a clustering slice, while which a decode task may wait: 0.05 to 0.2 ms
 #define SERVER_PLAN_PAGES         128u         // pages that a slice of a plan gives frames to

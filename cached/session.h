@@ -81,7 +81,7 @@ struct session {
     uint32_t descriptors; // of GPU memory, on their way to the opener
     struct landing *landings;
     struct sequence *sequences;
-    struct op *ops; // in flight
+    struct op *ops;          // in flight
     struct intake_line line; // received and not yet dispatched
     struct admission_load load;
     struct staging staging;

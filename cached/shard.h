@@ -31,7 +31,7 @@ struct shard {
     struct task_queue queue; // any thread
 
     // The shard's thread only.
-    struct arena arena; // of its lanes' indexes
+    struct arena arena;                               // of its lanes' indexes
     struct search_room now;                           // what searches use
     struct search_room spare[SHARD_SEARCHES_CUT_MAX]; // while others are cut
     uint32_t spare_count, spare_made;

@@ -1,5 +1,5 @@
-// Work for one thread, in the order of a fair queue: by class, and within a class by session in turn. Any thread pushes,
-// the owner pops. Tasks are embedded in what they belong to, so pushing never fails.
+// Work for one thread, in the order of a fair queue: by class, and within a class by session in turn. Any thread
+// pushes, the owner pops. Tasks are embedded in what they belong to, so pushing never fails.
 #ifndef ICECACHE_CACHED_TASK_QUEUE_H
 #define ICECACHE_CACHED_TASK_QUEUE_H
 
@@ -12,8 +12,8 @@
 enum task_class { TASK_DECODE = FAIR_DECODE, TASK_BULK = FAIR_BULK, TASK_ADMIN = FAIR_ADMIN };
 
 struct task {
-    struct fair_node node; // first
-    uint32_t flow;         // whose it is: a session's slot, 0: the daemon's own
+    struct fair_node node;                        // first
+    uint32_t flow;                                // whose it is: a session's slot, 0: the daemon's own
     void (*run)(struct task *task, void *thread); // thread: what the owner passes to itself, for example its shard
 };
 

@@ -360,7 +360,7 @@ struct ice_retrieve_options {
 #define ICE_DEFAULT_WINDOW 64u
 
 struct ice_retrieve_result {
-    bool partial;             // the deadline cut the search short
+    bool partial;             // the deadline cut the search short, or came before it (masses are 0 then)
     uint32_t head_count;      // sequence_count x kv_heads, the length of the arrays below, sequences outermost
     const uint32_t *counts;   // slots filled
     const uint32_t *changed;  // of them, those whose token was in none of the cell's slots before: the turnover

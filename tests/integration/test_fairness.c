@@ -725,8 +725,9 @@ static void late_by_a_pause(void **state)
 int main(int argc, char **argv)
 {
     static const struct role roles[] = {
-        {"flood", run_flood},     {"greedy", run_greedy}, {"admin_flood", run_admin_flood}, {"deaf", run_deaf},
-        {"garbage", run_garbage}, {"vanish", run_vanish}, {"hoard", run_hoard},             {"spin", run_spin},
+        {"flood", run_flood}, {"greedy", run_greedy},   {"admin_flood", run_admin_flood},
+        {"deaf", run_deaf},   {"garbage", run_garbage}, {"vanish", run_vanish},
+        {"hoard", run_hoard}, {"spin", run_spin},
     };
     int status;
     if (role_run(argc, argv, roles, sizeof roles / sizeof *roles, &status))
@@ -734,18 +735,12 @@ int main(int argc, char **argv)
     const char *const *const plain = OPTIONS("--landings-max", "8", "--sequences-max", "64");
     const char *const *const short_queue = OPTIONS("--decode-queue-max", "4");
     const struct CMUnitTest tests[] = {
-        DAEMON_TEST_WITH(a_flood_of_retrieves, plain),
-        DAEMON_TEST_WITH(a_greedy_session, plain),
-        DAEMON_TEST_WITH(equal_shares, plain),
-        DAEMON_TEST_WITH(a_flood_of_statistics, plain),
-        DAEMON_TEST_WITH(a_deaf_worker, plain),
-        DAEMON_TEST_WITH(garbage, plain),
-        DAEMON_TEST_WITH(gone_in_the_middle, plain),
-        DAEMON_TEST_WITH(a_hoard, plain),
-        DAEMON_TEST_WITH(a_full_queue, short_queue),
-        DAEMON_TEST_WITH(no_time, plain),
-        DAEMON_TEST_WITH(far_too_short, plain),
-        DAEMON_TEST_WITH(late_by_a_pause, plain),
+        DAEMON_TEST_WITH(a_flood_of_retrieves, plain), DAEMON_TEST_WITH(a_greedy_session, plain),
+        DAEMON_TEST_WITH(equal_shares, plain),         DAEMON_TEST_WITH(a_flood_of_statistics, plain),
+        DAEMON_TEST_WITH(a_deaf_worker, plain),        DAEMON_TEST_WITH(garbage, plain),
+        DAEMON_TEST_WITH(gone_in_the_middle, plain),   DAEMON_TEST_WITH(a_hoard, plain),
+        DAEMON_TEST_WITH(a_full_queue, short_queue),   DAEMON_TEST_WITH(no_time, plain),
+        DAEMON_TEST_WITH(far_too_short, plain),        DAEMON_TEST_WITH(late_by_a_pause, plain),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

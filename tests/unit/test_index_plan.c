@@ -590,19 +590,13 @@ static void every_allocation_may_fail(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(stores_grow_all_or_nothing),
-        cmocka_unit_test(slabs_give_the_last_released_first),
-        cmocka_unit_test(dropped_plan_comes_again),
-        cmocka_unit_test(shape_is_of_the_tree),
-        cmocka_unit_test(slices_are_bounded),
-        cmocka_unit_test(appends_while_a_plan_is_pending),
-        cmocka_unit_test(rows_that_are_asked_for),
-        cmocka_unit_test(append_is_all_or_nothing),
-        cmocka_unit_test(append_in_slices), cmocka_unit_test(strided_rows),
-        cmocka_unit_test(rows_that_are_no_numbers),
-        cmocka_unit_test(keys_that_are_refused),
-        cmocka_unit_test(keys_at_the_bound),
-        cmocka_unit_test(every_allocation_may_fail),
+        cmocka_unit_test(stores_grow_all_or_nothing), cmocka_unit_test(slabs_give_the_last_released_first),
+        cmocka_unit_test(dropped_plan_comes_again),   cmocka_unit_test(shape_is_of_the_tree),
+        cmocka_unit_test(slices_are_bounded),         cmocka_unit_test(appends_while_a_plan_is_pending),
+        cmocka_unit_test(rows_that_are_asked_for),    cmocka_unit_test(append_is_all_or_nothing),
+        cmocka_unit_test(append_in_slices),           cmocka_unit_test(strided_rows),
+        cmocka_unit_test(rows_that_are_no_numbers),   cmocka_unit_test(keys_that_are_refused),
+        cmocka_unit_test(keys_at_the_bound),          cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -142,19 +142,21 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
     return status;
 }
 
+// A slice of a read. Where a page of it is missing, a gather reads the whole again, and ends the part.
 static ice_status run_read(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
-    const struct gather_plan plan = {.window_from = op->first, .window = op->tokens};
+    const size_t row_bytes = part->lane->sequence->row_bytes;
+    const uint32_t slice = SERVER_APPEND_SLICE_BYTES / (uint32_t)(2 * row_bytes), from = part->read;
+    const uint32_t n = op->tokens - from < slice ? op->tokens - from : slice;
+    const struct gather_plan whole = {.window_from = op->first, .window = op->tokens};
+    const struct gather_plan plan = {.window_from = op->first + from, .window = n};
     if (op->server->disk && !gather_is_resident(part, &plan)) {
-        const ice_status status = gather_start(part, shard, &plan);
+        const ice_status status = gather_start(part, shard, &whole);
         return status == ICE_OK ? LANE_WAITS : status;
     }
     uint64_t side;
     size_t stride; // packed: a read's staging is head by head
-    const size_t row_bytes = part->lane->sequence->row_bytes;
-    const uint32_t slice = SERVER_APPEND_SLICE_BYTES / (uint32_t)(2 * row_bytes), from = part->read;
-    const uint32_t n = op->tokens - from < slice ? op->tokens - from : slice;
     uint8_t *keys = staging_rows(part, &side, &stride) + from * row_bytes;
     lane_read(part->lane, op->first + from, n, keys, keys + side);
     part->read += n;

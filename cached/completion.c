@@ -3,7 +3,6 @@
 #include "cached/completion.h"
 
 #include <errno.h>
-#include <stdbool.h>
 #include <stdint.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -39,6 +38,14 @@ void completion_post(struct completion_list *list, struct completion *completion
         ssize_t ignored = write(list->event_fd, &one, sizeof one); // only fails when already readable
         (void)ignored;
     }
+}
+
+bool completion_list_is_empty(struct completion_list *list)
+{
+    pthread_mutex_lock(&list->lock);
+    const bool is_empty = list->head == NULL;
+    pthread_mutex_unlock(&list->lock);
+    return is_empty;
 }
 
 unsigned completion_run(struct completion_list *list, struct server *server)

@@ -3,6 +3,7 @@
 #define ICECACHE_CACHED_COMPLETION_H
 
 #include <pthread.h>
+#include <stdbool.h>
 
 struct server;
 
@@ -21,6 +22,7 @@ struct completion_list {
 int completion_list_init(struct completion_list *list);
 void completion_list_fini(struct completion_list *list);
 void completion_post(struct completion_list *list, struct completion *completion);
+bool completion_list_is_empty(struct completion_list *list);
 // Reactor: runs what has been posted. Returns how many.
 unsigned completion_run(struct completion_list *list, struct server *server);
 

@@ -25,6 +25,8 @@
     X(sequences_max,         "sequences-max",         NUMBER,   4096,        1,          1u << 20,   "sequences open at once") \
     X(landings_max,          "landings-max",          NUMBER,   64,          1,          4096,       "landings per session") \
     X(inflight_max,          "inflight-max",          NUMBER,   256,         1,          1024,       "requests in flight per session") \
+    X(decode_queue_max,      "decode-queue-max",      NUMBER,   4096,        1,          1u << 20,   "retrieves in flight, of all sessions; one below its share of them is never refused") \
+    X(bulk_queue_max,        "bulk-queue-max",        NUMBER,   1024,        1,          1u << 20,   "appends, reads and seals in flight, likewise") \
     X(tokens_max,            "tokens-max",            NUMBER,   1u << 20,    1,          1u << 24,   "positions per sequence") \
     X(staging_bytes_max,     "staging-bytes-max",     SIZE,     256ull << 20,1u << 12,   1ull << 40, "largest staging area of a session") \
     X(retrieve_deadline_ms,  "retrieve-deadline-ms",  NUMBER,   1000,        1,          600000,     "deadline of a retrieve that names none") \

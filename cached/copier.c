@@ -262,6 +262,7 @@ void copier_push(struct copier *copier, struct op *op)
         return;
     }
     op->copy_task.run = issue;
+    op->copy_task.flow = op->session->slot;
     task_queue_push(&copier->queue, TASK_DECODE, &op->copy_task);
 }
 

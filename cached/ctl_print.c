@@ -52,6 +52,20 @@ static void print_gpu(const Icecache__Wire__GpuStats *gpu)
            gpu->vram_known ? size_text(gpu->vram_bytes, bytes, sizeof bytes) : "unknown", gpu->vram_source);
 }
 
+// Those that are not 0: an operator looks for what is wrong.
+static void print_service(const Icecache__Wire__StatsReply *stats)
+{
+    printf("service ");
+    bool any = false;
+    for (size_t i = 0; i < stats->n_service; i++) {
+        if (stats->service[i]->count == 0)
+            continue;
+        printf(" %s %" PRIu64, stats->service[i]->name, stats->service[i]->count);
+        any = true;
+    }
+    printf("%s\n", any ? "" : " nothing refused, late or ended");
+}
+
 static void print_totals(const Icecache__Wire__StatsReply *stats)
 {
     char text[32], whole[32];
@@ -65,6 +79,7 @@ static void print_totals(const Icecache__Wire__StatsReply *stats)
            "  moved %s\n",
            stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->errors,
            size_text(stats->bytes_moved, text, sizeof text));
+    print_service(stats);
     printf("memory\n");
     print_usage_row("pool", stats->pool_bytes, stats->pool_capacity_bytes);
     print_usage_row("index", stats->index_bytes, stats->index_capacity_bytes);
@@ -99,9 +114,9 @@ void ctl_print_table(Icecache__Wire__Reply *const *pages, size_t count)
     }
 }
 
-static void json_string(const char *name, const char *value)
+static void json_text(const char *value)
 {
-    printf("\"%s\":\"", name);
+    putchar('"');
     for (const unsigned char *c = (const unsigned char *)value; *c; c++) {
         if (*c == '"' || *c == '\\')
             printf("\\%c", *c);
@@ -111,6 +126,18 @@ static void json_string(const char *name, const char *value)
             putchar(*c);
     }
     putchar('"');
+}
+
+static void json_key(const char *name)
+{
+    json_text(name);
+    putchar(':');
+}
+
+static void json_string(const char *name, const char *value)
+{
+    json_key(name);
+    json_text(value);
 }
 
 static void json_totals(const Icecache__Wire__StatsReply *stats)
@@ -134,6 +161,17 @@ static void json_totals(const Icecache__Wire__StatsReply *stats)
         const Icecache__Wire__PhaseStats *phase = stats->phases[i];
         printf("%s\"%s\":{\"count\":%" PRIu64 ",\"p50_us\":%.3f,\"p99_us\":%.3f,\"p999_us\":%.3f,\"max_us\":%.3f}",
                i ? "," : "", phase->name, phase->count, phase->p50_us, phase->p99_us, phase->p999_us, phase->max_us);
+    }
+    printf("}");
+}
+
+static void json_service(const Icecache__Wire__StatsReply *stats)
+{
+    printf(",\"service\":{");
+    for (size_t i = 0; i < stats->n_service; i++) {
+        printf("%s", i ? "," : "");
+        json_key(stats->service[i]->name);
+        printf("%" PRIu64, stats->service[i]->count);
     }
     printf("}");
 }
@@ -201,6 +239,7 @@ void ctl_print_json(Icecache__Wire__Reply *const *pages, size_t count)
 {
     printf("{");
     json_totals(pages[0]->stats);
+    json_service(pages[0]->stats);
     json_gpus(pages[0]->stats);
     if (pages[0]->stats->spill)
         json_spill(pages[0]->stats->spill);

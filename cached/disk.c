@@ -1,7 +1,8 @@
 // The disk without its engines: the queue, the caps, the counters, and when to give up.
 //
-// Requests go in the order in which they came, but that a capped kind (reads, writes) lets the other one pass. What has
-// been taken from the queue is in flight until its done has returned.
+// Requests go in the order in which they came, but that urgent reads go first (of which no more than DISK_PASSES_MAX
+// pass the others in a row) and a capped kind (reads, writes) lets the other one pass. What has been taken from the
+// queue is in flight until its done has returned.
 //
 // When the disk is off. An error of the device on one request says little: a bad place on a disk stays bad, while all
 // the rest can be read. So what counts is failures one after the other, with no success of the same kind between them
@@ -67,12 +68,9 @@ static bool bucket_allows(struct disk_bucket *bucket, uint64_t now_ns, uint64_t 
     return false;
 }
 
-struct disk_request *disk_take(struct disk *disk, uint64_t now_ns, uint64_t *wait_ns)
+// The queue, among those that are not urgent, whose first request has waited longest and may go. NULL: none may.
+static struct disk_queue *oldest_queue(struct disk *disk, bool is_free, uint64_t now_ns, uint64_t *wait_ns)
 {
-    *wait_ns = DISK_NEVER_NS;
-    if (disk->waiting == 0)
-        return NULL;
-    const bool is_free = disk_is_off(disk) || disk->stopping; // of caps
     struct disk_queue *oldest = NULL;
     for (enum disk_op op = DISK_READ; op <= DISK_SYNC; op++) {
         struct disk_queue *queue = &disk->queues[op];
@@ -81,6 +79,31 @@ struct disk_request *disk_take(struct disk *disk, uint64_t now_ns, uint64_t *wai
             (is_free || op == DISK_SYNC || bucket_allows(&disk->buckets[op], now_ns, wait_ns)))
             oldest = queue;
     }
+    return oldest;
+}
+
+static struct disk_queue *queue_in_turn(struct disk *disk, uint64_t now_ns, uint64_t *wait_ns)
+{
+    const bool is_free = disk_is_off(disk) || disk->stopping; // of caps
+    if (disk->urgent.first && disk->passed < DISK_PASSES_MAX &&
+        (is_free || bucket_allows(&disk->buckets[DISK_READ], now_ns, wait_ns))) {
+        disk->passed++;
+        return &disk->urgent;
+    }
+    struct disk_queue *oldest = oldest_queue(disk, is_free, now_ns, wait_ns);
+    if (oldest || !disk->urgent.first || (!is_free && !bucket_allows(&disk->buckets[DISK_READ], now_ns, wait_ns))) {
+        disk->passed = 0;
+        return oldest;
+    }
+    return &disk->urgent; // it has passed many, but none of those may go
+}
+
+struct disk_request *disk_take(struct disk *disk, uint64_t now_ns, uint64_t *wait_ns)
+{
+    *wait_ns = DISK_NEVER_NS;
+    if (disk->waiting == 0)
+        return NULL;
+    struct disk_queue *oldest = queue_in_turn(disk, now_ns, wait_ns);
     if (!oldest)
         return NULL;
     struct disk_request *request = oldest->first;
@@ -102,12 +125,13 @@ void disk_submit(struct disk *disk, struct disk_request *first)
     pthread_mutex_lock(&disk->lock);
     assert(!disk->stopping || disk->answering > 0);
     for (struct disk_request *request = first, *next; request; request = next) {
+        assert(!request->urgent || request->op == DISK_READ);
         assert(request->op == DISK_SYNC ||
                (request->op <= DISK_SYNC && request->bytes > 0 &&
                 (request->offset | request->bytes) % DISK_ALIGN == 0 && request->bytes <= disk->bytes &&
                 request->offset <= disk->bytes - request->bytes &&
                 (uintptr_t)request->memory % disk->file.memory_align == 0));
-        struct disk_queue *queue = &disk->queues[request->op];
+        struct disk_queue *queue = request->urgent ? &disk->urgent : &disk->queues[request->op];
         next = request->next;
         request->next = NULL;
         request->submitted_ns = now_ns;

@@ -14,6 +14,7 @@
 #define DISK_ALIGN         4096u // of places in the file and of the bytes of a request
 #define DISK_DEPTH_MAX     64u   // requests that the device has at one time; the rest waits in order
 #define DISK_DEPTH_DEFAULT 32u
+#define DISK_PASSES_MAX    16u        // urgent reads one after the other, while others wait: then one of those goes
 #define DISK_FILE          "data"     // in the directory
 #define DISK_FAILURES_MAX  8u         // one after the other, at different places, until the disk is off
 #define DISK_OPEN_WAIT_NS  2000000000 // for the lock of a process that has just been killed
@@ -41,6 +42,7 @@ struct disk_request {
     uint64_t offset; // multiple of DISK_ALIGN; READ and WRITE only, as the next two
     void *memory;    // aligned to disk_memory_align
     uint32_t bytes;  // multiple of DISK_ALIGN, inside the file
+    bool urgent;     // a read that a decode step waits for: goes before all others, see DISK_PASSES_MAX
     int result;      // 0, or -errno: short transfers have been completed, or end as -EIO
     // On an I/O thread, once for each request; must not block, may submit. For SYNC: all writes whose done was called
     // before the sync was submitted are on stable storage. After a sync that has failed all later ones do.

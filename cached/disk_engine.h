@@ -47,9 +47,10 @@ struct disk {
 
     _Atomic bool off;
     pthread_mutex_t lock;
-    pthread_cond_t changed; // a thread has started or ended, or answers are given
-    struct disk_queue queues[DISK_SYNC + 1];
-    struct disk_bucket buckets[DISK_SYNC]; // reads, writes
+    pthread_cond_t changed;                          // a thread has started or ended, or answers are given
+    struct disk_queue queues[DISK_SYNC + 1], urgent; // of what is not urgent, by op; of what is
+    uint32_t passed;                                 // urgent ones that have gone since another has
+    struct disk_bucket buckets[DISK_SYNC];           // reads, writes
     uint32_t waiting, in_flight;
     uint32_t running;   // threads
     uint32_t answering; // threads that call done

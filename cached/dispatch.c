@@ -1,5 +1,4 @@
-// Requests from the bus: decode, find the session, hand on. Reactor only. Nothing in a message is believed before
-// wire_request_decode has accepted it and the session token and the kernel's word on the sender agree.
+// Requests whose turn it is (intake.h): which module answers them. Reactor only.
 #include "cached/log.h"
 #include "cached/server.h"
 
@@ -93,21 +92,12 @@ static ice_status admissible(const struct server *server, const struct session *
         return ICE_PERMISSION;
     if (server->stopping && !stats && request->body_case != ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE)
         return ICE_SHUTTING_DOWN;
-    if (session->inflight >= server->config->inflight_max || session->inflight_bytes >= SERVER_INFLIGHT_BYTES_MAX)
-        return ICE_QUEUE_FULL;
     return ICE_OK;
 }
 
-static void dispatch_request(struct server *server, const Icecache__Wire__Request *request, struct env_message *message)
+void dispatch_request(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                      struct env_message *message)
 {
-    struct session *session = session_find(server, request->session_id, request->session_token.data);
-    bool foreign =
-        session && message->peer_pid != 0 && (message->peer_pid != session->pid || message->peer_uid != session->uid);
-    if (!session || foreign) {
-        reply_error(server, NULL, message, request->request_id, ICE_UNKNOWN_SESSION, NULL);
-        server->env->bus_release(server->env, message);
-        return;
-    }
     ice_status status = admissible(server, session, request);
     if (status != ICE_OK) {
         server->stats.errors++;
@@ -126,28 +116,4 @@ static void dispatch_request(struct server *server, const Icecache__Wire__Reques
     struct op *op = op_create(server, session, request, message);
     if (op)
         op_submit(op);
-}
-
-void dispatch_message(struct server *server, struct env_message *message)
-{
-    // One request is decoded at a time, and an op copies what it needs: the arena is reset with every message.
-    static _Alignas(16) uint8_t memory[WIRE_ARENA_BYTES_MAX];
-    struct wire_arena arena;
-    wire_arena_init(&arena, memory, sizeof memory);
-    struct wire_error error = {0};
-    Icecache__Wire__Request *request = NULL;
-    uint64_t request_id = 0;
-    ice_status status =
-        wire_request_decode(message->header, message->header_bytes, &arena, &request, &request_id, &error);
-    if (status == ICE_OK && message->surplus_frames > 0) {
-        status = ICE_TOO_LARGE;
-        wire_error_set(&error, status, "a message has at most %u frames", WIRE_FRAMES_MAX);
-    }
-    if (status != ICE_OK) {
-        server->stats.errors++;
-        reply_error(server, NULL, message, request_id, status, error.text);
-        server->env->bus_release(server->env, message);
-        return;
-    }
-    dispatch_request(server, request, message);
 }

@@ -73,7 +73,8 @@ struct env_message {
     size_t vectors_bytes;
     pid_t peer_pid; // as the kernel knows it, 0: unknown
     uid_t peer_uid;
-    int surplus_frames; // frames beyond the protocol's number, dropped
+    int surplus_frames;   // frames beyond the protocol's number, dropped
+    uint64_t received_ns; // written by the receiver
     void *handle;
 };
 

@@ -148,10 +148,11 @@ static ice_status copy_resident(struct gather *gather)
 
 static void ask_for_missing(struct gather *gather, struct shard *shard)
 {
-    for (uint32_t i = 0; i < gather->waiting_count; i++) {
-        if (!tier_read(shard, gather->waiting[i].lane, gather->waiting[i].place.page))
-            return; // no room for more: what comes makes some
-    }
+    bool room = true; // where there is none what comes makes some
+    shard->tier.urgent = gather->part->op->kind == OP_RETRIEVE;
+    for (uint32_t i = 0; i < gather->waiting_count && room; i++)
+        room = tier_read(shard, gather->waiting[i].lane, gather->waiting[i].place.page);
+    shard->tier.urgent = false;
 }
 
 // A selected token's share of the attention; 0 for those at the ends, of which only the sum is known.
@@ -189,21 +190,6 @@ static void cut_short(struct gather *gather, struct shard *shard)
     part->partial = true;
 }
 
-// The lanes that a gather may name places of.
-static void hold_lanes(const struct op_lane *part)
-{
-    const struct sequence *sequence = part->admission->sequence;
-    for (uint32_t i = 0; i <= sequence->chain_count; i++)
-        op_lane_in(part, sequence_stem(sequence, i))->gathers++;
-}
-
-static void release_lanes(const struct op_lane *part)
-{
-    const struct sequence *sequence = part->admission->sequence;
-    for (uint32_t i = 0; i <= sequence->chain_count; i++)
-        op_lane_in(part, sequence_stem(sequence, i))->gathers--;
-}
-
 // True where the gather is over; its part is finished and its memory given back then.
 static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
 {
@@ -221,7 +207,7 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
         status = ICE_TIMEOUT;
     }
     const size_t bytes = gather->bytes;
-    release_lanes(part);
+    op_lane_release(part);
     lane_release_memory(lane, gather, bytes);
     op_lane_finish(part, shard, status);
     return true;
@@ -253,7 +239,7 @@ ice_status gather_start(struct op_lane *part, struct shard *shard, const struct 
     gather->waiting = (struct gather_token *)(gather->selected + plan->selected_count);
     gather->deadline_ns = part->op->kind == OP_RETRIEVE ? part->op->deadline_ns : now_ns + SERVER_ROOM_WAIT_NS;
     part->count = slots;
-    hold_lanes(part);
+    op_lane_hold(part);
     if (run(gather, shard, now_ns))
         return ICE_OK;
     ask_for_missing(gather, shard);

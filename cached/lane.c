@@ -210,11 +210,20 @@ uint64_t lane_length(const struct lane *lane)
     return lane->index ? index_length(lane->index) : 0;
 }
 
+// What an append compares or stores until others have their turn.
+static uint32_t slice_tokens(const struct lane *lane)
+{
+    return SERVER_APPEND_SLICE_BYTES / (uint32_t)lane_token_bytes(lane);
+}
+
 ice_status lane_compare(struct lane *lane, struct shard *shard, struct lane_input *input, uint32_t tokens)
 {
     struct index_place places[64];
     size_t bytes = lane->stem->row_bytes;
+    const uint32_t until = input->compared + slice_tokens(lane);
     while (input->compared < tokens) {
+        if (input->compared >= until)
+            return LANE_CUT;
         const uint32_t done = input->compared, n = tokens - done < 64 ? tokens - done : 64;
         ice_status status = ICE_OK;
         index_locate(lane->index, input->first + done, n, places);
@@ -312,11 +321,12 @@ static ice_status store_prepared(struct lane *lane, struct shard *shard, const s
     return ICE_OK;
 }
 
-static ice_status prepare_index(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
+static ice_status prepare_first(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip,
+                                uint32_t n)
 {
     const uint32_t tokens = input->tokens - skip, page_tokens = (uint32_t)lane_server(lane)->config->page_tokens;
     struct index_place *places =
-        shard_scratch(shard, (void **)&shard->places, &shard->places_bytes, tokens * sizeof *places);
+        shard_scratch(shard, (void **)&shard->places, &shard->places_bytes, n * sizeof *places);
     if (!places)
         return ICE_NO_MEMORY;
     ice_status status = ensure_index(lane);
@@ -325,9 +335,32 @@ static ice_status prepare_index(struct lane *lane, struct shard *shard, const st
     if (status != ICE_OK)
         return status;
     const uint8_t *keys = input->keys + skip * input->stride_bytes;
-    status = status_of(index_append_prepare(lane->index, keys, input->stride_bytes, tokens, places));
+    return status_of(index_append_prepare(lane->index, keys, input->stride_bytes, n, places));
+}
+
+// The index takes in the next slice of the tokens behind `skip`.
+static ice_status prepare_slice(struct lane *lane, struct shard *shard, const struct lane_input *input, uint32_t skip)
+{
+    const uint32_t done = lane->prepared_tokens, n = min_u32(input->tokens - skip - done, slice_tokens(lane));
+    const uint8_t *keys = input->keys + ((size_t)skip + done) * input->stride_bytes;
+    const ice_status status = done == 0 ? prepare_first(lane, shard, input, skip, n)
+                                        : status_of(index_append_more(lane->index, keys, input->stride_bytes, n));
     if (status == ICE_OK)
-        lane->prepared_tokens = tokens;
+        lane->prepared_tokens += n;
+    return status;
+}
+
+// Goes on with an append: what overlaps is compared, then slices are taken in and stored, one in each call.
+static ice_status prepare_step(struct lane *lane, struct shard *shard, struct lane_input *input, uint32_t skip)
+{
+    ice_status status = lane_compare(lane, shard, input, skip);
+    if (status == ICE_OK && lane->stored_tokens == lane->prepared_tokens &&
+        lane->prepared_tokens < input->tokens - skip)
+        status = prepare_slice(lane, shard, input, skip);
+    if (status == ICE_OK)
+        status = store_prepared(lane, shard, input, skip);
+    if (status == ICE_OK && lane->prepared_tokens < input->tokens - skip)
+        status = LANE_CUT;
     return status;
 }
 
@@ -338,18 +371,11 @@ ice_status lane_prepare(struct lane *lane, struct shard *shard, struct lane_inpu
         return ICE_POSITION_GAP;
     const uint64_t overlap = length - input->first;
     const uint32_t skip = overlap < input->tokens ? (uint32_t)overlap : input->tokens;
-    ice_status status = ICE_OK;
     lane->lacks_room = false;
     lane->appending = true;
-    if (lane->prepared_tokens == 0) {
-        status = lane_compare(lane, shard, input, skip);
-        if (status == ICE_OK && skip < input->tokens)
-            status = prepare_index(lane, shard, input, skip);
-    }
-    if (status == ICE_OK)
-        status = store_prepared(lane, shard, input, skip);
+    const ice_status status = prepare_step(lane, shard, input, skip);
     lane->appending = false;
-    if (status != ICE_OK && status != LANE_WAITS)
+    if (status != ICE_OK && status != LANE_WAITS && status != LANE_CUT)
         lane_drop(lane, shard);
     return status;
 }

@@ -69,8 +69,11 @@ struct lane_input {
 // No status of the protocol: pages are on their way, or room is being made; try again after the shard's next wake-up.
 #define LANE_WAITS ((ice_status)0x7fff)
 
+// Neither: as much as a slice of work does has been done (SERVER_MOVE_BYTES), call again when others had their turn.
+#define LANE_CUT ((ice_status)0x7ffe)
+
 // Do the stored tokens input->first .. first+tokens-1 equal the input's first rows, byte for byte? ICE_CONFLICT where
-// not. LANE_WAITS: call again with the same input, which knows how far it has come (compared).
+// not. LANE_WAITS, LANE_CUT: call again with the same input, which knows how far it has come (compared).
 ICE_MUST_CHECK ice_status lane_compare(struct lane *lane, struct shard *shard, struct lane_input *input,
                                        uint32_t tokens);
 // Compares what overlaps with stored tokens, checks and stores the rest. On success the lane holds a prepared append

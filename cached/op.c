@@ -201,7 +201,7 @@ static void fill_lanes(struct op *op)
         for (uint32_t layer = 0; layer < op->layers; layer++) {
             for (uint32_t head = 0; head < sequence->shape.kv_heads; head++, n++) {
                 op->lanes[n] = (struct op_lane){
-                    .task = {.run = op_lane_run},
+                    .task = {.run = op_lane_run, .flow = op->session->slot},
                     .op = op,
                     .lane = sequence_lane(sequence, op->layer + layer, head),
                     .admission = &op->admissions[i],
@@ -383,7 +383,7 @@ static bool take_stems(struct op *op)
             continue;
         for (uint32_t lane = 0; lane < stem->lane_count; lane++) {
             struct image *known = op->kind == OP_SEAL ? op_seal_known(stem, lane) : NULL;
-            op->lanes[op->lane_count++] = (struct op_lane){.task = {.run = op_lane_run},
+            op->lanes[op->lane_count++] = (struct op_lane){.task = {.run = op_lane_run, .flow = op->session->slot},
                                                            .op = op,
                                                            .lane = &stem->lanes[lane],
                                                            .admission = &op->admissions[0],
@@ -493,6 +493,7 @@ void op_attach(struct op *op, struct session *session)
     session->ops = op;
     session->inflight++;
     session->inflight_bytes += op->held_bytes;
+    admission_enter_load(op);
     session_hold(session);
 }
 
@@ -505,6 +506,7 @@ void op_detach(struct op *op)
         session->ops = op->session_next;
     if (op->session_next)
         op->session_next->session_previous = op->session_previous;
+    admission_leave_load(op);
     session->inflight--;
     session->inflight_bytes -= op->held_bytes;
     session_release(op->server, session);
@@ -550,6 +552,19 @@ struct op_totals op_totals(const struct op *op)
     return totals;
 }
 
+// Whether it was kept; and what it took, where there was a search.
+static void note_deadline(struct op *op, uint64_t now_ns)
+{
+    struct counts *counts = &op->server->counts;
+    bool late = false;
+    for (uint32_t i = 0; i < op->lane_count; i++)
+        late |= op->lanes[i].late;
+    counts->retrieves_late += late;
+    counts->deadlines_missed += now_ns > op->deadline_ns;
+    if (!late)
+        admission_learn(op->server, op);
+}
+
 static void note_stats(struct op *op, ice_status status)
 {
     struct server_stats *stats = &op->server->stats;
@@ -580,6 +595,7 @@ static void note_stats(struct op *op, ice_status status)
     const struct op_totals totals = op_totals(op);
     stats->retrieves++;
     stats->retrieves_partial += totals.partial;
+    note_deadline(op, now);
     stats->bytes_moved += totals.bytes_moved;
     histogram_add(&stats->queue, totals.queue_ns);
     histogram_add(&stats->search, totals.search_ns);
@@ -611,6 +627,12 @@ static void op_free(struct op *op)
     if (op->lanes_bytes > 0)
         env->release(env, op->lanes, op->lanes_bytes);
     env->release(env, op, op->bytes);
+}
+
+void op_discard(struct op *op)
+{
+    release_memory(op); // the message is not the op's yet
+    op_free(op);
 }
 
 static void finish_close(struct op *op)

@@ -14,6 +14,7 @@
 #include "cached/env.h"
 #include "cached/sequence.h"
 #include "cached/session.h"
+#include "cached/shard.h"
 #include "cached/task_queue.h"
 #include "gpu/driver.h"
 #include "gpu/record.h"
@@ -36,6 +37,8 @@ struct op_lane {
     struct lane *awaited; // the lane that it waits for while that wakes
     bool partial;
     bool searched;       // not where the last selection is kept as it is, or an anchor's is taken
+    bool late;           // the deadline had passed before the search: the last selection is given again
+    uint32_t read;       // tokens of a read that are in the staging
     uint32_t count;      // slots filled
     uint32_t changed;    // tokens that the landing did not hold before
     uint32_t moved;      // tokens that were copied
@@ -43,6 +46,8 @@ struct op_lane {
     float mass;
     uint64_t indexed, version;
     uint64_t begun_ns, search_ns, fetch_ns, copy_ns, searched_ns;
+    struct search_room cut;      // the search that has been cut; empty: none
+    uint64_t cut_ns;             // when
     struct image *image;         // of PHASE_SAVE
     struct op_lane *parked_next; // waits for pages or for room (shard->parked)
     uint64_t parked_until_ns;    // 0: has not waited in this phase
@@ -134,6 +139,9 @@ static inline struct lane *op_lane_at(const struct op_lane *part, uint64_t posit
 {
     return op_lane_in(part, sequence_stem_at(part->admission->sequence, position));
 }
+// No plan of any lane that the part looks at is committed, and none falls asleep, between the two.
+void op_lane_hold(const struct op_lane *part);
+void op_lane_release(const struct op_lane *part);
 // The op no longer counts as a user of its sequences' stems: before their chains change, and at its end.
 void op_leave_stems(struct op *op);
 // Is the stem among what a sealing of the op's tokens is about? Where a sealed prefix knows its images they are not
@@ -144,6 +152,8 @@ struct image *op_seal_known(const struct stem *stem, uint32_t lane); // held; NU
 void op_fill_parts(struct op *op, struct prefix *prefix);
 // Whoever is attached to the prefix shares the sequence's stems, from now on the own one as well, where it can be.
 void op_share_stems(struct op *op, struct prefix *prefix);
+// Gives back what an op holds that was made and has not been attached.
+void op_discard(struct op *op);
 // Sealing (op_prefix.c): what depends on the sequence's state; whether nothing need be done; what follows the lanes.
 ICE_MUST_CHECK ice_status op_check_seal(struct op *op, char *text, size_t capacity);
 bool op_seal_is_known(struct op *op);

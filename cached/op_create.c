@@ -342,7 +342,18 @@ static void set_sender(struct op *op, struct session *session, uint64_t request_
     op->request_id = request_id;
     memcpy(op->route, message->route, message->route_bytes);
     op->route_bytes = message->route_bytes;
-    op->received_ns = env_now_ns(op->server->env);
+    op->received_ns = message->received_ns;
+}
+
+// Is there room for it among what is in flight? An op that is refused is gone.
+static bool is_admitted(struct op *op, struct session *session, struct refusal *refusal)
+{
+    op->session = session;
+    refusal->status = admission_check(op->server, op, env_now_ns(op->server->env), refusal->text, sizeof refusal->text);
+    if (refusal->status == ICE_OK)
+        return true;
+    op_discard(op);
+    return false;
 }
 
 struct op *op_create(struct server *server, struct session *session, const Icecache__Wire__Request *request,
@@ -367,7 +378,9 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
         op = create_retrieve(server, session, request->retrieve, message, &refusal);
         deadline_us = request->retrieve->deadline_us ? request->retrieve->deadline_us : deadline_us;
     }
-    if (!op) {
+    if (op)
+        op->deadline_ns = message->received_ns + deadline_us * 1000;
+    if (!op || !is_admitted(op, session, &refusal)) {
         server->stats.errors++;
         op_signal_refused(session, request);
         reply_error(server, session, message, request->request_id, refusal.status, refusal.text);
@@ -376,7 +389,6 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
     }
     op->held_bytes = op->bytes + op->positions_bytes + message->vectors_bytes;
     set_sender(op, session, request->request_id, message);
-    op->deadline_ns = op->received_ns + deadline_us * 1000;
     op->message = *message; // vectors stay where they are until the op ends
     return op;
 }

@@ -57,7 +57,7 @@ static float *gather_queries(struct op_lane *part, struct shard *shard)
     const struct wire_shape *shape = &part->lane->stem->shape;
     uint32_t group = shape->query_heads / shape->kv_heads;
     uint32_t block = group * shape->head_dim;
-    float *queries = shard_scratch(shard, (void **)&shard->queries, &shard->queries_bytes,
+    float *queries = shard_scratch(shard, (void **)&shard->now.queries, &shard->now.queries_bytes,
                                    (size_t)op->queries * block * sizeof *queries);
     if (!queries)
         return NULL;
@@ -72,6 +72,20 @@ static float *gather_queries(struct op_lane *part, struct shard *shard)
 }
 
 // ---- the phases of one lane ----
+
+void op_lane_hold(const struct op_lane *part)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        op_lane_in(part, sequence_stem(sequence, i))->gathers++;
+}
+
+void op_lane_release(const struct op_lane *part)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        op_lane_in(part, sequence_stem(sequence, i))->gathers--;
+}
 
 // The step's K and V behind the queries, [sequence][query][kv_head][head_dim] each.
 static struct lane_input riding_input(const struct op_lane *part)
@@ -194,33 +208,38 @@ static ice_status run_prepare(struct op_lane *part, struct shard *shard)
     return store_input(part, shard, &input);
 }
 
-static void read_rows(const struct op_lane *part, uint8_t *keys, uint8_t *values)
+static void read_rows(const struct op_lane *part, uint64_t first, uint32_t tokens, uint8_t *keys, uint8_t *values)
 {
-    const struct op *op = part->op;
     const struct sequence *sequence = part->admission->sequence;
-    const uint64_t end = op->first + op->tokens;
-    for (uint64_t at = op->first, until; at < end; at = until) {
+    const uint64_t end = first + tokens;
+    for (uint64_t at = first, until; at < end; at = until) {
         const uint32_t i = sequence_stem_number(sequence, at);
         const struct stem *stem = sequence_stem(sequence, i);
-        const size_t offset = (at - op->first) * stem->row_bytes;
+        const size_t offset = (at - first) * stem->row_bytes;
         until = sequence_stem_end(sequence, i) < end ? sequence_stem_end(sequence, i) : end;
         lane_read(op_lane_in(part, stem), at - stem->first, (uint32_t)(until - at), keys + offset, values + offset);
     }
 }
 
+// A slice of a read. Where a page of it is missing, a gather reads the whole again, and ends the part.
 static ice_status run_read(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
-    const struct gather_plan plan = {.window_from = op->first, .window = op->tokens};
+    const size_t row_bytes = part->lane->stem->row_bytes;
+    const uint32_t slice = SERVER_APPEND_SLICE_BYTES / (uint32_t)(2 * row_bytes), from = part->read;
+    const uint32_t n = op->tokens - from < slice ? op->tokens - from : slice;
+    const struct gather_plan whole = {.window_from = op->first, .window = op->tokens};
+    const struct gather_plan plan = {.window_from = op->first + from, .window = n};
     if (op->server->disk && !gather_is_resident(part, &plan)) {
-        const ice_status status = gather_start(part, shard, &plan);
+        const ice_status status = gather_start(part, shard, &whole);
         return status == ICE_OK ? LANE_WAITS : status;
     }
     uint64_t side;
     size_t stride; // packed: a read's staging is head by head
-    uint8_t *keys = staging_rows(part, &side, &stride);
-    read_rows(part, keys, keys + side);
-    return ICE_OK;
+    uint8_t *keys = staging_rows(part, &side, &stride) + from * row_bytes;
+    read_rows(part, op->first + from, n, keys, keys + side);
+    part->read += n;
+    return part->read < op->tokens ? LANE_CUT : ICE_OK;
 }
 
 static struct index_query make_query(const struct op_lane *part, const float *queries)
@@ -381,6 +400,61 @@ static ice_status follow(struct op_lane *part, struct shard *shard, struct gathe
     return plan_landing(part, shard, followed.count, tokens, plan);
 }
 
+// The trees that the sequence sees, and up to where.
+static uint32_t parts_of(const struct op_lane *part, struct index_part *parts)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    uint32_t count = 0;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        const struct stem *stem = sequence_stem(sequence, i);
+        const struct index *index = op_lane_in(part, stem)->index;
+        if (!index)
+            continue; // nothing has been appended to the own stem
+        const uint64_t length = stem->first + index_length(index), end = sequence_stem_end(sequence, i);
+        parts[count++] = (struct index_part){index, stem->first, length < end ? length : end};
+    }
+    return count;
+}
+
+// What the reply says of the trees that were searched.
+static void note_trees(struct op_lane *part)
+{
+    struct index_part parts[INDEX_PARTS_MAX];
+    const uint32_t count = parts_of(part, parts);
+    part->indexed = part->version = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint64_t indexed = index_indexed(parts[i].index), end = parts[i].first + indexed;
+        if (indexed > 0)
+            part->indexed = end < parts[i].end ? end : parts[i].end;
+        // One tree's version is its own; of several it is a digest.
+        part->version = part->version * 0x9e3779b97f4a7c15u + index_version(parts[i].index);
+    }
+}
+
+// The deadline had passed when the retrieve's turn came: sinks, window, and what is still to be had of the row's last
+// selection, most of which lies in the landing. Nothing is known of its mass for these queries.
+static ice_status give_last(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
+{
+    const struct op *op = part->op;
+    const struct record_cell *cell = cell_of(part, op->layer);
+    struct op_followed last = {0};
+    if (cell->is_known)
+        last = op_follow(op, part->sequence_index, cell);
+    last.count = last.count < op->budget ? last.count : op->budget;
+    struct index_selected *tokens =
+        shard_scratch(shard, (void **)&shard->followed, &shard->followed_bytes, (last.count + 1) * sizeof *tokens);
+    if (!tokens)
+        return ICE_NO_MEMORY;
+    for (uint32_t i = 0; i < last.count; i++) {
+        tokens[i] = (struct index_selected){.position = last.entries[i].position};
+        locate(part, &tokens[i]);
+    }
+    part->late = part->partial = true;
+    note_trees(part);
+    part->searched_ns = env_now_ns(op->server->env);
+    return plan_landing(part, shard, last.count, tokens, plan);
+}
+
 static void copy_selection(struct op_lane *part, const struct gather_plan *plan)
 {
     const size_t bytes = 2 * part->lane->stem->row_bytes;
@@ -417,40 +491,9 @@ static void end_copy(struct op_lane *part, uint64_t *spent_ns)
     *spent_ns = env_now_ns(op->server->env) - part->searched_ns;
 }
 
-static bool out_of_time(const struct op *op)
+static bool out_of_time(const struct op *op, uint64_t now_ns)
 {
-    return atomic_load_explicit(&op->cancelled, memory_order_relaxed) || env_now_ns(op->server->env) >= op->deadline_ns;
-}
-
-// The trees that the sequence sees, and up to where.
-static uint32_t parts_of(const struct op_lane *part, struct index_part *parts)
-{
-    const struct sequence *sequence = part->admission->sequence;
-    uint32_t count = 0;
-    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
-        const struct stem *stem = sequence_stem(sequence, i);
-        const struct index *index = op_lane_in(part, stem)->index;
-        if (!index)
-            continue; // nothing has been appended to the own stem
-        const uint64_t length = stem->first + index_length(index), end = sequence_stem_end(sequence, i);
-        parts[count++] = (struct index_part){index, stem->first, length < end ? length : end};
-    }
-    return count;
-}
-
-// What the reply says of the trees that were searched.
-static void note_trees(struct op_lane *part)
-{
-    struct index_part parts[INDEX_PARTS_MAX];
-    const uint32_t count = parts_of(part, parts);
-    part->indexed = part->version = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        const uint64_t indexed = index_indexed(parts[i].index), end = parts[i].first + indexed;
-        if (indexed > 0)
-            part->indexed = end < parts[i].end ? end : parts[i].end;
-        // One tree's version is its own; of several it is a digest.
-        part->version = part->version * 0x9e3779b97f4a7c15u + index_version(parts[i].index);
-    }
+    return atomic_load_explicit(&op->cancelled, memory_order_relaxed) || now_ns >= op->deadline_ns;
 }
 
 static ice_status begin_search(struct op_lane *part, struct shard *shard)
@@ -461,9 +504,9 @@ static ice_status begin_search(struct op_lane *part, struct shard *shard)
     struct index_part parts[INDEX_PARTS_MAX];
     const uint32_t count = parts_of(part, parts);
     struct index_query query = make_query(part, queries);
-    enum index_status status = index_search_reserve(shard->search, parts, count, &query);
+    enum index_status status = index_search_reserve(shard->now.search, parts, count, &query);
     if (status == INDEX_OK)
-        status = index_search_begin(shard->search, parts, count, &query);
+        status = index_search_begin(shard->now.search, parts, count, &query);
     switch (status) {
     case INDEX_OK:
         return ICE_OK;
@@ -514,6 +557,22 @@ static ice_status take_last(struct op_lane *part, struct shard *shard, const str
     return plan_landing(part, shard, keep->count, keep->tokens, plan);
 }
 
+// Searches until all is seen or the time is up. LANE_CUT: others wait and have not had their turn for long.
+static ice_status run_steps(struct op_lane *part, struct shard *shard)
+{
+    struct env *env = part->op->server->env;
+    const uint64_t cut_ns = env_now_ns(env) + SERVER_SEARCH_SLICE_NS;
+    for (;;) {
+        const uint64_t now_ns = env_now_ns(env);
+        if (out_of_time(part->op, now_ns))
+            return ICE_OK;
+        if (now_ns >= cut_ns && !task_queue_is_empty(&shard->queue) && shard_search_cut(shard, part))
+            return LANE_CUT;
+        if (index_search_step(shard->now.search, SERVER_SEARCH_UNITS))
+            return ICE_OK;
+    }
+}
+
 // Ranks the lane's tokens, and plans what goes to the landing.
 static ice_status search(struct op_lane *part, struct shard *shard, struct gather_plan *plan)
 {
@@ -522,16 +581,18 @@ static ice_status search(struct op_lane *part, struct shard *shard, struct gathe
     ice_status status = keep_last(part, shard, &keep);
     if (status == ICE_OK && keep.is_whole)
         return take_last(part, shard, &keep, plan);
-    if (status == ICE_OK)
+    if (status == ICE_OK && part->cut.search)
+        shard_search_resume(shard, part);
+    else if (status == ICE_OK)
         status = begin_search(part, shard);
+    if (status == ICE_OK)
+        status = run_steps(part, shard);
     if (status != ICE_OK)
         return status;
     part->searched = true;
-    while (!out_of_time(op) && !index_search_step(shard->search, SERVER_SEARCH_UNITS))
-        ;
     struct index_selection selection;
     const struct index_selected *tokens;
-    index_search_finish(shard->search, &selection, &tokens);
+    index_search_finish(shard->now.search, &selection, &tokens);
     if (keep.count > 0)
         tokens = keep_merge(&keep, &selection, tokens, op->coverage > 0 ? selection.count : op->budget);
     part->searched_ns = env_now_ns(op->server->env);
@@ -553,7 +614,7 @@ static void look_ahead(const struct op_lane *part, struct shard *shard, struct a
 {
     const struct sequence *sequence = part->admission->sequence;
     struct index_part_page near[TIER_AHEAD_MAX];
-    ahead->count = !part->searched ? 0 : index_search_near(shard->search, TIER_AHEAD_MAX, near);
+    ahead->count = !part->searched ? 0 : index_search_near(shard->now.search, TIER_AHEAD_MAX, near);
     for (uint32_t i = 0; i < ahead->count; i++) {
         ahead->lanes[i] = op_lane_in(part, sequence_stem(sequence, near[i].part));
         ahead->pages[i] = near[i].page;
@@ -585,8 +646,12 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
     struct gather_plan plan;
-    part->begun_ns = env_now_ns(op->server->env);
-    const ice_status status = op->follows ? follow(part, shard, &plan) : search(part, shard, &plan);
+    if (!part->cut.search)
+        part->begun_ns = env_now_ns(op->server->env);
+    const bool is_late = !part->cut.search && part->begun_ns >= op->deadline_ns;
+    const ice_status status = op->follows ? follow(part, shard, &plan)
+                              : is_late   ? give_last(part, shard, &plan)
+                                          : search(part, shard, &plan);
     if (status != ICE_OK)
         return status;
     if (op->server->disk && !gather_is_resident(part, &plan))
@@ -601,6 +666,8 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
 static ice_status run_phase(struct op_lane *part, struct shard *shard)
 {
     bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
+    if (cancelled && part->cut.search)
+        shard_search_resume(shard, part); // and forgets it
     if (cancelled && part->op->phase != PHASE_COMMIT && part->op->phase != PHASE_DROP)
         return ICE_UNKNOWN_SESSION;
     switch (part->op->phase) {
@@ -676,16 +743,27 @@ static void next_phase(struct op *op)
     completion_post(&op->server->completions, &op->completion);
 }
 
+static enum task_class class_of(const struct op *op)
+{
+    return op->kind == OP_RETRIEVE ? TASK_DECODE : TASK_BULK;
+}
+
 void op_start_phase(struct op *op, enum op_phase phase)
 {
     struct server *server = op->server;
     op->phase = phase;
     atomic_store_explicit(&op->lanes_left, op->lane_count, memory_order_release);
-    enum task_class class = op->kind == OP_RETRIEVE ? TASK_DECODE : TASK_BULK;
+    enum task_class class = class_of(op);
     uint32_t count = op->lane_count; // the op may be gone when the last task has been pushed
     struct op_lane *lanes = op->lanes;
     for (uint32_t i = 0; i < count; i++)
         task_queue_push(&server->shards[lanes[i].lane->shard].queue, class, &lanes[i].task);
+}
+
+// A part that was cut goes on when other sessions have had their turn, before what else its session has waiting.
+static void queue_again(struct op_lane *part, struct shard *shard)
+{
+    task_queue_push_front(&shard->queue, class_of(part->op), &part->task);
 }
 
 static void finish(struct op_lane *part, ice_status status)
@@ -782,6 +860,10 @@ static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
         status = run_phase(part, shard);
     if (status == LANE_WAITS && awake && phase != PHASE_PREPARE)
         return;
+    if (status == LANE_CUT) {
+        queue_again(part, shard);
+        return;
+    }
     if (phase == PHASE_WAKE)
         status = ICE_OK; // it has begun to wake: that was all
     const bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
@@ -803,15 +885,29 @@ void op_lane_run(struct task *task, void *thread)
     run_part(part, shard, env_now_ns(part->op->server->env));
 }
 
+// Puts a list of parts that have waited before those that wait since.
+static void park_first(struct shard *shard, struct op_lane *first, struct op_lane *last)
+{
+    last->parked_next = shard->parked;
+    if (!shard->parked)
+        shard->parked_tail = last;
+    shard->parked = first;
+}
+
 uint64_t op_lane_run_parked(struct shard *shard, uint64_t now_ns)
 {
-    struct op_lane *part = shard->parked;
+    struct op_lane *part = shard->parked, *last = shard->parked_tail;
     uint64_t next_ns = UINT64_MAX;
     shard->parked = NULL;
     while (part) {
         struct op_lane *next = part->parked_next;
         run_part(part, shard, now_ns);
         part = next;
+        if (part && env_now_ns(shard->server->env) >= now_ns + SERVER_WAITING_SLICE_NS) {
+            park_first(shard, part, last);
+            shard->woken = true; // the next round goes on with them
+            return now_ns;
+        }
     }
     for (part = shard->parked; part; part = part->parked_next)
         next_ns = part->parked_until_ns < next_ns ? part->parked_until_ns : next_ns;

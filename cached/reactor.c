@@ -13,9 +13,8 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
-#define EVENTS_MAX         32
-#define MESSAGES_PER_ROUND 64u
-#define WAIT_MS_MAX        1000 // every wait has an end, also where no timer is set
+#define EVENTS_MAX  32
+#define WAIT_MS_MAX 1000 // every wait has an end, also where no timer is set
 
 int reactor_watch(struct server *server, int fd, void *what)
 {
@@ -140,11 +139,11 @@ static void handle_event(struct server *server, void *what)
         session_readable(server, what);
 }
 
-// True when there may be more.
+// False: the bus is empty.
 static bool receive_messages(struct server *server)
 {
     struct env *env = server->env;
-    for (uint32_t i = 0; i < MESSAGES_PER_ROUND; i++) {
+    for (uint32_t i = 0; i < INTAKE_RECEIVED_PER_TURN; i++) {
         struct env_message message;
         int error = env->bus_receive(env, server->bus, &message);
         if (error == -EAGAIN)
@@ -153,7 +152,21 @@ static bool receive_messages(struct server *server)
             log_warn("receiving failed: %s", strerror(-error));
             return true;
         }
-        dispatch_message(server, &message);
+        intake_take(server, &message);
+    }
+    return true;
+}
+
+// What has come meanwhile is looked at between any two messages: one that is served first may be among it, and replies
+// do not wait for requests. True when there may be more.
+static bool serve_messages(struct server *server)
+{
+    for (uint32_t i = 0; i < INTAKE_SERVED_PER_ROUND; i++) {
+        const bool more = receive_messages(server);
+        if (!intake_serve(server))
+            return more;
+        if (!completion_list_is_empty(&server->completions))
+            completion_run(&server->completions, server);
     }
     return true;
 }
@@ -183,7 +196,7 @@ static void one_round(struct server *server, bool *more)
     for (int i = 0; i < count; i++)
         handle_event(server, events[i].data.ptr);
     completion_run(&server->completions, server);
-    *more = receive_messages(server);
+    *more = serve_messages(server);
     session_bury(server);
 }
 
@@ -192,7 +205,7 @@ static void end_sessions(struct server *server)
 {
     for (struct session *session = server->sessions, *next; session; session = next) {
         next = session->next;
-        session_end(server, session, "the daemon stops");
+        session_end(server, session, SESSION_STOPPED);
     }
     bool more = true;
     uint64_t until_ns = env_now_ns(server->env) + SERVER_LEAVE_NS;

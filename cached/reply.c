@@ -10,6 +10,7 @@
 // Replies up to this size need no memory, so that every error can be said, and what a request has done is never lost
 // with its reply. A sequence's opening and a decode step's retrieve are smaller.
 #define SMALL_REPLY_BYTES 1024u
+#define DROPPED_PER_LINE  1000u // of the log
 
 static void set_status(Icecache__Wire__Reply *reply, uint64_t request_id, ice_status status, const char *text)
 {
@@ -49,9 +50,9 @@ void reply_send(struct server *server, struct session *session, const uint8_t *r
     if (bytes && bytes != small)
         env->release(env, bytes, size);
     if (error == -EAGAIN && session)
-        session_end(server, session, "does not read its replies");
-    else if (error && error != -EHOSTUNREACH)
-        log_warn("reply dropped: %s", strerror(-error));
+        session_end(server, session, SESSION_DEAF);
+    else if (error && error != -EHOSTUNREACH && server->counts.dropped_replies++ % DROPPED_PER_LINE == 0)
+        log_warn("reply dropped: %s (one line for %u)", strerror(-error), DROPPED_PER_LINE);
 }
 
 void reply_error(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,

@@ -183,6 +183,34 @@ static void fill_gpus(const struct server *server, struct gpu_rows *list, Icecac
     body->gpu = list->pointers;
 }
 
+#define COUNT_ONE(name) +1
+#define COUNT_ROWS      (0 COUNTS(COUNT_ONE))
+_Static_assert(COUNT_ROWS <= WIRE_STATS_COUNTS_MAX, "a reply has room for all counters");
+
+struct count_rows {
+    Icecache__Wire__CountStats rows[COUNT_ROWS], *pointers[COUNT_ROWS];
+};
+
+static void fill_counts(const struct counts *counts, struct count_rows *list, Icecache__Wire__StatsReply *body)
+{
+    const struct {
+        const char *name;
+        uint64_t count;
+    } all[COUNT_ROWS] = {
+#define COUNT_ROW(name) {#name, counts->name},
+        COUNTS(COUNT_ROW)
+#undef COUNT_ROW
+    };
+    for (uint32_t i = 0; i < COUNT_ROWS; i++) {
+        icecache__wire__count_stats__init(&list->rows[i]);
+        list->rows[i].name = (char *)(uintptr_t)all[i].name; // packing only reads it
+        list->rows[i].count = all[i].count;
+        list->pointers[i] = &list->rows[i];
+    }
+    body->n_service = COUNT_ROWS;
+    body->service = list->pointers;
+}
+
 static void fill_totals(struct server *server, Icecache__Wire__StatsReply *body)
 {
     const struct server_stats *stats = &server->stats;
@@ -235,6 +263,8 @@ void report_stats(struct server *server, struct session *session, const struct e
     }
     struct gpu_rows gpus;
     fill_gpus(server, &gpus, &body);
+    struct count_rows counts;
+    fill_counts(&server->counts, &counts, &body);
     body.n_phases = PHASES;
     body.phases = phases.pointers;
     body.n_sequence = list->count;

@@ -247,7 +247,7 @@ ice_status sequence_share_own(struct sequence *sequence)
         return status;
     sequence->chain[sequence->chain_count++] = (struct sequence_part){own, end};
     sequence->own = fresh;
-    stem_share(own);
+    stem_share(own, sequence);
     return ICE_OK;
 }
 

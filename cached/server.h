@@ -2,12 +2,15 @@
 #ifndef ICECACHE_CACHED_SERVER_H
 #define ICECACHE_CACHED_SERVER_H
 
+#include "cached/admission.h"
 #include "cached/budget.h"
 #include "cached/completion.h"
 #include "cached/config.h"
+#include "cached/counts.h"
 #include "cached/env.h"
 #include "cached/gpus.h"
 #include "cached/histogram.h"
+#include "cached/intake.h"
 #include "cached/op.h"
 #include "cached/pool.h"
 #include "cached/prefix.h"
@@ -15,10 +18,14 @@
 #include "cached/shard.h"
 
 #define SERVER_HASH_BUCKETS       4096u
-#define SERVER_SEARCH_UNITS       20000u // work units between two looks at the deadline: 0.05 to 0.3 ms
+#define SERVER_SEARCH_UNITS       20000u  // work units between two looks at the deadline: 0.05 to 0.3 ms
+#define SERVER_SEARCH_SLICE_NS    300000u // of a lane's search, until other sessions have had their turn
 #define SERVER_BUILD_UNITS        8000u // work units of a clustering slice, while which a decode task may wait: 0.05 to 0.2 ms
 #define SERVER_PLAN_PAGES         128u         // pages that a slice of a plan gives frames to
 #define SERVER_MOVE_BYTES         65536u       // K and V that a slice of a plan copies
+#define SERVER_APPEND_SLICE_BYTES (256u << 10) // K and V that a slice of an append or read copies: 0.1 to 0.3 ms
+#define SERVER_WAITING_SLICE_NS   300000u      // going on with appends that waited, until others have their turn
+#define SERVER_BUILD_AFTER        64u          // tasks, while a lane waits for clustering: then a slice of it is next
 #define SERVER_SPARE_CHUNK_BYTES  (6ull << 20) // of index memory for each shard, beyond --index-bytes, that lies idle
 #define SERVER_SPARE_CONNECTIONS  8u // beyond --sessions-max: for icecachectl, and for those that are yet to say hello
 #define SERVER_HELLO_DEADLINE_NS  (5ull * 1000000000u)
@@ -81,6 +88,9 @@ struct server {
     bool disk_off_said;      // it has been logged
     uint64_t idle_look_ns;   // when sequences are looked at for sleep next
     struct server_stats stats;
+    struct counts counts;
+    struct intake intake;
+    struct admission_state admission;
 };
 
 // From start to end (server.c, pool_start.c), in this order. What fails logs its cause and leaves nothing that the
@@ -143,7 +153,8 @@ bool idle_stem(const struct stem *stem, uint64_t now_ns, uint64_t idle_ns); // i
 // Why there is no new sequence (dispatch.c).
 void sequence_limit_text(const struct server *server, char *text, size_t capacity);
 
-// Requests from the bus (dispatch.c). Takes ownership of the message.
-void dispatch_message(struct server *server, struct env_message *message);
+// A request whose turn it is (dispatch.c), of a session that lives. Takes ownership of the message.
+void dispatch_request(struct server *server, struct session *session, const Icecache__Wire__Request *request,
+                      struct env_message *message);
 
 #endif

@@ -28,7 +28,7 @@ void control_reply(struct server *server, struct session *session, Icecache__Wir
     icecache__wire__control_reply__pack(reply, bytes);
     ice_status status = server->env->control_send(server->env, session->control_fd, bytes, size, fd);
     if (status != ICE_OK)
-        session_end(server, session, "does not read its control socket");
+        session_end(server, session, SESSION_DEAF_CONTROL);
 }
 
 void control_error(struct server *server, struct session *session, uint64_t request_id, ice_status status,
@@ -77,9 +77,21 @@ void session_bury(struct server *server)
     }
 }
 
+// The lowest that no session has, so that few sessions never share a flow.
+static uint32_t free_slot(const struct server *server)
+{
+    uint64_t taken = 0;
+    for (const struct session *session = server->sessions; session; session = session->next)
+        taken |= session->slot < FAIR_FLOWS ? (uint64_t)1 << session->slot : 0;
+    if (taken != UINT64_MAX)
+        return (uint32_t)__builtin_ctzll(~taken);
+    return FAIR_FLOWS + server->session_count; // a flow is shared from here on
+}
+
 static struct session *session_create(struct server *server, int fd)
 {
     struct env *env = server->env;
+    const uint32_t slot = free_slot(server);
     struct session *session = env_acquire_zeroed(env, sizeof *session);
     gid_t gid;
     if (!session)
@@ -98,6 +110,7 @@ static struct session *session_create(struct server *server, int fd)
         session->next->previous = session;
     server->sessions = session;
     server->session_count++;
+    session->slot = slot;
     return session;
 }
 
@@ -245,7 +258,7 @@ void session_readable(struct server *server, struct session *session)
     if (status == ICE_TIMEOUT)
         return;
     if (status != ICE_OK) {
-        session_end(server, session, status == ICE_DISCONNECTED ? "closed by the worker" : status_text((int)status));
+        session_end(server, session, status == ICE_DISCONNECTED ? SESSION_CLOSED : SESSION_BAD_CONTROL);
         return;
     }
     struct wire_arena arena;
@@ -263,16 +276,45 @@ void session_readable(struct server *server, struct session *session)
 
 // ---- the end ----
 
-void session_end(struct server *server, struct session *session, const char *reason)
+// Counts the ending. `waiting`: requests in flight or queued.
+static void note_ending(struct server *server, const struct session *session, enum session_ending ending,
+                        uint32_t waiting)
+{
+    static const char *const texts[] = {
+        [SESSION_CLOSED] = "closed by the worker",
+        [SESSION_NO_HELLO] = "said no hello",
+        [SESSION_DEAF] = "does not read its replies",
+        [SESSION_DEAF_CONTROL] = "does not read its control socket",
+        [SESSION_FLOODS] = "keeps sending requests beyond --inflight-max",
+        [SESSION_BAD_CONTROL] = "sent a packet on its control socket that cannot be received",
+        [SESSION_STOPPED] = "the daemon stops",
+    };
+    struct counts *counts = &server->counts;
+    const bool is_worker = session->greeted && !session->admin;
+    counts->requests_abandoned += waiting;
+    counts->ended_closed += ending == SESSION_CLOSED && is_worker && waiting == 0;
+    counts->ended_mid_request += ending == SESSION_CLOSED && is_worker && waiting > 0;
+    counts->ended_no_hello += ending == SESSION_NO_HELLO;
+    counts->ended_deaf += ending == SESSION_DEAF;
+    counts->ended_deaf_control += ending == SESSION_DEAF_CONTROL;
+    counts->ended_flood += ending == SESSION_FLOODS;
+    counts->ended_bad_control += ending == SESSION_BAD_CONTROL;
+    if (is_worker) {
+        log_info("session ended id=%llu pid=%d sequences=%u landings=%u requests=%u: %s",
+                 (unsigned long long)session->id, (int)session->pid, session->sequence_count, session->landing_count,
+                 waiting, texts[ending]);
+        server->stats.sessions_reclaimed++;
+    } else if (ending != SESSION_CLOSED && ending != SESSION_STOPPED) {
+        log_info("connection ended pid=%d: %s", (int)session->pid, texts[ending]);
+    }
+}
+
+void session_end(struct server *server, struct session *session, enum session_ending ending)
 {
     if (session->dead)
         return;
     session->dead = true;
-    if (session->greeted && !session->admin) {
-        log_info("session ended id=%llu pid=%d sequences=%u landings=%u: %s", (unsigned long long)session->id,
-                 (int)session->pid, session->sequence_count, session->landing_count, reason);
-        server->stats.sessions_reclaimed++;
-    }
+    note_ending(server, session, ending, session->inflight + intake_forget(server, session));
     reactor_unwatch(server, session->control_fd);
     server->env->close_fd(server->env, session->control_fd);
     session->control_fd = -1;
@@ -299,7 +341,7 @@ uint64_t session_expire(struct server *server, uint64_t now_ns)
             continue;
         uint64_t until = session->since_ns + SERVER_HELLO_DEADLINE_NS;
         if (until <= now_ns)
-            session_end(server, session, "said no hello");
+            session_end(server, session, SESSION_NO_HELLO);
         else if (until < soonest)
             soonest = until;
     }

@@ -5,8 +5,10 @@
 #ifndef ICECACHE_CACHED_SESSION_H
 #define ICECACHE_CACHED_SESSION_H
 
+#include "cached/admission.h"
 #include "cached/completion.h"
 #include "cached/env.h"
+#include "cached/intake.h"
 #include "cached/task_queue.h"
 #include "gpu/landing.h"
 #include "proto/control.h"
@@ -50,6 +52,17 @@ struct staging {
     struct job *close_job;
 };
 
+// Why a session ends. CLOSED: its socket was closed, by the worker or with it.
+enum session_ending {
+    SESSION_CLOSED,
+    SESSION_NO_HELLO,
+    SESSION_DEAF,
+    SESSION_DEAF_CONTROL,
+    SESSION_FLOODS,
+    SESSION_BAD_CONTROL,
+    SESSION_STOPPED,
+};
+
 struct session {
     uint64_t id;
     uint8_t token[WIRE_SESSION_TOKEN_BYTES];
@@ -59,6 +72,7 @@ struct session {
     bool greeted, admin, dead;
     char name[WIRE_NAME_BYTES_MAX + 1];
     uint64_t since_ns;
+    uint32_t slot;  // no other session has it: the flow of its work in fair queues
     uint32_t holds; // requests, jobs and sequences that still point here
     uint32_t inflight;
     uint64_t inflight_bytes; // memory of requests in flight
@@ -67,7 +81,9 @@ struct session {
     uint32_t descriptors; // of GPU memory, on their way to the opener
     struct landing *landings;
     struct sequence *sequences;
-    struct op *ops; // in flight
+    struct op *ops;          // in flight
+    struct intake_line line; // received and not yet dispatched
+    struct admission_load load;
     struct staging staging;
     bool staging_pending;
     struct session *previous, *next;
@@ -76,7 +92,7 @@ struct session {
 void session_accept(struct server *server);                            // the listener is readable
 void session_readable(struct server *server, struct session *session); // its control socket is readable
 // Ends the session: everything it holds is freed as soon as requests in flight are done. Idempotent.
-void session_end(struct server *server, struct session *session, const char *reason);
+void session_end(struct server *server, struct session *session, enum session_ending ending);
 void session_hold(struct session *session);
 void session_release(struct server *server, struct session *session); // may free it
 void session_bury(struct server *server); // frees those that are gone; at the end of a reactor round

@@ -1,6 +1,7 @@
 // Shard threads. A shard's lanes, scratch and list of due lanes belong to its thread; the queue is the only way in.
 //
-// Clustering runs only when the queue is empty, one slice at a time, so a decode request waits for one slice at most.
+// Clustering runs when the queue is empty, or has not been for SERVER_BUILD_AFTER tasks, one slice at a time, so a
+// decode request waits for one slice at most and a lane for its clustering not for ever.
 // The lane at the head of the due list is finished before the next begins, so that memory for a build in progress is
 // held once; where it waits for pages, a few behind it go on meanwhile (fetching_max).
 #include "cached/shard.h"
@@ -109,6 +110,7 @@ static void build_slice(struct shard *shard)
 {
     struct env *env = shard->server->env;
     struct lane *lane = first_ready(shard);
+    shard->tasks_since_slice = 0;
     uint64_t from_ns = env_now_ns(env);
     if (!lane) {
         stall(shard, from_ns + SERVER_STARVED_RETRY_NS);
@@ -218,8 +220,13 @@ bool shard_round(struct shard *shard, bool may_wait)
     bool sweeps = tier_balance(shard);
     go_on_with_images(shard);
     tier_submit(shard);
+    if (build && shard->tasks_since_slice >= SERVER_BUILD_AFTER) {
+        build_slice(shard);
+        return true;
+    }
     const uint64_t wait_ns = may_wait ? wait_of(shard, build || sweeps) : 0;
     struct task *task = task_queue_pop(&shard->queue, wait_ns, &stopped);
+    shard->tasks_since_slice += build && task;
     if (task)
         task->run(task, shard);
     else if (!stopped && build)
@@ -246,6 +253,46 @@ static void scratch_release(void *owner, void *memory, size_t bytes)
     env->release(env, memory, bytes);
 }
 
+// Room for another search while one is cut. False: as many are as may be, or there is no memory.
+static bool take_spare(struct shard *shard, struct search_room *room)
+{
+    const struct index_allocator allocator = {scratch_acquire, scratch_release, shard->server->env};
+    *room = (struct search_room){0};
+    if (shard->spare_count > 0)
+        *room = shard->spare[--shard->spare_count];
+    else if (shard->spare_made < SHARD_SEARCHES_CUT_MAX && index_search_create(&allocator, &room->search) == INDEX_OK)
+        shard->spare_made++;
+    return room->search != NULL;
+}
+
+bool shard_search_cut(struct shard *shard, struct op_lane *part)
+{
+    struct search_room spare;
+    if (!take_spare(shard, &spare))
+        return false;
+    part->cut = shard->now;
+    part->cut_ns = env_now_ns(shard->server->env);
+    op_lane_hold(part); // no plan is committed meanwhile
+    shard->now = spare;
+    return true;
+}
+
+void shard_search_resume(struct shard *shard, struct op_lane *part)
+{
+    shard->spare[shard->spare_count++] = shard->now;
+    shard->now = part->cut;
+    part->cut = (struct search_room){0};
+    part->begun_ns += env_now_ns(shard->server->env) - part->cut_ns; // it has waited for its turn
+    op_lane_release(part);
+    shard->stalled = false; // a plan may have waited
+}
+
+static void free_room(struct env *env, struct search_room *room)
+{
+    index_search_destroy(room->search);
+    env->release(env, room->queries, room->queries_bytes);
+}
+
 int shard_init(struct server *server, struct shard *shard, uint32_t index)
 {
     *shard = (struct shard){.server = server, .index = index, .look_again_ns = UINT64_MAX};
@@ -260,7 +307,7 @@ int shard_init(struct server *server, struct shard *shard, uint32_t index)
     task_queue_init(&shard->queue);
     arena_init(&shard->arena, server->env);
     const struct index_allocator allocator = {scratch_acquire, scratch_release, server->env};
-    if (index_search_create(&allocator, &shard->search) != INDEX_OK) {
+    if (index_search_create(&allocator, &shard->now.search) != INDEX_OK) {
         shard_fini(shard);
         return -ENOMEM;
     }
@@ -294,8 +341,9 @@ void shard_fini(struct shard *shard)
     struct env *env = shard->server->env;
     tier_fini(shard);
     images_fini(shard);
-    index_search_destroy(shard->search);
-    env->release(env, shard->queries, shard->queries_bytes);
+    free_room(env, &shard->now);
+    while (shard->spare_count > 0)
+        free_room(env, &shard->spare[--shard->spare_count]);
     env->release(env, shard->record, shard->record_bytes);
     env->release(env, shard->followed, shard->followed_bytes);
     env->release(env, shard->kept, shard->kept_bytes);

@@ -15,6 +15,15 @@ struct gather;
 struct op_lane;
 struct server;
 
+// A search, and the queries that it looks at until its end.
+struct search_room {
+    struct index_search *search;
+    float *queries; // one lane's
+    size_t queries_bytes;
+};
+
+#define SHARD_SEARCHES_CUT_MAX 8u // at one time; one more runs to its end
+
 struct shard {
     struct server *server; // immutable
     uint32_t index;
@@ -22,10 +31,10 @@ struct shard {
     struct task_queue queue; // any thread
 
     // The shard's thread only.
-    struct arena arena; // of its lanes' indexes
-    struct index_search *search;
-    float *queries; // scratch: one lane's queries
-    size_t queries_bytes;
+    struct arena arena;                               // of its lanes' indexes
+    struct search_room now;                           // what searches use
+    struct search_room spare[SHARD_SEARCHES_CUT_MAX]; // while others are cut
+    uint32_t spare_count, spare_made;
     uint32_t *record; // scratch: planning what goes to which slot
     size_t record_bytes;
     struct index_selected *followed; // scratch: what a layer takes over from its anchor
@@ -35,6 +44,7 @@ struct shard {
     struct index_place *places; // scratch of an append
     size_t places_bytes;
     struct lane *due_head, *due_tail; // lanes with clustering to do
+    uint32_t tasks_since_slice;       // while some had
     bool stalled;                     // no lane got memory in the last round
     uint64_t stalled_until_ns;
     struct tier tier;
@@ -54,6 +64,10 @@ int shard_start(struct server *server, struct shard *shard, uint32_t index);
 bool shard_round(struct shard *shard, bool may_wait);
 void shard_stop(struct shard *shard); // runs what is queued, joins
 void shard_fini(struct shard *shard); // after all I/O has ended
+// Shard thread: the search in progress becomes the part's, so that others can search before it goes on. False: it
+// cannot. shard_search_resume makes it the shard's again.
+bool shard_search_cut(struct shard *shard, struct op_lane *part);
+void shard_search_resume(struct shard *shard, struct op_lane *part);
 // Shard thread: the lane may have clustering to do.
 void shard_lane_due(struct shard *shard, struct lane *lane);
 void shard_lane_forget(struct shard *shard, struct lane *lane);

@@ -39,6 +39,7 @@ static struct job *job_create(struct server *server, struct session *session, vo
     if (!job)
         return NULL;
     job->task.run = run;
+    job->task.flow = session->slot;
     job->completion.done = done;
     job->server = server;
     job->session = session;
@@ -164,7 +165,7 @@ static void landing_unmap(struct server *server, struct landing *landing)
     struct job *job = landing->close_job;
     session_hold(landing->session);
     *job = (struct job){
-        .task = {.run = run_landing_close},
+        .task = {.run = run_landing_close, .flow = landing->session->slot},
         .completion = {.done = landing_closed},
         .server = server,
         .session = landing->session,

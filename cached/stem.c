@@ -5,6 +5,7 @@
 
 #include "cached/sequence.h"
 #include "cached/server.h"
+#include "cached/session.h"
 #include "proto/dtype.h"
 
 #include <assert.h>
@@ -137,8 +138,7 @@ static void stem_gone(struct completion *completion, struct server *server)
     struct stem *stem = (struct stem *)((char *)completion - offsetof(struct stem, gone));
     struct sequence *told = stem->told;
     free_stem(stem);
-    if (told)
-        sequence_stem_gone(told);
+    sequence_stem_gone(told);
 }
 
 static struct lane *next_lane(struct stem_walk *walk, const struct shard *shard)
@@ -167,12 +167,13 @@ static void reap(struct task *task, void *thread)
         completion_post(&server->completions, &stem->gone);
 }
 
-static void start_walks(struct stem *stem, struct stem_walk *walks, void (*run)(struct task *, void *))
+// flow: whose work it is (task_queue.h).
+static void start_walks(struct stem *stem, struct stem_walk *walks, void (*run)(struct task *, void *), uint32_t flow)
 {
     struct server *server = stem->server;
     const uint32_t count = server->shard_count; // the stem may be gone when the last one has been pushed
     for (uint32_t i = 0; i < count; i++)
-        walks[i] = (struct stem_walk){.task = {.run = run}, .stem = stem};
+        walks[i] = (struct stem_walk){.task = {.run = run, .flow = flow}, .stem = stem};
     for (uint32_t i = 0; i < count; i++)
         task_queue_push(&server->shards[i].queue, TASK_BULK, &walks[i].task);
 }
@@ -185,7 +186,7 @@ bool stem_release(struct stem *stem, struct sequence *told)
     stem->told = told;
     stem->gone.done = stem_gone;
     atomic_store_explicit(&stem->reapers_left, stem->server->shard_count, memory_order_relaxed);
-    start_walks(stem, stem->reapers, reap);
+    start_walks(stem, stem->reapers, reap, told->session->slot);
     return true;
 }
 
@@ -199,12 +200,12 @@ static void end_appends(struct task *task, void *thread)
         lane_end_appends(lane, shard);
 }
 
-void stem_share(struct stem *stem)
+void stem_share(struct stem *stem, const struct sequence *by)
 {
     stem_unreserve(stem);
     atomic_store_explicit(&stem->shared, true, memory_order_relaxed);
     if (stem_is_flushed(stem))
-        start_walks(stem, stem->walks, end_appends);
+        start_walks(stem, stem->walks, end_appends, by->session->slot);
 }
 
 // ---- what appends are promised ----

@@ -57,7 +57,7 @@ struct stem {
     struct pool_reservation frames_promised;
     struct extents_reservation extents_promised;
     struct reservation index_promised;
-    struct sequence *told; // its last holder, which waits for its end; NULL: nobody does
+    struct sequence *told; // its last holder, which waits for its end
     struct completion gone;
     struct stem_walk *walks;   // one for each shard: clustering of what is shared,
     struct stem_walk *reapers; // and the end
@@ -90,7 +90,7 @@ void stem_hold(struct stem *stem);
 // sequence_stem_gone.
 bool stem_release(struct stem *stem, struct sequence *told);
 // No appends come any more.
-void stem_share(struct stem *stem);
+void stem_share(struct stem *stem, const struct sequence *by);
 
 // Room for `pages` that appends will make: extents where there is a disk, which pages can then leave for, frames of the
 // pool where not. ICE_SPILL_FULL, ICE_POOL_FULL; nothing has changed then.

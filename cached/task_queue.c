@@ -1,4 +1,4 @@
-// Task queue: a mutex, a condition on the monotonic clock, one list per class. Owned by one popping thread.
+// Task queue: a mutex, a condition on the monotonic clock, a fair queue. Owned by one popping thread.
 #include "cached/task_queue.h"
 
 #include <time.h>
@@ -22,29 +22,31 @@ void task_queue_fini(struct task_queue *queue)
 
 void task_queue_push(struct task_queue *queue, enum task_class class, struct task *task)
 {
-    task->next = NULL;
     pthread_mutex_lock(&queue->lock);
-    if (queue->tail[class])
-        queue->tail[class]->next = task;
-    else
-        queue->head[class] = task;
-    queue->tail[class] = task;
+    fair_queue_push(&queue->waiting, (enum fair_class) class, task->flow, &task->node);
     pthread_cond_signal(&queue->ready);
     pthread_mutex_unlock(&queue->lock);
 }
 
+void task_queue_push_front(struct task_queue *queue, enum task_class class, struct task *task)
+{
+    pthread_mutex_lock(&queue->lock);
+    fair_queue_push_front(&queue->waiting, (enum fair_class) class, task->flow, &task->node);
+    pthread_mutex_unlock(&queue->lock);
+}
+
+bool task_queue_is_empty(struct task_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    const bool is_empty = fair_queue_is_empty(&queue->waiting);
+    pthread_mutex_unlock(&queue->lock);
+    return is_empty;
+}
+
 static struct task *take(struct task_queue *queue)
 {
-    for (int class = 0; class < TASK_CLASSES; class ++) {
-        struct task *task = queue->head[class];
-        if (!task)
-            continue;
-        queue->head[class] = task->next;
-        if (!task->next)
-            queue->tail[class] = NULL;
-        return task;
-    }
-    return NULL;
+    enum fair_class class;
+    return (struct task *)fair_queue_pop(&queue->waiting, &class); // the node is the task's first member
 }
 
 struct task *task_queue_pop(struct task_queue *queue, uint64_t wait_ns, bool *stopped)

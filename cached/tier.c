@@ -158,6 +158,7 @@ static void io_start(struct shard *shard, struct page_io *io, enum disk_op op, s
     io->checksum = op == DISK_READ ? page->checksum : extent_checksum(memory, bytes, page->extent);
     io->request = (struct disk_request){
         .op = op, .offset = extent_offset(page->extent), .memory = memory, .bytes = bytes, .done = io_done};
+    io->request.urgent = op == DISK_READ && shard->tier.urgent;
     page->flags |= op == DISK_READ ? PAGE_READING : PAGE_WRITING;
     shard->tier.writes += op == DISK_WRITE;
     io->request.next = shard->tier.asked;

@@ -79,6 +79,7 @@ struct tier {
     uint32_t in_flight, writes;                       // ios in use; those that write
     uint32_t ahead_used, ahead_wasted, ahead_skipped; // of late: does reading ahead pay?
     struct disk_request *asked;                       // a chain that the disk does not have yet
+    bool urgent;                                      // what is read now is what a retrieve waits for
     bool starved;                                     // something waits for room; look again soon
     struct task done_task, relief_task;
     _Atomic bool relief_asked;

@@ -51,6 +51,7 @@ typedef enum ice_status {
     ICE_PAGE_LOST = 31,
     ICE_UNKNOWN_PREFIX = 32,
     ICE_DISK_FAILED = 33,
+    ICE_OVERLOADED = 34,
     // The session is lost: reconnect.
     ICE_VERSION_MISMATCH = 4,
     ICE_SHUTTING_DOWN = 22,
@@ -379,7 +380,7 @@ struct ice_retrieve_options {
 #define ICE_DEFAULT_WINDOW 64u
 
 struct ice_retrieve_result {
-    bool partial;             // the deadline cut the search short
+    bool partial;             // the deadline cut the search short, or came before it (masses are 0 then)
     uint32_t head_count;      // sequence_count x kv_heads, the length of the arrays below, sequences outermost
     const uint32_t *counts;   // slots filled
     const uint32_t *changed;  // of them, those whose token was in none of the cell's slots before: the turnover

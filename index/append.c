@@ -31,11 +31,11 @@ static void code_key(struct index *index, uint32_t position, float *key)
     dci_block_write(index, block, position % DCI_LANES, &entry);
 }
 
-// Checks and codes the keys. False when one is refused.
-static bool code_keys(struct index *index, const unsigned char *keys, size_t stride_bytes, uint32_t n, float *norm2_max)
+// Checks and codes the keys of positions from `first` on. False when one is refused.
+static bool code_keys(struct index *index, uint32_t first, const unsigned char *keys, size_t stride_bytes, uint32_t n,
+                      float *norm2_max)
 {
     float key[INDEX_HEAD_DIM_MAX], row[INDEX_HEAD_DIM_MAX];
-    *norm2_max = 0.0f;
     for (uint32_t i = 0; i < n; i++) {
         memcpy(row, keys + i * stride_bytes, index->row_bytes);
         const float norm2 = dci_key_widen(index, row, key);
@@ -43,7 +43,7 @@ static bool code_keys(struct index *index, const unsigned char *keys, size_t str
             return false;
         }
         *norm2_max = norm2 > *norm2_max ? norm2 : *norm2_max;
-        code_key(index, index->length + i, key);
+        code_key(index, first + i, key);
     }
     return true;
 }
@@ -60,11 +60,11 @@ static uint32_t open_page(const struct index *index, uint32_t position)
     return TREE_NONE;
 }
 
-// Gives back the open pages that only prepared tokens lie in.
-static void release_prepared(struct index *index, uint32_t end)
+// Gives back the open pages that only prepared tokens from `first` to `end` lie in.
+static void release_prepared(struct index *index, uint32_t first, uint32_t end)
 {
-    uint32_t last = open_page(index, index->length);
-    for (uint32_t p = index->length; p < end; p++) {
+    uint32_t last = open_page(index, first);
+    for (uint32_t p = first; p < end; p++) {
         const uint32_t page = dci_place_of(index, p).page;
         if (page != last) {
             dci_page_release(index, page);
@@ -73,15 +73,15 @@ static void release_prepared(struct index *index, uint32_t end)
     }
 }
 
-// Names the places of the new tokens. False, with no page held, when memory is refused.
-static bool place_tokens(struct index *index, uint32_t n)
+// Names the places of n tokens from `first` on. False, with no page of theirs held, when memory is refused.
+static bool place_tokens(struct index *index, uint32_t first, uint32_t n)
 {
-    const uint32_t first = index->length, step = index->page_tokens;
+    const uint32_t step = index->page_tokens;
     uint32_t page = open_page(index, first);
     for (uint32_t p = first; p < first + n; p++) {
         if (p % step == 0 || page == TREE_NONE) {
             if (!dci_page_acquire(index, PAGE_OPEN, &page)) {
-                release_prepared(index, p);
+                release_prepared(index, first, p);
                 return false;
             }
             dci_page(index, page)->owner = p;
@@ -91,39 +91,60 @@ static bool place_tokens(struct index *index, uint32_t n)
     return true;
 }
 
+// Codes and places n tokens behind those that are prepared.
+static enum index_status prepare_tokens(struct index *index, const void *keys, size_t stride_bytes, uint32_t n)
+{
+    const uint32_t first = index->length + index->prepared;
+    float norm2_max = index->prepared_norm2_max;
+    if (n > INDEX_TOKENS_MAX - first) {
+        return INDEX_FULL;
+    }
+    const uint64_t end = (uint64_t)first + n;
+    if (!dci_store_reserve(&index->places, &index->memory, end) ||
+        !dci_store_reserve(&index->tail, &index->memory, (end + DCI_LANES - 1) / DCI_LANES)) {
+        return INDEX_NO_MEMORY;
+    }
+    if (!code_keys(index, first, keys, stride_bytes, n, &norm2_max)) {
+        return INDEX_NOT_FINITE;
+    }
+    if (!place_tokens(index, first, n)) {
+        return INDEX_NO_MEMORY;
+    }
+    index->prepared_norm2_max = norm2_max;
+    index->prepared += n;
+    return INDEX_OK;
+}
+
+static bool is_source(const struct index *index, const void *keys, size_t stride_bytes, uint32_t n)
+{
+    return (n == 0 || keys != NULL) && (n <= 1 || stride_bytes >= index->row_bytes);
+}
+
 enum index_status index_append_prepare(struct index *index, const void *keys, size_t stride_bytes, uint32_t n,
                                        struct index_place *places)
 {
-    if (index->preparing || index->sealed || (n > 0 && (keys == NULL || places == NULL)) ||
-        (n > 1 && stride_bytes < index->row_bytes)) {
+    if (index->preparing || index->sealed || !is_source(index, keys, stride_bytes, n) || (n > 0 && places == NULL)) {
         return INDEX_INVALID;
     }
-    if (n > INDEX_TOKENS_MAX - index->length) {
-        return INDEX_FULL;
-    }
-    enum index_status status = INDEX_NO_MEMORY;
-    const uint64_t end = (uint64_t)index->length + n;
-    if (!dci_store_reserve(&index->places, &index->memory, end) ||
-        !dci_store_reserve(&index->tail, &index->memory, (end + DCI_LANES - 1) / DCI_LANES)) {
-        goto refused;
-    }
-    if (!code_keys(index, keys, stride_bytes, n, &index->prepared_norm2_max)) {
-        status = INDEX_NOT_FINITE;
-        goto refused;
-    }
-    if (!place_tokens(index, n)) {
-        goto refused;
+    index->prepared_norm2_max = 0.0f;
+    const enum index_status status = prepare_tokens(index, keys, stride_bytes, n);
+    if (status != INDEX_OK) {
+        trim(index);
+        return status;
     }
     index->preparing = true;
-    index->prepared = n;
     for (uint32_t i = 0; i < n; i++) {
         places[i] = dci_place_of(index, index->length + i);
     }
     return INDEX_OK;
+}
 
-refused:
-    trim(index);
-    return status;
+enum index_status index_append_more(struct index *index, const void *keys, size_t stride_bytes, uint32_t n)
+{
+    if (!index->preparing || !is_source(index, keys, stride_bytes, n)) {
+        return INDEX_INVALID;
+    }
+    return prepare_tokens(index, keys, stride_bytes, n);
 }
 
 void index_append_places(const struct index *index, uint64_t first, uint32_t n, struct index_place *places)
@@ -148,7 +169,7 @@ void index_append_commit(struct index *index)
 void index_append_drop(struct index *index)
 {
     assert(index->preparing);
-    release_prepared(index, index->length + index->prepared);
+    release_prepared(index, index->length, index->length + index->prepared);
     index->prepared = 0;
     index->preparing = false;
     trim(index);

@@ -104,6 +104,10 @@ struct index_place {
 // harm to the index). places: room for n entries, written on success only. INDEX_INVALID also when one is prepared.
 INDEX_MUST_CHECK enum index_status index_append_prepare(struct index *index, const void *keys, size_t stride_bytes,
                                                         uint32_t n, struct index_place *places);
+// Adds n tokens behind those that are prepared, so that a long append can be prepared in slices. On failure what was
+// prepared before stays so. INDEX_INVALID where nothing is.
+INDEX_MUST_CHECK enum index_status index_append_more(struct index *index, const void *keys, size_t stride_bytes,
+                                                     uint32_t n);
 // Where n of the prepared tokens lie, from the one at position `first` on.
 void index_append_places(const struct index *index, uint64_t first, uint32_t n, struct index_place *places);
 void index_append_commit(struct index *index);

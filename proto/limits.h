@@ -41,6 +41,7 @@
 #define WIRE_TEXT_BYTES_MAX             512u // error text in a reply
 #define WIRE_STATS_SEQUENCES_MAX        256u // sequences listed per stats reply
 #define WIRE_STATS_GPUS_MAX             16u  // GPUs
+#define WIRE_STATS_COUNTS_MAX           64u  // counters
 #define WIRE_PREFIXES_LISTED_MAX        256u // prefixes per reply to a PrefixList
 
 #endif

@@ -249,7 +249,8 @@ static bool reply_is_sound(const Icecache__Wire__Reply *reply)
     case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_INFO:
         return reply->sequence_info->n_lengths == reply->sequence_info->n_indexed;
     case ICECACHE__WIRE__REPLY__BODY_STATS:
-        return reply->stats->n_sequence <= WIRE_STATS_SEQUENCES_MAX && reply->stats->n_gpu <= WIRE_STATS_GPUS_MAX;
+        return reply->stats->n_sequence <= WIRE_STATS_SEQUENCES_MAX && reply->stats->n_gpu <= WIRE_STATS_GPUS_MAX &&
+               reply->stats->n_service <= WIRE_STATS_COUNTS_MAX;
     case ICECACHE__WIRE__REPLY__BODY_SEAL:
         return reply->seal->tokens <= WIRE_TOKENS_MAX;
     case ICECACHE__WIRE__REPLY__BODY_LOOKUP:

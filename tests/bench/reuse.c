@@ -79,7 +79,8 @@ static bool step(struct reuse *reuse, const struct tree *tree, const struct refe
         struct index_selection selection;
         struct index_query asks;
         tree_query(&reuse->data, lane, &question, &asks);
-        if (index_search_reserve(reuse->context, tree->index, &asks) != INDEX_OK ||
+        const struct index_part whole = index_part_whole(tree->index);
+        if (index_search_reserve(reuse->context, &whole, 1, &asks) != INDEX_OK ||
             !tree_search(reuse->context, tree, &asks, &selection, &tokens)) {
             return false;
         }

@@ -173,11 +173,18 @@ static void check_totals(const json_t *stats, const struct ice_sequence_info *in
     static const char *const keys[] = {
         "version",   "uptime_seconds",    "shards",  "huge_pages", "sessions", "sequences",          "tokens", "pages",
         "retrieves", "retrieves_partial", "appends", "reads",      "errors",   "sessions_reclaimed", "bytes",  "phases",
-        "gpu",       "sequence",          NULL};
+        "gpu",       "sequence",          "service", NULL};
+    static const char *const counts[] = {"refused_inflight",   "refused_overload",  "refused_deadline",
+                                         "refused_messages",   "refused_strangers", "dropped_messages",
+                                         "dropped_replies",    "retrieves_late",    "deadlines_missed",
+                                         "requests_abandoned", "ended_closed",      "ended_mid_request",
+                                         "ended_no_hello",     "ended_deaf",        "ended_deaf_control",
+                                         "ended_flood",        "ended_bad_control", NULL};
     static const char *const kinds[] = {"moved",          "pool",   "pool_capacity",   "pool_huge", "index",
                                         "index_capacity", "shared", "shared_capacity", NULL};
     check_keys(stats, keys);
     check_keys(json_object_get(stats, "bytes"), kinds);
+    check_keys(json_object_get(stats, "service"), counts);
     assert_string_equal(json_string_value(json_object_get(stats, "version")), ICECACHE_VERSION);
     assert_int_equal(stats_number(stats, "shards"), 2);
     assert_int_equal(stats_number(stats, "sessions"), 1);

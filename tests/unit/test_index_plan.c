@@ -273,6 +273,50 @@ static void append_is_all_or_nothing(void **state)
     free(keys);
 }
 
+// In slices of any length a prepared append is what it is at once; a slice that is refused leaves those before it.
+static void append_in_slices(void **state)
+{
+    (void)state;
+    enum { TOKENS = 500 };
+    struct rng rng = rng_begin(31);
+    const struct index_params params = {.head_dim = 16, .dtype = INDEX_FP32, .page_tokens = 16, .seed = 5};
+    struct heap heap = {0};
+    unsigned char *keys = keys_make(KEYS_CLUSTERED, params.dtype, params.head_dim, 100 + TOKENS, &rng);
+    for (uint32_t slice = 1; slice < TOKENS; slice = slice * 3 + 4) {
+        struct owner owner = owner_begin(&params, &heap, keys);
+        struct index_place places[TOKENS], sliced[TOKENS], ignored[TOKENS];
+        assert_int_equal(owner_append(&owner, 100), INDEX_OK);
+        const size_t row = owner.row_bytes;
+        const unsigned char *next = keys + 100 * row;
+        float *bad = calloc(params.head_dim, sizeof *bad);
+        bad[3] = NAN;
+        assert_int_equal(index_append_more(owner.index, next, row, 1), INDEX_INVALID); // nothing is prepared
+        assert_int_equal(index_append_prepare(owner.index, next, row, TOKENS, places), INDEX_OK);
+        index_append_drop(owner.index);
+        const uint64_t bytes = index_bytes(owner.index);
+        for (uint32_t round = 0; round < 2; round++) {
+            assert_int_equal(index_append_prepare(owner.index, next, row, slice, ignored), INDEX_OK);
+            for (uint32_t done = slice, n; done < TOKENS; done += n) {
+                n = slice < TOKENS - done ? slice : TOKENS - done;
+                assert_int_equal(index_append_more(owner.index, bad, row, 1), INDEX_NOT_FINITE);
+                assert_int_equal(index_append_more(owner.index, next + done * row, row, n), INDEX_OK);
+            }
+            index_append_places(owner.index, 100, TOKENS, sliced);
+            for (uint32_t i = 0; i < TOKENS; i++)
+                assert_int_equal(sliced[i].row, places[i].row);
+            if (round == 0) {
+                index_append_drop(owner.index);
+                assert_int_equal(index_bytes(owner.index), bytes);
+            }
+        }
+        index_append_drop(owner.index);
+        owner_verify(&owner);
+        owner_end(&owner);
+        free(bad);
+    }
+    free(keys);
+}
+
 static void strided_rows(void **state)
 {
     (void)state;
@@ -546,19 +590,13 @@ static void every_allocation_may_fail(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(stores_grow_all_or_nothing),
-        cmocka_unit_test(slabs_give_the_last_released_first),
-        cmocka_unit_test(dropped_plan_comes_again),
-        cmocka_unit_test(shape_is_of_the_tree),
-        cmocka_unit_test(slices_are_bounded),
-        cmocka_unit_test(appends_while_a_plan_is_pending),
-        cmocka_unit_test(rows_that_are_asked_for),
-        cmocka_unit_test(append_is_all_or_nothing),
-        cmocka_unit_test(strided_rows),
-        cmocka_unit_test(rows_that_are_no_numbers),
-        cmocka_unit_test(keys_that_are_refused),
-        cmocka_unit_test(keys_at_the_bound),
-        cmocka_unit_test(every_allocation_may_fail),
+        cmocka_unit_test(stores_grow_all_or_nothing), cmocka_unit_test(slabs_give_the_last_released_first),
+        cmocka_unit_test(dropped_plan_comes_again),   cmocka_unit_test(shape_is_of_the_tree),
+        cmocka_unit_test(slices_are_bounded),         cmocka_unit_test(appends_while_a_plan_is_pending),
+        cmocka_unit_test(rows_that_are_asked_for),    cmocka_unit_test(append_is_all_or_nothing),
+        cmocka_unit_test(append_in_slices),           cmocka_unit_test(strided_rows),
+        cmocka_unit_test(rows_that_are_no_numbers),   cmocka_unit_test(keys_that_are_refused),
+        cmocka_unit_test(keys_at_the_bound),          cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

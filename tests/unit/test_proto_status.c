@@ -35,12 +35,13 @@ static void wire_values_never_change(void **state)
     assert_int_equal(ICE_TIMEOUT, 20);
     assert_int_equal(ICE_INTERNAL, 29);
     assert_int_equal(ICE_DISK_FAILED, 33);
+    assert_int_equal(ICE_OVERLOADED, 34);
 }
 
 static void unknown_codes_are_answered(void **state)
 {
     (void)state;
-    static const int unknown[] = {-1, 34, 1000, INT_MAX, INT_MIN};
+    static const int unknown[] = {-1, 35, 1000, INT_MAX, INT_MIN};
     for (size_t i = 0; i < sizeof(unknown) / sizeof(unknown[0]); i++) {
         assert_false(status_is_known(unknown[i]));
         assert_string_equal(status_name(unknown[i]), "ICE_UNKNOWN");

@@ -43,6 +43,7 @@ class Status(enum.IntEnum):
     PAGE_LOST = 31
     UNKNOWN_PREFIX = 32
     DISK_FAILED = 33
+    OVERLOADED = 34
 
 
 SESSION_LOST = frozenset(

@@ -138,7 +138,8 @@ static void parts_find_what_one_finds(void **state)
         for (uint32_t i = 0; i < 4; i++) {
             printf("keys %u, %u parts: %.4f of the best, masses off by %.3f\n", kind, counts[i], got[i] / best,
                    judged[i].off / judged[i].said);
-            assert_true(got[i] >= 0.97 * got[0]);
+            // Few tokens of 20 tight clusters make cells of many clusters: harder than real attention, see below.
+            assert_true(got[i] >= (counts[i] < 16 ? 0.97 : 0.95) * got[0]);
             assert_true(judged[i].off < 0.3 * judged[i].said);
         }
         assert_true(got[0] > 0.96 * best);
@@ -595,7 +596,7 @@ static void sealed_indexes_are_clustered_to_the_end(void **state)
 {
     (void)state;
     struct rng rng = rng_begin(211);
-    for (uint32_t round = 0; round < rounds_of(280); round++) {
+    for (uint32_t round = 0; round < rounds_of(84); round++) {
         struct index_params params = params_random(&rng, round);
         params.is_continuation = round % 3 != 0;
         const uint32_t n = rng_below(&rng, round % 4 == 0 ? 2500 : 500), page = params.page_tokens;

@@ -16,6 +16,9 @@
 
 #define READY_WAIT_NS (60ull * 1000000000u)
 #define TIMEOUT_MS    20000
+#define SETTLE_WAIT_NS (5ull * 1000000000u)
+#define SETTLE_MS      10
+#define SETTLED_NS     500000u // of CPU time in SETTLE_MS, at most
 
 // Where this program was built, the daemon is two folders up; where it was installed, beside it.
 static bool find_program(const char *given, char *out, size_t room)
@@ -92,10 +95,24 @@ bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const 
     (void)snprintf(shared, sizeof shared, "%" PRIu64, room->shared_bytes);
     (void)snprintf(spill, sizeof spill, "%" PRIu64, room->spill_bytes);
     (void)snprintf(sessions, sizeof sessions, "%u", room->sessions);
-    const char *const arguments[] = {
-        path,  "--socket-dir",   daemon->sockets, "--spill-dir",    daemon->spill, "--pool-bytes",
-        pool,  "--index-bytes",  index,           "--shared-bytes", shared,        "--spill-bytes",
-        spill, "--sessions-max", sessions,        "--memory-check", "warn",        NULL};
+    const char *const arguments[] = {path,
+                                     "--socket-dir",
+                                     daemon->sockets,
+                                     "--pool-bytes",
+                                     pool,
+                                     "--index-bytes",
+                                     index,
+                                     "--shared-bytes",
+                                     shared,
+                                     "--sessions-max",
+                                     sessions,
+                                     "--memory-check",
+                                     "warn",
+                                     room->spill_bytes > 0 ? "--spill-dir" : NULL,
+                                     daemon->spill,
+                                     "--spill-bytes",
+                                     spill,
+                                     NULL};
     if (mkdir(daemon->spill, 0700) != 0) {
         (void)fprintf(stderr, "icecache-bench: serve: %s cannot be made\n", daemon->spill);
         return false;
@@ -134,6 +151,17 @@ bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out)
     }
     icecache__wire__reply__free_unpacked(reply, NULL);
     return true;
+}
+
+void serve_daemon_settle(const struct serve_daemon *daemon)
+{
+    const uint64_t until_ns = measure_ns() + SETTLE_WAIT_NS;
+    uint64_t before_ns = cpu_ns_of(daemon->process.pid), after_ns = UINT64_MAX;
+    do {
+        (void)poll(NULL, 0, SETTLE_MS);
+        before_ns = after_ns != UINT64_MAX ? after_ns : before_ns;
+        after_ns = cpu_ns_of(daemon->process.pid);
+    } while (after_ns - before_ns > SETTLED_NS && measure_ns() < until_ns);
 }
 
 bool serve_daemon_stop(struct serve_daemon *daemon)

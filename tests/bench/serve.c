@@ -6,6 +6,8 @@
 // and take no time from the others.
 #include "serve.h"
 #include "commands.h"
+#include "serve_mix.h"
+#include "serve_parts.h"
 #include "serve_rows.h"
 
 #include "trace.h"
@@ -217,7 +219,7 @@ static bool run_building(struct serve *serve, struct stage *stage, const struct 
         return false;
     }
     out->builds = answer.builds;
-    out->build_indexed = answer.indexed;
+    out->build_s = answer.build_s;
     return true;
 }
 
@@ -563,11 +565,18 @@ static bool make_folder(const char *under, char *out)
     return false;
 }
 
+bool serve_folders_make(const struct options *options, char *work, char *disk)
+{
+    const char *under = options->folder != NULL ? options->folder : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
+    work[0] = disk[0] = '\0';
+    // Sockets lie under /tmp, because their paths must be short.
+    return make_folder("/tmp", work) && make_folder(under, disk);
+}
+
 // One source of data: everything is started for it, and ended.
 static int run_data(const struct options *options, const struct serve_job *job, const char *name, json_t *rows,
                     json_t *ratios)
 {
-    const char *under = options->folder != NULL ? options->folder : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
     struct serve *serve = calloc(1, sizeof *serve);
     int code = EXIT_MISSING;
     if (serve == NULL) {
@@ -582,8 +591,7 @@ static int run_data(const struct options *options, const struct serve_job *job, 
         const uint32_t workers = options->workers.values[i];
         serve->workers_max = workers > serve->workers_max ? workers : serve->workers_max;
     }
-    // Sockets lie under /tmp, because their paths must be short.
-    if (make_folder("/tmp", serve->work) && make_folder(under, serve->disk)) {
+    if (serve_folders_make(options, serve->work, serve->disk)) {
         code = run_all(serve, rows, ratios);
     }
     for (uint32_t s = 0; s < serve->stage_count; s++) {
@@ -634,7 +642,8 @@ static int run_trace(const struct options *options, const char *folder, json_t *
     return run_data(options, &job, name, rows, ratios);
 }
 
-int command_serve(const struct options *options, json_t *rows, json_t *ratios)
+// By data: retrieves.
+static int run_retrieves(const struct options *options, json_t *rows, json_t *ratios)
 {
     const struct options_shape *shape = options_shape(options);
     const struct serve_job job = {
@@ -650,7 +659,6 @@ int command_serve(const struct options *options, json_t *rows, json_t *ratios)
         .window = options->window,
         .seed = options->seed,
     };
-    (void)signal(SIGPIPE, SIG_IGN);
     if (options->trace_count == 0) {
         return run_data(options, &job, "attention", rows, ratios);
     }
@@ -661,10 +669,25 @@ int command_serve(const struct options *options, json_t *rows, json_t *ratios)
     return code;
 }
 
+int command_serve(const struct options *options, json_t *rows, json_t *ratios)
+{
+    (void)signal(SIGPIPE, SIG_IGN);
+    int code = run_retrieves(options, rows, ratios);
+    if (code == 0 && options->mix_workers > 0) {
+        code = serve_mix_run(options, rows);
+    }
+    if (code == 0 && options->idle > 0) {
+        code = serve_idle_run(options, rows, ratios);
+    }
+    return code;
+}
+
 int serve_role(int argc, char **argv)
 {
     const char *role = argc > 2 ? argv[2] : "", *argument = argc > 3 ? argv[3] : "";
     return strcmp(role, "worker") == 0 ? serve_worker()
+           : strcmp(role, "mix") == 0  ? serve_mix_worker()
+           : strcmp(role, "idle") == 0 ? serve_idle_worker()
            : strcmp(role, "echo") == 0 ? serve_echo(argument)
            : strcmp(role, "ring") == 0 ? serve_ring(argument)
                                        : EXIT_USAGE;

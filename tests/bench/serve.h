@@ -112,6 +112,7 @@ struct serve_answer {
     uint32_t record_count;   // that follow
     uint32_t indexed;        // tokens that are clustered, in the worst lane
     uint32_t builds;         // a builder's, that have ended
+    double build_s;          // that the daemon has spent on the last one, all lanes
     uint32_t wrong_rows;     // of the landing, of those that were compared
     bool is_idle;            // no clustering was due
     uint32_t places[PLACES]; // those of the job, as they are
@@ -137,9 +138,11 @@ struct serve_room { // what it may use
     uint64_t pool_bytes, index_bytes, shared_bytes;
     uint64_t spill_bytes; // 0: no disk
     uint32_t sessions;
+    uint32_t sequences; // 0: the daemon's default
 };
 struct serve_stats {
-    uint64_t pages, pool_bytes; // of all sequences; in memory
+    uint64_t pages, pool_bytes; // of those sequences that one reply has room for; in memory
+    uint64_t all_pool_bytes, index_bytes;
     uint64_t pages_read, retrieves;
     uint64_t cpu_ns; // of the process
     bool direct;     // past the page cache

@@ -17,6 +17,7 @@
 #define READY_WAIT_NS (60ull * 1000000000u)
 #define TIMEOUT_MS    20000
 #define SETTLE_WAIT_NS (5ull * 1000000000u)
+#define SEQUENCES_DEFAULT 4096u // the daemon's
 #define SETTLE_MS      10
 #define SETTLED_NS     500000u // of CPU time in SETTLE_MS, at most
 
@@ -80,7 +81,7 @@ static bool wait_ready(struct serve_daemon *daemon)
 bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const char *work, const char *disk,
                         uint32_t number, const struct serve_room *room)
 {
-    char path[2 * SERVE_PATH_ROOM], pool[24], index[24], shared[24], spill[24], sessions[16];
+    char path[2 * SERVE_PATH_ROOM], pool[24], index[24], shared[24], spill[24], sessions[16], sequences[16];
     *daemon = (struct serve_daemon){0};
     if (!find_program(program, path, sizeof path)) {
         (void)fprintf(stderr, "icecache-bench: serve: %s cannot be run; --daemon names the daemon\n",
@@ -95,6 +96,7 @@ bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const 
     (void)snprintf(shared, sizeof shared, "%" PRIu64, room->shared_bytes);
     (void)snprintf(spill, sizeof spill, "%" PRIu64, room->spill_bytes);
     (void)snprintf(sessions, sizeof sessions, "%u", room->sessions);
+    (void)snprintf(sequences, sizeof sequences, "%u", room->sequences > 0 ? room->sequences : SEQUENCES_DEFAULT);
     const char *const arguments[] = {path,
                                      "--socket-dir",
                                      daemon->sockets,
@@ -106,6 +108,8 @@ bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const 
                                      shared,
                                      "--sessions-max",
                                      sessions,
+                                     "--sequences-max",
+                                     sequences,
                                      "--memory-check",
                                      "warn",
                                      room->spill_bytes > 0 ? "--spill-dir" : NULL,
@@ -142,6 +146,8 @@ bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out)
     *out = (struct serve_stats){
         .cpu_ns = cpu_ns_of(daemon->process.pid),
         .retrieves = stats->retrieves,
+        .all_pool_bytes = stats->pool_bytes,
+        .index_bytes = stats->index_bytes,
         .pages_read = stats->spill != NULL ? stats->spill->pages_read : 0,
         .direct = stats->spill != NULL && stats->spill->direct,
     };

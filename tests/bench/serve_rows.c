@@ -116,7 +116,7 @@ bool serve_set_add(struct serve_set *set, const struct serve_round *round)
     samples_add(&set->pages_read, serve_pages_read(round));
     samples_add(&set->cpu_us, (double)(round->after.cpu_ns - round->before.cpu_ns) / 1000 / count);
     set->builds += round->builds;
-    samples_add(&set->build_indexed, round->build_indexed);
+    samples_add(&set->build_s, round->build_s);
     if (round->device_count > 0) {
         add_device(set, round, values);
     }
@@ -179,7 +179,7 @@ static void add_build_keys(const struct serve_set *set, json_t *row)
     (void)json_object_set_new(row, "build_tokens", json_integer(set->build_tokens));
     (void)json_object_set_new(row, "build_lanes", json_integer(set->build_lanes));
     (void)json_object_set_new(row, "builds", json_integer((json_int_t)set->builds));
-    (void)json_object_set_new(row, "build_indexed", number(samples_median(&set->build_indexed)));
+    (void)json_object_set_new(row, "build_s", number(samples_median(&set->build_s)));
 }
 
 json_t *serve_set_row(const struct serve_set *set)

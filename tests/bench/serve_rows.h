@@ -8,7 +8,8 @@ struct serve_round {                    // what one round of some workers gave
     const struct serve_answer *answers; // [workers]
     const struct serve_record *records; // [record_count]: those of the first worker, then those of the next
     uint32_t workers, record_count;
-    uint32_t builds, build_indexed; // that have ended meanwhile; tokens that the last one had clustered
+    uint32_t builds; // that have ended meanwhile
+    double build_s;  // that the daemon has spent on the last one
     struct serve_stats before, after;
     const double *device_us; // [device_count], for a batch of as many pages as a retrieve read; none: 0
     uint32_t device_count;
@@ -23,7 +24,7 @@ struct serve_set {
     uint32_t order;          // which of the job's places
     enum option_place place; // as it is
     struct samples p50, p99, p999, mean, queue, search, fetch, copy, wire, per_s, slowest, kept, resident, cpu_us;
-    struct samples moved_over_turnover, build_indexed;
+    struct samples moved_over_turnover, build_s;
     uint32_t build_tokens, build_lanes; // of the sequences that are clustered meanwhile
     uint64_t builds;                    // of them, ended
     struct samples pages_read, device_p50, device_p99, over_device, mean_over_device;

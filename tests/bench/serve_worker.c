@@ -109,6 +109,7 @@ static bool wait_idle(struct worker *worker, bool may_interrupt)
     }
     worker->answer.is_idle = info.idle;
     worker->answer.indexed = (uint32_t)info.indexed_min;
+    worker->answer.build_s = 1e-6 * (double)info.build_us;
     return true;
 }
 

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define IDLE_DEFAULT 1000u
 #define PAGE_UNIT 4096u // direct transfers come in pieces of it
 
 static const char help[] =
@@ -23,7 +24,8 @@ static const char help[] =
     "options (LIST: numbers with commas between them)\n"
     "  --json              one JSON object instead of a table\n"
     "  --seed N            of data and trees (1)\n"
-    "  --rounds N          interleaved rounds; times are medians over them (5)\n"
+    "  --rounds N          interleaved rounds; times are medians over them (5; serve without --trace and --ram-cap: "
+    "3)\n"
     "  --seeds N           search: trees built with different seeds (3)\n"
     "  --trace DIR         data: a trace folder; may be repeated\n"
     "  --data KIND[,KIND]  data: attention, gauss, or both (attention)\n"
@@ -506,10 +508,13 @@ static void set_serve_defaults(struct options *options)
         options->mix_sequences = 8;
     }
     if (is_whole && !options->idle_given) {
-        options->idle = 1000;
+        options->idle = IDLE_DEFAULT;
     }
     if (options->seconds == 0) {
         options->seconds = 0.5;
+    }
+    if (options->rounds == 0 && is_whole) {
+        options->rounds = 3;
     }
 }
 
@@ -526,6 +531,9 @@ static void set_defaults(struct options *options)
     }
     if (is_serve) {
         set_serve_defaults(options);
+    }
+    if (options->rounds == 0) {
+        options->rounds = 5;
     }
     if (options->seconds == 0) {
         options->seconds = 1;
@@ -601,7 +609,6 @@ int options_parse(struct options *options, int argc, char **argv)
 {
     *options = (struct options){
         .seed = 1,
-        .rounds = 5,
         .queries = 64,
         .seeds = 3,
         .insert_share = 0.0625,

@@ -19,7 +19,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #define STAGES_MAX   (OPTIONS_LIST_MAX + 1u)
 #define SETS_MAX     (2u * PLACES * OPTIONS_LIST_MAX + 1u)
@@ -476,12 +475,6 @@ static void plan_steps(struct serve *serve)
     job->step_room = ORDERS_LAST * serve->order_steps;
 }
 
-static uint64_t free_bytes(void)
-{
-    const long pages = sysconf(_SC_AVPHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
-    return pages > 0 && bytes > 0 ? (uint64_t)pages * (uint64_t)bytes : 0;
-}
-
 // One layer of what the workers have, longer: the clustering of one layer's heads is all that the threads can do at
 // once on a small machine, and it fits into memory.
 static void plan_build(struct serve *serve)
@@ -495,7 +488,7 @@ static void plan_build(struct serve *serve)
     job->layers = 1;
     job->steps = job->step_room = 1;
     job->tokens = given > 0 ? given : BUILD_TOKENS;
-    while (given == 0 && job->tokens > BUILD_TOKENS_LEAST && serve_bytes(job) > free_bytes() / BUILD_MEMORY_SHARE) {
+    while (given == 0 && job->tokens > BUILD_TOKENS_LEAST && serve_bytes(job) > measure_free_bytes() / BUILD_MEMORY_SHARE) {
         job->tokens /= 2;
     }
 }

@@ -20,7 +20,9 @@
 #define ROW_BYTES     (HEAD_DIM * 2u)
 #define DEADLINE_US   (60ull * 1000000u)
 #define PAGE_BYTES    (16u * 2u * ROW_BYTES) // of 16 tokens, the daemon's default
-#define INDEX_BYTES   8192u                  // of a lane, at most
+#define INDEX_BYTES   65536u                 // of a lane, at most
+#define SEQUENCE_BYTES (4u << 20) // about what one takes
+#define MEMORY_SHARE  4u          // of what is free, at most
 #define SPARE_BYTES   (64ull << 20)
 
 struct idle_job {
@@ -106,7 +108,9 @@ int serve_idle_worker(void)
     const ice_status status = good ? ice_client_connect(&options, &client) : ICE_NO_MEMORY;
     good = status == ICE_OK || failed("connect", status);
     good = good && parent_write(&ready, 1) && run_orders(client, sequences, us, job.sequences);
-    (void)parent_read(&end, 1); // until the input ends: the sequences are there as long as they are measured
+    if (good) {
+        (void)parent_read(&end, 1); // until the input ends: the sequences are there as long as they are measured
+    }
     ice_client_close(client);
     free(sequences);
     free(us);
@@ -117,6 +121,7 @@ int serve_idle_worker(void)
 
 struct idle_run {
     const struct options *options;
+    uint32_t sequences; // as many as were asked for, fewer where that is the default and memory is short
     char work[SERVE_PATH_ROOM], disk[SERVE_PATH_ROOM];
     struct serve_daemon daemon;
     struct process worker;
@@ -160,10 +165,10 @@ static bool look(struct idle_run *run, struct memory *out)
 static json_t *row_of(const struct idle_run *run, const struct memory *from, const struct memory *to,
                       const struct idle_answer *answer, uint32_t tokens)
 {
-    const double count = run->options->idle, own = (to->own - from->own) / count,
+    const double count = run->sequences, own = (to->own - from->own) / count,
                  index = (to->index - from->index) / count, pages = (to->pages - from->pages) / count;
     return json_pack("{s:s, s:I, s:I, s:I, s:s, s:s, s:f, s:f, s:f, s:f, s:{s:f, s:f}}", "method", "idle", "sequences",
-                     (json_int_t)run->options->idle, "lanes", (json_int_t)LAYERS * KV_HEADS, "tokens",
+                     (json_int_t)run->sequences, "lanes", (json_int_t)LAYERS * KV_HEADS, "tokens",
                      (json_int_t)tokens, "class", "admin", "memory_of", "Anonymous of /proc/PID/smaps_rollup",
                      "own_bytes_each", own, "index_bytes_each", index, "page_bytes_each", pages, "beyond_bytes_each",
                      own - index, tokens == 0 ? "open_us" : "append_us", "p50", answer->p50_us, "p99", answer->p99_us);
@@ -171,13 +176,13 @@ static json_t *row_of(const struct idle_run *run, const struct memory *from, con
 
 static bool start(struct idle_run *run)
 {
-    const uint64_t lanes = (uint64_t)LAYERS * KV_HEADS * run->options->idle;
+    const uint64_t lanes = (uint64_t)LAYERS * KV_HEADS * run->sequences;
     const struct serve_room room = {.pool_bytes = 2 * lanes * PAGE_BYTES + SPARE_BYTES,
                                     .index_bytes = lanes * INDEX_BYTES + SPARE_BYTES,
                                     .shared_bytes = 8 * SPARE_BYTES,
-                                    .sequences = run->options->idle + 1,
+                                    .sequences = run->sequences + 1,
                                     .sessions = 2};
-    struct idle_job job = {.sequences = run->options->idle};
+    struct idle_job job = {.sequences = run->sequences};
     char ready;
     if (!serve_daemon_start(&run->daemon, run->options->daemon, run->work, run->disk, 1, &room)) {
         return false;
@@ -205,16 +210,21 @@ static bool measure(struct idle_run *run, json_t *rows, json_t *ratios)
         }
     }
     char key[48];
-    (void)snprintf(key, sizeof key, "idle=%u", run->options->idle);
+    (void)snprintf(key, sizeof key, "idle=%u", run->sequences);
     (void)json_object_set_new(ratios, key, of);
     return good;
 }
 
 int serve_idle_run(const struct options *options, json_t *rows, json_t *ratios)
 {
-    struct idle_run run = {.options = options};
+    struct idle_run run = {.options = options, .sequences = options->idle};
     int code = EXIT_MISSING;
-    (void)fprintf(stderr, "icecache-bench: serve: idle: %u sequences of %u lanes\n", options->idle, LAYERS * KV_HEADS);
+    while (!options->idle_given && run.sequences > 1 &&
+           run.sequences * (uint64_t)SEQUENCE_BYTES > measure_free_bytes() / MEMORY_SHARE) {
+        run.sequences /= 2;
+    }
+    (void)fprintf(stderr, "icecache-bench: serve: idle: %u sequences of %u lanes\n", run.sequences,
+                  LAYERS * KV_HEADS);
     if (serve_folders_make(options, run.work, run.disk) && start(&run)) {
         code = measure(&run, rows, ratios) ? 0 : EXIT_CHECK;
     }

@@ -34,6 +34,6 @@ void bandwidth_fini(struct bandwidth *bandwidth);
 void bandwidth_measure(struct bandwidth *bandwidth);
 
 uint64_t measure_free_bytes(void); // memory that could be had at once; 0: unknown
-json_t *measure_machine(void); // owned by the caller
+json_t *measure_machine(void);     // owned by the caller
 
 #endif

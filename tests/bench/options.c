@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define IDLE_DEFAULT 1000u
-#define PAGE_UNIT 4096u // direct transfers come in pieces of it
+#define PAGE_UNIT    4096u // direct transfers come in pieces of it
 
 static const char help[] =
     "usage: icecache-bench COMMAND [options]\n"
@@ -53,7 +53,8 @@ static const char help[] =
     "  --steps N           serve: decode steps of a worker in each round, instead of --seconds (--trace, --ram-cap: "
     "32)\n"
     "  --build-tokens N    serve: of the sequences that are clustered meanwhile (131072, less where memory is short)\n"
-    "  --mix WxM           serve: W workers with M sequences each that come, grow, fork and go; none: not (4x8; --trace, "
+    "  --mix WxM           serve: W workers with M sequences each that come, grow, fork and go; none: not (4x8; "
+    "--trace, "
     "\n"
     "                      --ram-cap: none)\n"
     "  --mix-steps N       serve: decode steps of each of them (128)\n"
@@ -338,8 +339,9 @@ static bool set_mix(struct options *options, const char *text)
     }
     if (sscanf(text, "%2ux%3u%c", &workers, &sequences, &behind) != 2 || workers < 1 ||
         workers > OPTIONS_MIX_WORKERS_MAX || sequences < 1 || sequences > OPTIONS_MIX_SEQUENCES_MAX) {
-        (void)fprintf(stderr, "icecache-bench: --mix %s: WxM is wanted, 1 to %u workers and 1 to %u sequences, or none\n",
-                      text, OPTIONS_MIX_WORKERS_MAX, OPTIONS_MIX_SEQUENCES_MAX);
+        (void)fprintf(stderr,
+                      "icecache-bench: --mix %s: WxM is wanted, 1 to %u workers and 1 to %u sequences, or none\n", text,
+                      OPTIONS_MIX_WORKERS_MAX, OPTIONS_MIX_SEQUENCES_MAX);
         return false;
     }
     options->mix_workers = workers;

@@ -51,14 +51,14 @@ struct options {
     uint32_t page_bytes;
     double seconds; // spill, serve: of one measurement
     struct option_list depths;
-    struct option_list workers;    // serve: processes
-    struct option_list places;     // serve: each once
-    uint32_t steps;                // serve: of a round; 0: as many as the seconds allow
-    uint32_t build_tokens;         // serve: of a sequence of the builder; 0: the default
-    uint32_t mix_workers;          // serve: 0: none
-    uint32_t mix_sequences;        // of each
-    uint32_t mix_steps;            // of each worker
-    uint32_t idle;                 // serve: idle sequences; 0: none
+    struct option_list workers; // serve: processes
+    struct option_list places;  // serve: each once
+    uint32_t steps;             // serve: of a round; 0: as many as the seconds allow
+    uint32_t build_tokens;      // serve: of a sequence of the builder; 0: the default
+    uint32_t mix_workers;       // serve: 0: none
+    uint32_t mix_sequences;     // of each
+    uint32_t mix_steps;         // of each worker
+    uint32_t idle;              // serve: idle sequences; 0: none
     bool mix_given, idle_given;
     struct option_shares ram_caps; // serve: 1 first, then what was asked for; none: no cap
     const char *daemon;            // serve: NULL: beside this program

@@ -20,20 +20,20 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#define STAGES_MAX   (OPTIONS_LIST_MAX + 1u)
-#define SETS_MAX     (2u * PLACES * OPTIONS_LIST_MAX + 1u)
-#define BASE_REPEATS 1000u
-#define DEVICE_TRIES 64u
-#define BEGIN_AHEAD_NS 2000000u // workers are told when to begin so long before
-#define POOL_STEP    (2ull << 20) // the least pool, and its unit
-#define PAGES_LEAST  0.5          // read by a retrieve, on average: below it the device is not compared with
-#define SHARED_SPARE (64ull << 20)
-#define INDEX_BYTES  512u // of a key, at most
+#define STAGES_MAX     (OPTIONS_LIST_MAX + 1u)
+#define SETS_MAX       (2u * PLACES * OPTIONS_LIST_MAX + 1u)
+#define BASE_REPEATS   1000u
+#define DEVICE_TRIES   64u
+#define BEGIN_AHEAD_NS 2000000u     // workers are told when to begin so long before
+#define POOL_STEP      (2ull << 20) // the least pool, and its unit
+#define PAGES_LEAST    0.5          // read by a retrieve, on average: below it the device is not compared with
+#define SHARED_SPARE   (64ull << 20)
+#define INDEX_BYTES    512u // of a key, at most
 // By the clock: steps that have data of their own, what a worker is taken to do in a second at most, and how many
 // measurements a sequence lasts before a new one takes its place.
-#define STEPS_DRAWN    256u
+#define STEPS_DRAWN     256u
 #define RETRIEVES_PER_S 16000u
-#define ORDERS_LAST    2u
+#define ORDERS_LAST     2u
 // A builder's sequence, of one layer.
 #define BUILD_TOKENS       131072u
 #define BUILD_TOKENS_LEAST 512u
@@ -51,8 +51,8 @@ struct stage {
 struct serve {
     const struct options *options;
     struct serve_job job, build_job;
-    uint32_t order_steps;  // of one order, at most
-    uint64_t order_ns;     // 0: all of them, however long that takes
+    uint32_t order_steps; // of one order, at most
+    uint64_t order_ns;    // 0: all of them, however long that takes
     char data[128];
     char work[SERVE_PATH_ROOM], disk[SERVE_PATH_ROOM]; // folders
     uint32_t workers_max;
@@ -60,7 +60,7 @@ struct serve {
     uint32_t stage_count;
     uint64_t all_bytes; // of the pool, where every page is in memory
     struct serve_bases *bases;
-    struct serve_device *device; // NULL: not asked for
+    struct serve_device *device;                           // NULL: not asked for
     struct serve_set base_sets[SERVE_BASES], zmq_building; // the last: beside a worker that builds
     struct serve_set sets[SETS_MAX];
     uint32_t set_count;
@@ -209,8 +209,7 @@ static bool tell_builder(struct stage *stage, struct serve_answer *answer)
 }
 
 // A set beside a worker that builds: from when all of a sequence is appended until the workers have ended.
-static bool run_building(struct serve *serve, struct stage *stage, const struct serve_set *set,
-                         struct serve_round *out)
+static bool run_building(struct serve *serve, struct stage *stage, const struct serve_set *set, struct serve_round *out)
 {
     struct serve_answer answer;
     if (!tell_builder(stage, &answer) || !run_workers(serve, stage, set->workers, set->order, out) ||
@@ -488,7 +487,8 @@ static void plan_build(struct serve *serve)
     job->layers = 1;
     job->steps = job->step_room = 1;
     job->tokens = given > 0 ? given : BUILD_TOKENS;
-    while (given == 0 && job->tokens > BUILD_TOKENS_LEAST && serve_bytes(job) > measure_free_bytes() / BUILD_MEMORY_SHARE) {
+    while (given == 0 && job->tokens > BUILD_TOKENS_LEAST &&
+           serve_bytes(job) > measure_free_bytes() / BUILD_MEMORY_SHARE) {
         job->tokens /= 2;
     }
 }

@@ -14,12 +14,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#define READY_WAIT_NS (60ull * 1000000000u)
-#define TIMEOUT_MS    20000
-#define SETTLE_WAIT_NS (5ull * 1000000000u)
+#define READY_WAIT_NS     (60ull * 1000000000u)
+#define TIMEOUT_MS        20000
+#define SETTLE_WAIT_NS    (5ull * 1000000000u)
 #define SEQUENCES_DEFAULT 4096u // the daemon's
-#define SETTLE_MS      10
-#define SETTLED_NS     500000u // of CPU time in SETTLE_MS, at most
+#define SETTLE_MS         10
+#define SETTLED_NS        500000u // of CPU time in SETTLE_MS, at most
 
 // Where this program was built, the daemon is two folders up; where it was installed, beside it.
 static bool find_program(const char *given, char *out, size_t room)
@@ -97,26 +97,12 @@ bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const 
     (void)snprintf(spill, sizeof spill, "%" PRIu64, room->spill_bytes);
     (void)snprintf(sessions, sizeof sessions, "%u", room->sessions);
     (void)snprintf(sequences, sizeof sequences, "%u", room->sequences > 0 ? room->sequences : SEQUENCES_DEFAULT);
-    const char *const arguments[] = {path,
-                                     "--socket-dir",
-                                     daemon->sockets,
-                                     "--pool-bytes",
-                                     pool,
-                                     "--index-bytes",
-                                     index,
-                                     "--shared-bytes",
-                                     shared,
-                                     "--sessions-max",
-                                     sessions,
-                                     "--sequences-max",
-                                     sequences,
-                                     "--memory-check",
-                                     "warn",
-                                     room->spill_bytes > 0 ? "--spill-dir" : NULL,
-                                     daemon->spill,
-                                     "--spill-bytes",
-                                     spill,
-                                     NULL};
+    const char *const arguments[] = {
+        path,          "--socket-dir",   daemon->sockets, "--pool-bytes",
+        pool,          "--index-bytes",  index,           "--shared-bytes",
+        shared,        "--sessions-max", sessions,        "--sequences-max",
+        sequences,     "--memory-check", "warn",          room->spill_bytes > 0 ? "--spill-dir" : NULL,
+        daemon->spill, "--spill-bytes",  spill,           NULL};
     if (mkdir(daemon->spill, 0700) != 0) {
         (void)fprintf(stderr, "icecache-bench: serve: %s cannot be made\n", daemon->spill);
         return false;

@@ -1,7 +1,7 @@
 // What a sequence costs the daemon while nobody asks it anything: many are opened, then a few tokens are appended to
-// each. What they cost beyond pages and index is what the daemon's own memory has grown by, less what its statistics say
-// that pages and index have grown by. (The pool is taken at start and shared memory is not the daemon's own, so neither
-// counts; what its allocator has freed and keeps does.)
+// each. What they cost beyond pages and index is what the daemon's own memory has grown by, less what its statistics
+// say that pages and index have grown by. (The pool is taken at start and shared memory is not the daemon's own, so
+// neither counts; what its allocator has freed and keeps does.)
 #include "serve_parts.h"
 
 #include "client/icecache.h"
@@ -13,17 +13,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LAYERS        32u
-#define KV_HEADS      8u // 256 lanes
-#define HEAD_DIM      16u
-#define TOKENS        16u
-#define ROW_BYTES     (HEAD_DIM * 2u)
-#define DEADLINE_US   (60ull * 1000000u)
-#define PAGE_BYTES    (16u * 2u * ROW_BYTES) // of 16 tokens, the daemon's default
-#define INDEX_BYTES   65536u                 // of a lane, at most
-#define SEQUENCE_BYTES (4u << 20) // about what one takes
-#define MEMORY_SHARE  4u          // of what is free, at most
-#define SPARE_BYTES   (64ull << 20)
+#define LAYERS         32u
+#define KV_HEADS       8u // 256 lanes
+#define HEAD_DIM       16u
+#define TOKENS         16u
+#define ROW_BYTES      (HEAD_DIM * 2u)
+#define DEADLINE_US    (60ull * 1000000u)
+#define PAGE_BYTES     (16u * 2u * ROW_BYTES) // of 16 tokens, the daemon's default
+#define INDEX_BYTES    65536u                 // of a lane, at most
+#define SEQUENCE_BYTES (4u << 20)             // about what one takes
+#define MEMORY_SHARE   4u                     // of what is free, at most
+#define SPARE_BYTES    (64ull << 20)
 
 struct idle_job {
     char sockets[SERVE_PATH_ROOM];
@@ -165,13 +165,13 @@ static bool look(struct idle_run *run, struct memory *out)
 static json_t *row_of(const struct idle_run *run, const struct memory *from, const struct memory *to,
                       const struct idle_answer *answer, uint32_t tokens)
 {
-    const double count = run->sequences, own = (to->own - from->own) / count,
-                 index = (to->index - from->index) / count, pages = (to->pages - from->pages) / count;
+    const double count = run->sequences, own = (to->own - from->own) / count, index = (to->index - from->index) / count,
+                 pages = (to->pages - from->pages) / count;
     return json_pack("{s:s, s:I, s:I, s:I, s:s, s:s, s:f, s:f, s:f, s:f, s:{s:f, s:f}}", "method", "idle", "sequences",
-                     (json_int_t)run->sequences, "lanes", (json_int_t)LAYERS * KV_HEADS, "tokens",
-                     (json_int_t)tokens, "class", "admin", "memory_of", "Anonymous of /proc/PID/smaps_rollup",
-                     "own_bytes_each", own, "index_bytes_each", index, "page_bytes_each", pages, "beyond_bytes_each",
-                     own - index, tokens == 0 ? "open_us" : "append_us", "p50", answer->p50_us, "p99", answer->p99_us);
+                     (json_int_t)run->sequences, "lanes", (json_int_t)LAYERS * KV_HEADS, "tokens", (json_int_t)tokens,
+                     "class", "admin", "memory_of", "Anonymous of /proc/PID/smaps_rollup", "own_bytes_each", own,
+                     "index_bytes_each", index, "page_bytes_each", pages, "beyond_bytes_each", own - index,
+                     tokens == 0 ? "open_us" : "append_us", "p50", answer->p50_us, "p99", answer->p99_us);
 }
 
 static bool start(struct idle_run *run)
@@ -223,8 +223,7 @@ int serve_idle_run(const struct options *options, json_t *rows, json_t *ratios)
            run.sequences * (uint64_t)SEQUENCE_BYTES > measure_free_bytes() / MEMORY_SHARE) {
         run.sequences /= 2;
     }
-    (void)fprintf(stderr, "icecache-bench: serve: idle: %u sequences of %u lanes\n", run.sequences,
-                  LAYERS * KV_HEADS);
+    (void)fprintf(stderr, "icecache-bench: serve: idle: %u sequences of %u lanes\n", run.sequences, LAYERS * KV_HEADS);
     if (serve_folders_make(options, run.work, run.disk) && start(&run)) {
         code = measure(&run, rows, ratios) ? 0 : EXIT_CHECK;
     }

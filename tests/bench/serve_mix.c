@@ -78,8 +78,7 @@ static void begin_span(struct mix *mix, struct member *member)
     if (member->span_count > 0 && member->spans[member->span_count - 1].first == member->length) {
         member->span_count--;
     }
-    member->spans[member->span_count++] =
-        (struct span){member->length, random_below(&mix->random, mix->source.tokens)};
+    member->spans[member->span_count++] = (struct span){member->length, random_below(&mix->random, mix->source.tokens)};
 }
 
 static const uint8_t *row_of(const struct mix *mix, const uint8_t *side, uint32_t layer, uint32_t head, uint32_t token)
@@ -170,8 +169,8 @@ static bool append_one(struct mix *mix, const struct plan_op *op)
             }
         }
     }
-    const struct ice_kv_source source = {mix->keys,   mix->values, job->layers * layer_bytes, job->layers * layer_bytes,
-                                         layer_bytes, row,         head_bytes};
+    const struct ice_kv_source source = {
+        mix->keys, mix->values, job->layers * layer_bytes, job->layers * layer_bytes, layer_bytes, row, head_bytes};
     const uint64_t begun_ns = measure_ns();
     const ice_status status =
         ice_append(member->sequence, ICE_ALL_LAYERS, op->first, op->count, &source, DEADLINE_US, NULL);
@@ -312,7 +311,7 @@ static bool decode(struct mix *mix, const struct plan_op *op)
 static bool run_plan(struct mix *mix, const struct serve_go *go)
 {
     bool (*const calls[PLAN_KINDS])(struct mix *, const struct plan_op *) = {
-        [PLAN_OPEN] = open_one,    [PLAN_FORK] = fork_one, [PLAN_APPEND] = append_one,
+        [PLAN_OPEN] = open_one,   [PLAN_FORK] = fork_one, [PLAN_APPEND] = append_one,
         [PLAN_RETRIEVE] = decode, [PLAN_INFO] = info_one, [PLAN_CLOSE] = close_one};
     struct plan_op op;
     const struct timespec begin = {(time_t)(go->begin_ns / 1000000000u), (long)(go->begin_ns % 1000000000u)};
@@ -374,9 +373,8 @@ static bool serve_mix(struct mix *mix)
 {
     const char ready = 1;
     struct serve_go go;
-    return open_all(mix) && serve_source_init(&mix->source, &mix->job.job) && reserve(mix) &&
-           parent_write(&ready, 1) && parent_read(&go, sizeof go) && run_plan(mix, &go) &&
-           parent_write(&mix->answer, sizeof mix->answer) &&
+    return open_all(mix) && serve_source_init(&mix->source, &mix->job.job) && reserve(mix) && parent_write(&ready, 1) &&
+           parent_read(&go, sizeof go) && run_plan(mix, &go) && parent_write(&mix->answer, sizeof mix->answer) &&
            parent_write(mix->records, mix->answer.record_count * sizeof *mix->records);
 }
 

@@ -180,9 +180,9 @@ static json_t *phases_of(struct mix_run *run)
     json_t *phases = json_object();
     for (enum figure figure = QUEUE; figure <= WIRE; figure++) {
         const uint32_t count = collect(run, SERVE_DECODE, PLAN_KINDS, figure);
-        const json_t *of = json_pack("{s:o, s:o, s:o}", "p50", number(quantile(run->values, count, 0.5)), "p99",
-                                     number(quantile(run->values, count, 0.99)), "p999",
-                                     number(quantile(run->values, count, 0.999)));
+        const json_t *of =
+            json_pack("{s:o, s:o, s:o}", "p50", number(quantile(run->values, count, 0.5)), "p99",
+                      number(quantile(run->values, count, 0.99)), "p999", number(quantile(run->values, count, 0.999)));
         (void)json_object_set_new(phases, names[figure - QUEUE], (json_t *)(uintptr_t)of);
     }
     return phases;
@@ -253,13 +253,12 @@ static json_t *row_of(struct mix_run *run, enum serve_class class)
         "tokens", (json_int_t)run->job.job.tokens, "workers", (json_int_t)run->started, "sequences",
         (json_int_t)run->started * run->options->mix_sequences, "class", serve_class_names[class], "retrieve_us",
         times_of(run, class, PLAN_KINDS), "requests", kinds_of(run, class, &sums), "per_s",
-        number((double)sums.requests / run->seconds), "slowest_over_mean", number(sums.slowest_over_mean),
-        "seconds", number(run->seconds), "steps", (json_int_t)run->job.plan.steps, "cut", (int)is_cut);
+        number((double)sums.requests / run->seconds), "slowest_over_mean", number(sums.slowest_over_mean), "seconds",
+        number(run->seconds), "steps", (json_int_t)run->job.plan.steps, "cut", (int)is_cut);
     if (class == SERVE_DECODE) {
         (void)json_object_set_new(row, "phase_us", phases_of(run));
         (void)json_object_set_new(row, "batch", number((double)sums.lanes / (double)sums.requests));
-        (void)json_object_set_new(row, "tokens_per_s",
-                                  number((double)sums.lanes / run->job.job.layers / run->seconds));
+        (void)json_object_set_new(row, "tokens_per_s", number((double)sums.lanes / run->job.job.layers / run->seconds));
         (void)json_object_set_new(row, "bytes_moved", number((double)sums.bytes / (double)sums.requests));
         (void)json_object_set_new(row, "partial", json_integer((json_int_t)sums.partial));
         (void)json_object_set_new(row, "wrong_rows", json_integer((json_int_t)wrong));
@@ -268,7 +267,8 @@ static json_t *row_of(struct mix_run *run, enum serve_class class)
     } else if (class == SERVE_BULK) {
         (void)json_object_set_new(row, "tokens_per_s", number((double)sums.tokens / run->seconds));
     } else {
-        (void)json_object_set_new(row, "arrivals", json_integer((json_int_t)(sums.kinds[PLAN_OPEN] + sums.kinds[PLAN_FORK])));
+        (void)json_object_set_new(row, "arrivals",
+                                  json_integer((json_int_t)(sums.kinds[PLAN_OPEN] + sums.kinds[PLAN_FORK])));
         (void)json_object_set_new(row, "forks", json_integer((json_int_t)sums.kinds[PLAN_FORK]));
         (void)json_object_set_new(row, "fork_way", json_string(serve_fork_way));
         (void)json_object_set_new(row, "departures", json_integer((json_int_t)sums.kinds[PLAN_CLOSE]));
@@ -279,13 +279,15 @@ static json_t *row_of(struct mix_run *run, enum serve_class class)
 static int report(struct mix_run *run, json_t *rows)
 {
     int code = 0;
-    for (enum serve_class class = SERVE_DECODE; class < SERVE_CLASSES; class++) {
+    for (enum serve_class class = SERVE_DECODE; class < SERVE_CLASSES; class ++) {
         (void)json_array_append_new(rows, row_of(run, class));
     }
     for (uint32_t w = 0; w < run->started; w++) {
         if (run->answers[w].is_cut) {
-            (void)fprintf(stderr, "icecache-bench: serve: mix: ended after %g s, before all of its steps: fewer "
-                                  "--mix-steps, or a smaller --mix\n", 1e-9 * (double)LIMIT_NS);
+            (void)fprintf(stderr,
+                          "icecache-bench: serve: mix: ended after %g s, before all of its steps: fewer "
+                          "--mix-steps, or a smaller --mix\n",
+                          1e-9 * (double)LIMIT_NS);
         }
         if (run->answers[w].wrong_rows > 0) {
             (void)fprintf(stderr, "icecache-bench: serve: mix: %u rows of landings are not what was appended\n",
@@ -305,8 +307,8 @@ int serve_mix_run(const struct options *options, json_t *rows)
     }
     run->options = options;
     plan_job(run);
-    (void)fprintf(stderr, "icecache-bench: serve: mix: %u workers with %u sequences, %u steps\n",
-                  options->mix_workers, options->mix_sequences, options->mix_steps);
+    (void)fprintf(stderr, "icecache-bench: serve: mix: %u workers with %u sequences, %u steps\n", options->mix_workers,
+                  options->mix_sequences, options->mix_steps);
     if (serve_folders_make(options, run->work, run->disk) && start_all(run)) {
         code = run_all(run) ? report(run, rows) : EXIT_CHECK;
     }

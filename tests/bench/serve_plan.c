@@ -1,7 +1,6 @@
-// A step of the plan goes through the sequences one by one: one that has decoded enough goes, a free place may be taken,
-// one that is being prefilled gets its next chunk. Then all that are decoding do a step together.
+// A step of the plan goes through the sequences one by one: one that has decoded enough goes, a free place may be
+// taken, one that is being prefilled gets its next chunk. Then all that are decoding do a step together.
 #include "serve_plan.h"
-
 
 #define ARRIVE_ONE_IN 6u  // steps of a free place
 #define FORK_ONE_IN   3u  // arrivals, where there is something to fork

@@ -19,8 +19,8 @@ struct serve_round {                    // what one round of some workers gave
 struct serve_set {
     char data[128];
     uint32_t tokens, workers;
-    double ram_cap; // 0: none
-    bool building; // beside a worker that builds
+    double ram_cap;          // 0: none
+    bool building;           // beside a worker that builds
     uint32_t order;          // which of the job's places
     enum option_place place; // as it is
     struct samples p50, p99, p999, mean, queue, search, fetch, copy, wire, per_s, slowest, kept, resident, cpu_us;

@@ -37,7 +37,8 @@ uint64_t serve_bytes(const struct serve_job *job)
 const uint8_t *serve_source_row(const struct serve_source *source, const struct serve_job *job, const uint8_t *side,
                                 uint32_t layer, uint32_t head, uint32_t token)
 {
-    return side + (((size_t)layer * job->kv_heads + head) * source->tokens + token % source->tokens) * source->row_bytes;
+    return side +
+           (((size_t)layer * job->kv_heads + head) * source->tokens + token % source->tokens) * source->row_bytes;
 }
 
 static uint8_t *query_row(const struct serve_source *source, const struct serve_job *job, uint32_t layer, uint32_t step,

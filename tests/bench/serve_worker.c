@@ -1,7 +1,7 @@
 // A worker of the serve command, in a process of its own: appends its prompt, waits until that is clustered, then runs
 // decode steps as it is told, each layer by one retrieve that brings the step's K and V along. A sequence that gets too
-// long by them is replaced by a new one between two orders. Or one that builds: it appends and clusters a sequence again
-// and again until it is told to end.
+// long by them is replaced by a new one between two orders. Or one that builds: it appends and clusters a sequence
+// again and again until it is told to end.
 #include "serve.h"
 
 #include "client/icecache.h"
@@ -403,8 +403,8 @@ static bool reserve(struct worker *worker)
     worker->step_values = malloc(step_bytes);
     worker->seen = calloc(lanes * worker->lane_room, sizeof *worker->seen);
     worker->records = calloc((size_t)job->layers * job->step_room, sizeof *worker->records);
-    bool good = worker->step_keys != NULL && worker->step_values != NULL && worker->seen != NULL &&
-                worker->records != NULL;
+    bool good =
+        worker->step_keys != NULL && worker->step_values != NULL && worker->seen != NULL && worker->records != NULL;
     for (uint32_t i = 0; i < job->place_count; i++) {
         worker->held[i] = calloc(lanes * worker->lane_room, sizeof *worker->held[i]);
         good = good && worker->held[i] != NULL;
@@ -435,8 +435,7 @@ int serve_worker(void)
         close_all(&worker);
         return 1;
     }
-    const bool good =
-        worker.job.builds ? serve_building(&worker) : reserve(&worker) && serve_steps(&worker);
+    const bool good = worker.job.builds ? serve_building(&worker) : reserve(&worker) && serve_steps(&worker);
     close_all(&worker);
     release(&worker);
     serve_source_fini(&worker.source);

@@ -164,6 +164,8 @@ struct serve_bases *serve_bases_create(const struct serve_job *job, const char *
 void serve_bases_destroy(struct serve_bases *bases); // accepts NULL
 // us[count], one each.
 bool serve_bases_measure(struct serve_bases *bases, enum serve_base base, double *us, uint32_t count);
+// The far side of SERVE_ZMQ computes so long before it answers, from now on; 0: as at first.
+void serve_bases_work(struct serve_bases *bases, uint32_t us);
 uint64_t serve_bases_bytes(const struct serve_bases *bases, enum serve_base base); // that one of them moves
 int serve_echo(const char *endpoint);                                              // roles
 int serve_ring(const char *numbers);

@@ -174,7 +174,9 @@ def check_serve(result, workers, heads, slot_bytes):
     bases = [row for row in result["rows"] if row["method"] not in ("retrieve", "mix", "idle")]
     building = [row["method"] for row in bases if row["building"]]
     check(building == ([] if "ram_cap" in rows[0] else SERVE_BASES[:1]), f"beside a build: {building}")
-    bases = [row for row in bases if not row["building"]]
+    working = [row["method"] for row in bases if "working_us" in row]
+    check(working == SERVE_BASES[:1], f"beside a far side that computes: {working}")
+    bases = [row for row in bases if not row["building"] and "working_us" not in row]
     check([row["workers"] for row in rows] == workers, f"rows of serve: {rows}")
     check([row["method"] for row in bases] == SERVE_BASES, f"baselines of serve: {bases}")
     for row in bases:

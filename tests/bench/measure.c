@@ -130,6 +130,13 @@ static json_t *gpu(void)
     return name != NULL ? name : json_null();
 }
 
+uint64_t measure_free_bytes(void)
+{
+    char text[64];
+    find_line("/proc/meminfo", "MemAvailable", text, sizeof text);
+    return 1024 * strtoull(text, NULL, 10);
+}
+
 json_t *measure_machine(void)
 {
     char cpu[256], huge[256];

@@ -33,6 +33,7 @@ bool bandwidth_init(struct bandwidth *bandwidth); // false when there is no memo
 void bandwidth_fini(struct bandwidth *bandwidth);
 void bandwidth_measure(struct bandwidth *bandwidth);
 
-json_t *measure_machine(void); // owned by the caller
+uint64_t measure_free_bytes(void); // memory that could be had at once; 0: unknown
+json_t *measure_machine(void);     // owned by the caller
 
 #endif

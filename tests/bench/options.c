@@ -8,7 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PAGE_UNIT 4096u // direct transfers come in pieces of it
+#define IDLE_DEFAULT 1000u
+#define PAGE_UNIT    4096u // direct transfers come in pieces of it
 
 static const char help[] =
     "usage: icecache-bench COMMAND [options]\n"
@@ -24,7 +25,8 @@ static const char help[] =
     "options (LIST: numbers with commas between them)\n"
     "  --json              one JSON object instead of a table\n"
     "  --seed N            of data and trees (1)\n"
-    "  --rounds N          interleaved rounds; times are medians over them (5)\n"
+    "  --rounds N          interleaved rounds; times are medians over them (5; serve without --trace and --ram-cap: "
+    "3)\n"
     "  --seeds N           search: trees built with different seeds (3)\n"
     "  --trace DIR         data: a trace folder; may be repeated\n"
     "  --data KIND[,KIND]  data: attention, gauss, or both (attention)\n"
@@ -48,8 +50,17 @@ static const char help[] =
     "  --copies N          step: lanes that are made from the same draw of data, or from a trace's lane (64)\n"
     "  --cores LIST        step: threads over the lanes (1)\n"
     "  --no-gather         step: without K and V, which need most of the memory\n"
-    "  --workers LIST      serve: worker processes; one only with --ram-cap (1)\n"
-    "  --steps N           serve: decode steps of a worker in each round (32)\n"
+    "  --workers LIST      serve: worker processes; one only with --ram-cap (1,2,4,16; --trace, --ram-cap: 1)\n"
+    "  --steps N           serve: decode steps of a worker in each round, instead of --seconds (--trace, --ram-cap: "
+    "32)\n"
+    "  --build-tokens N    serve: of the sequences that are clustered meanwhile (131072, less where memory is short)\n"
+    "  --mix WxM           serve: W workers with M sequences each that come, grow, fork and go; none: not (4x8; "
+    "--trace, "
+    "\n"
+    "                      --ram-cap: none)\n"
+    "  --mix-steps N       serve: decode steps of each of them (128)\n"
+    "  --idle N            serve: idle sequences of 256 lanes whose memory is measured; 0: none (1000; --trace, "
+    "--ram-cap: 0)\n"
     "  --place NAME[,NAME]\n"
     "                      serve: where landings are: host, pull or push (GPU memory), or auto, which is the first of "
     "push, "
@@ -64,7 +75,7 @@ static const char help[] =
     "  --bytes N           spill: of the file (1073741824)\n"
     "  --page-bytes N      spill: of a page, a multiple of 4096 (8192)\n"
     "  --depths LIST       spill: pages in flight, up to 64 (1,4,16,32,64)\n"
-    "  --seconds X         spill: of each measurement (1)\n"
+    "  --seconds X         of each measurement (spill 1, serve 0.5)\n"
     "\n"
     "exit status: 0, 1 a check inside failed, 2 wrong usage, 3 something needed is missing\n";
 
@@ -101,6 +112,10 @@ enum {
     PLACE,
     RAM_CAP,
     DAEMON,
+    BUILD_TOKENS,
+    MIX,
+    MIX_STEPS,
+    IDLE,
     HELP
 };
 
@@ -130,12 +145,16 @@ static const struct {
     {BYTES, "spill"},
     {PAGE_BYTES, "spill"},
     {DEPTHS, "spill"},
-    {SECONDS, "spill"},
+    {SECONDS, "spill serve"},
     {WORKERS, "serve"},
     {STEPS, "serve"},
     {PLACE, "serve"},
     {RAM_CAP, "serve"},
     {DAEMON, "serve"},
+    {BUILD_TOKENS, "serve"},
+    {MIX, "serve"},
+    {MIX_STEPS, "serve"},
+    {IDLE, "serve"},
 };
 
 static const struct option long_options[] = {
@@ -170,6 +189,10 @@ static const struct option long_options[] = {
     {"place", required_argument, NULL, PLACE},
     {"ram-cap", required_argument, NULL, RAM_CAP},
     {"daemon", required_argument, NULL, DAEMON},
+    {"build-tokens", required_argument, NULL, BUILD_TOKENS},
+    {"mix", required_argument, NULL, MIX},
+    {"mix-steps", required_argument, NULL, MIX_STEPS},
+    {"idle", required_argument, NULL, IDLE},
     {"help", no_argument, NULL, HELP},
     {NULL, 0, NULL, 0},
 };
@@ -305,6 +328,28 @@ static bool set_ram_caps(struct options *options, const char *text)
     return true;
 }
 
+// "WxM", or "none".
+static bool set_mix(struct options *options, const char *text)
+{
+    unsigned workers = 0, sequences = 0;
+    char behind;
+    options->mix_given = true;
+    if (strcmp(text, "none") == 0) {
+        options->mix_workers = options->mix_sequences = 0;
+        return true;
+    }
+    if (sscanf(text, "%2ux%3u%c", &workers, &sequences, &behind) != 2 || workers < 1 ||
+        workers > OPTIONS_MIX_WORKERS_MAX || sequences < 1 || sequences > OPTIONS_MIX_SEQUENCES_MAX) {
+        (void)fprintf(stderr,
+                      "icecache-bench: --mix %s: WxM is wanted, 1 to %u workers and 1 to %u sequences, or none\n", text,
+                      OPTIONS_MIX_WORKERS_MAX, OPTIONS_MIX_SEQUENCES_MAX);
+        return false;
+    }
+    options->mix_workers = workers;
+    options->mix_sequences = sequences;
+    return true;
+}
+
 static const struct options_shape shapes[] = {
     {"llama-3.1-8b", 32, 8, 4, 128}, {"slice", 4, 2, 4, 128}, {"small", 4, 2, 4, 64}};
 
@@ -401,6 +446,15 @@ static bool set(struct options *options, int option, const char *text)
     case DAEMON:
         options->daemon = text;
         return true;
+    case BUILD_TOKENS:
+        return parse_u32(text, 512, 1u << 20, &options->build_tokens);
+    case MIX:
+        return set_mix(options, text);
+    case MIX_STEPS:
+        return parse_u32(text, 1, 100000, &options->mix_steps);
+    case IDLE:
+        options->idle_given = true;
+        return parse_u32(text, 0, 100000, &options->idle);
     default:
         return false;
     }
@@ -441,6 +495,32 @@ static bool are_used(const char *command, uint64_t given)
     return true;
 }
 
+// All that serve can show where it has nothing but generated data; a trace's steps are few, and at a share of memory a
+// sequence that grows would change it.
+static void set_serve_defaults(struct options *options)
+{
+    const bool is_whole = options->trace_count == 0 && options->ram_caps.count == 0;
+    if (options->workers.count == 0) {
+        options->workers = is_whole ? (struct option_list){4, {1, 2, 4, 16}} : (struct option_list){1, {1}};
+    }
+    if (options->steps == 0 && options->seconds == 0 && !is_whole) {
+        options->steps = 32;
+    }
+    if (is_whole && !options->mix_given) {
+        options->mix_workers = 4;
+        options->mix_sequences = 8;
+    }
+    if (is_whole && !options->idle_given) {
+        options->idle = IDLE_DEFAULT;
+    }
+    if (options->seconds == 0) {
+        options->seconds = 0.5;
+    }
+    if (options->rounds == 0 && is_whole) {
+        options->rounds = 3;
+    }
+}
+
 static void set_defaults(struct options *options)
 {
     const bool is_step = strcmp(options->command, "step") == 0, is_serve = strcmp(options->command, "serve") == 0;
@@ -452,8 +532,14 @@ static void set_defaults(struct options *options)
     if (options->shape == NULL) {
         options->shape = is_serve ? "slice" : "llama-3.1-8b";
     }
-    if (options->workers.count == 0) {
-        options->workers = (struct option_list){1, {1}};
+    if (is_serve) {
+        set_serve_defaults(options);
+    }
+    if (options->rounds == 0) {
+        options->rounds = 5;
+    }
+    if (options->seconds == 0) {
+        options->seconds = 1;
     }
     if (options->places.count == 0) {
         options->places = (struct option_list){1, {PLACE_HOST}};
@@ -482,8 +568,16 @@ static void set_defaults(struct options *options)
     }
 }
 
-static bool serve_is_valid(const struct options *options)
+static bool serve_is_valid(const struct options *options, bool has_seconds)
 {
+    if (options->steps > 0 && has_seconds) {
+        (void)fputs("icecache-bench: serve: --steps and --seconds: one of them\n", stderr);
+        return false;
+    }
+    if (options->ram_caps.count > 0 && has_seconds) {
+        (void)fputs("icecache-bench: serve: --ram-cap takes --steps, not --seconds\n", stderr);
+        return false;
+    }
     const char *list = options->tokens.count > 1                                   ? "tokens"
                        : options->budgets.count > 1                                ? "budget"
                        : options->ram_caps.count > 0 && options->workers.count > 1 ? "workers, with --ram-cap,"
@@ -495,7 +589,7 @@ static bool serve_is_valid(const struct options *options)
     return list == NULL;
 }
 
-static bool is_valid(const struct options *options)
+static bool is_valid(const struct options *options, bool has_seconds)
 {
     for (uint32_t i = 0; i < options->head_dims.count; i++) {
         if (options->head_dims.values[i] % INDEX_HEAD_DIM_STEP != 0) {
@@ -511,14 +605,13 @@ static bool is_valid(const struct options *options)
         (void)fprintf(stderr, "icecache-bench: %s: no such command; --help lists them\n", options->command);
         return false;
     }
-    return strcmp(options->command, "serve") != 0 || serve_is_valid(options);
+    return strcmp(options->command, "serve") != 0 || serve_is_valid(options, has_seconds);
 }
 
 int options_parse(struct options *options, int argc, char **argv)
 {
     *options = (struct options){
         .seed = 1,
-        .rounds = 5,
         .queries = 64,
         .seeds = 3,
         .insert_share = 0.0625,
@@ -529,8 +622,7 @@ int options_parse(struct options *options, int argc, char **argv)
         .pages = true,
         .bytes = (uint64_t)1 << 30,
         .page_bytes = 8192,
-        .seconds = 1,
-        .steps = 32,
+        .mix_steps = 128,
     };
     uint64_t given = 0;
     for (int option; (option = getopt_long(argc, argv, "", long_options, NULL)) != -1;) {
@@ -549,5 +641,6 @@ int options_parse(struct options *options, int argc, char **argv)
     }
     options->command = argv[optind];
     set_defaults(options);
-    return is_valid(options) && are_used(options->command, given) ? 0 : EXIT_USAGE;
+    const bool has_seconds = (given & UINT64_C(1) << (SECONDS - OPTION_FIRST)) != 0;
+    return is_valid(options, has_seconds) && are_used(options->command, given) ? 0 : EXIT_USAGE;
 }

@@ -7,7 +7,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define OPTIONS_LIST_MAX 16u
+#define OPTIONS_LIST_MAX          16u
+#define OPTIONS_MIX_WORKERS_MAX   64u
+#define OPTIONS_MIX_SEQUENCES_MAX 128u
 
 enum { EXIT_CHECK = 1, EXIT_USAGE = 2, EXIT_MISSING = 3 };
 
@@ -47,11 +49,17 @@ struct options {
     const char *folder; // spill, serve: where its folder is made; NULL: TMPDIR or here
     uint64_t bytes;     // spill: of the file, at least page_bytes
     uint32_t page_bytes;
-    double seconds; // spill: of one measurement
+    double seconds; // spill, serve: of one measurement
     struct option_list depths;
-    struct option_list workers;    // serve: processes
-    struct option_list places;     // serve: each once
-    uint32_t steps;                // serve: of a round
+    struct option_list workers; // serve: processes
+    struct option_list places;  // serve: each once
+    uint32_t steps;             // serve: of a round; 0: as many as the seconds allow
+    uint32_t build_tokens;      // serve: of a sequence of the builder; 0: the default
+    uint32_t mix_workers;       // serve: 0: none
+    uint32_t mix_sequences;     // of each
+    uint32_t mix_steps;         // of each worker
+    uint32_t idle;              // serve: idle sequences; 0: none
+    bool mix_given, idle_given;
     struct option_shares ram_caps; // serve: 1 first, then what was asked for; none: no cap
     const char *daemon;            // serve: NULL: beside this program
     bool pages;                    // step: with the gather of K and V, which needs their memory

@@ -6,6 +6,8 @@
 // and take no time from the others.
 #include "serve.h"
 #include "commands.h"
+#include "serve_mix.h"
+#include "serve_parts.h"
 #include "serve_rows.h"
 
 #include "trace.h"
@@ -18,14 +20,25 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#define STAGES_MAX   (OPTIONS_LIST_MAX + 1u)
-#define SETS_MAX     (2u * PLACES * OPTIONS_LIST_MAX + 1u)
-#define BASE_REPEATS 200u
-#define DEVICE_TRIES 64u
-#define POOL_STEP    (2ull << 20) // the least pool, and its unit
-#define PAGES_LEAST  0.5          // read by a retrieve, on average: below it the device is not compared with
-#define SHARED_SPARE (64ull << 20)
-#define INDEX_BYTES  512u // of a key, at most
+#define STAGES_MAX       (OPTIONS_LIST_MAX + 1u)
+#define SETS_MAX         (2u * PLACES * OPTIONS_LIST_MAX + 1u)
+#define BASE_REPEATS     1000u
+#define BASE_SAMPLES_MAX (64u * BASE_REPEATS)
+#define DEVICE_TRIES     64u
+#define BEGIN_AHEAD_NS   2000000u     // workers are told when to begin so long before
+#define POOL_STEP        (2ull << 20) // the least pool, and its unit
+#define PAGES_LEAST      0.5          // read by a retrieve, on average: below it the device is not compared with
+#define SHARED_SPARE     (64ull << 20)
+#define INDEX_BYTES      512u // of a key, at most
+// By the clock: steps that have data of their own, what a worker is taken to do in a second at most, and how many
+// measurements a sequence lasts before a new one takes its place.
+#define STEPS_DRAWN     256u
+#define RETRIEVES_PER_S 16000u
+#define ORDERS_LAST     2u
+// A builder's sequence, of one layer.
+#define BUILD_TOKENS       131072u
+#define BUILD_TOKENS_LEAST 512u
+#define BUILD_MEMORY_SHARE 8u // of what is free, at most
 
 struct stage {
     struct serve_daemon daemon;
@@ -38,7 +51,9 @@ struct stage {
 
 struct serve {
     const struct options *options;
-    struct serve_job job;
+    struct serve_job job, build_job;
+    uint32_t order_steps; // of one order, at most
+    uint64_t order_ns;    // 0: all of them, however long that takes
     char data[128];
     char work[SERVE_PATH_ROOM], disk[SERVE_PATH_ROOM]; // folders
     uint32_t workers_max;
@@ -46,10 +61,14 @@ struct serve {
     uint32_t stage_count;
     uint64_t all_bytes; // of the pool, where every page is in memory
     struct serve_bases *bases;
-    struct serve_device *device; // NULL: not asked for
-    struct serve_set base_sets[SERVE_BASES];
+    struct serve_device *device;                           // NULL: not asked for
+    struct serve_set base_sets[SERVE_BASES], zmq_building; // the last: beside a worker that builds
     struct serve_set sets[SETS_MAX];
     uint32_t set_count;
+    struct serve_set zmq_working;   // the far side computes before it answers,
+    uint32_t working_us;            // so long
+    struct samples zmq_beside_work; // p50 less that
+    double base_us[BASE_SAMPLES_MAX];
     struct serve_answer answers[SERVE_WORKERS_MAX];
     struct serve_record *records;
 };
@@ -61,27 +80,33 @@ static bool is_capped(const struct serve *serve)
 
 // ---- stages ----
 
-static struct serve_room room_of(const struct serve *serve, uint32_t sequences, double cap)
+static uint64_t keys_of(const struct serve_job *job)
 {
-    const struct serve_job *job = &serve->job;
-    const uint64_t bytes = serve_bytes(job) * sequences;
-    const uint64_t keys = (uint64_t)job->layers * job->kv_heads * (job->tokens + job->steps) * sequences;
+    return (uint64_t)job->layers * job->kv_heads * (job->tokens + job->step_room);
+}
+
+static struct serve_room room_of(const struct serve *serve, double cap)
+{
+    const struct serve_job *job = &serve->job, *build = &serve->build_job;
+    const uint32_t sequences = serve->workers_max;
+    const bool builds = !is_capped(serve);
+    const uint64_t bytes = serve_bytes(job) * sequences + (builds ? serve_bytes(build) : 0);
+    const uint64_t keys = keys_of(job) * sequences + (builds ? keys_of(build) : 0);
     const uint64_t landing = (uint64_t)job->layers * job->kv_heads * serve_slots(job) * 3 * serve_row_bytes(job);
     const uint64_t pool = cap > 0 && cap < 1 ? (uint64_t)(cap * (double)serve->all_bytes) : 2 * bytes + (16u << 20);
     return (struct serve_room){
         .pool_bytes = pool < POOL_STEP ? POOL_STEP : (pool + POOL_STEP / 2) / POOL_STEP * POOL_STEP,
         .index_bytes = keys * INDEX_BYTES + (64u << 20),
-        .shared_bytes = (sequences + 1) * (landing * job->place_count + SHARED_SPARE),
-        .spill_bytes = 4 * bytes + (64u << 20),
-        .sessions = sequences + 1,
+        .shared_bytes = (sequences + 2) * (landing * job->place_count + SHARED_SPARE),
+        .spill_bytes = is_capped(serve) ? 4 * bytes + (64u << 20) : 0,
+        .sessions = sequences + 2,
     };
 }
 
-static bool start_worker(struct serve *serve, struct stage *stage, struct process *process, uint32_t number,
-                         bool builds)
+static bool start_worker(const struct serve_job *of, const struct stage *stage, struct process *process,
+                         uint32_t number)
 {
-    struct serve_job job = serve->job;
-    job.builds = builds;
+    struct serve_job job = *of;
     job.seed += number;
     (void)snprintf(job.sockets, sizeof job.sockets, "%s", stage->daemon.sockets);
     return process_start_role(process, "worker", NULL) && process_write(process, &job, sizeof job);
@@ -108,7 +133,7 @@ static bool wait_worker(const struct process *process, bool builds, struct stage
 static bool stage_open(struct serve *serve, struct stage *stage, double cap)
 {
     const bool builds = !is_capped(serve);
-    const struct serve_room room = room_of(serve, serve->workers_max + builds, cap);
+    const struct serve_room room = room_of(serve, cap);
     *stage = (struct stage){.cap = cap};
     serve->stage_count++;
     (void)fprintf(stderr, "icecache-bench: serve: %s: a daemon with a pool of %llu MiB\n", serve->data,
@@ -116,10 +141,10 @@ static bool stage_open(struct serve *serve, struct stage *stage, double cap)
     bool good =
         serve_daemon_start(&stage->daemon, serve->options->daemon, serve->work, serve->disk, serve->stage_count, &room);
     for (uint32_t w = 0; good && w < serve->workers_max; w++) {
-        good = start_worker(serve, stage, &stage->workers[w], w, false);
+        good = start_worker(&serve->job, stage, &stage->workers[w], w);
         stage->worker_count += good;
     }
-    good = good && (!builds || start_worker(serve, stage, &stage->builder, serve->workers_max, true));
+    good = good && (!builds || start_worker(&serve->build_job, stage, &stage->builder, serve->workers_max));
     for (uint32_t w = 0; good && w < serve->workers_max; w++) {
         good = wait_worker(&stage->workers[w], false, stage);
     }
@@ -140,43 +165,74 @@ static bool stage_close(struct stage *stage)
 
 // ---- rounds ----
 
-// The first `count` workers run the steps. What they answer goes to serve->answers and serve->records.
-static bool run_workers(struct serve *serve, struct stage *stage, uint32_t count, uint32_t place,
-                        struct serve_round *out)
+// Tells the first `count` workers what to do, and lets them begin together when all are ready.
+static bool begin_workers(const struct serve *serve, struct stage *stage, uint32_t count, uint32_t place)
 {
-    const struct serve_order order = {.steps = serve->options->steps, .place = place};
-    const uint32_t per_worker = order.steps * serve->job.layers;
-    bool good = serve_daemon_stats(&stage->daemon, &out->before);
+    const struct serve_order order = {.steps = serve->order_steps, .place = place};
+    struct serve_go go = {0};
+    char ready;
+    bool good = true;
     for (uint32_t w = 0; good && w < count; w++) {
         good = process_write(&stage->workers[w], &order, sizeof order);
     }
     for (uint32_t w = 0; good && w < count; w++) {
-        good = process_read(&stage->workers[w], &serve->answers[w], sizeof serve->answers[w]) &&
-               serve->answers[w].record_count == per_worker &&
-               process_read(&stage->workers[w], serve->records + (size_t)w * per_worker,
-                            per_worker * sizeof *serve->records);
+        good = process_read(&stage->workers[w], &ready, sizeof ready);
+    }
+    go.begin_ns = measure_ns() + BEGIN_AHEAD_NS;
+    go.end_ns = serve->order_ns > 0 ? go.begin_ns + serve->order_ns : 0;
+    for (uint32_t w = 0; good && w < count; w++) {
+        good = process_write(&stage->workers[w], &go, sizeof go);
+    }
+    return good;
+}
+
+// What they answer goes to serve->answers and serve->records.
+static bool run_workers(struct serve *serve, struct stage *stage, uint32_t count, uint32_t place,
+                        struct serve_round *out)
+{
+    const uint32_t most = serve->order_steps * serve->job.layers;
+    bool good = serve_daemon_stats(&stage->daemon, &out->before) && begin_workers(serve, stage, count, place);
+    out->record_count = 0;
+    for (uint32_t w = 0; good && w < count; w++) {
+        struct serve_answer *answer = &serve->answers[w];
+        good = process_read(&stage->workers[w], answer, sizeof *answer) && answer->record_count <= most &&
+               process_read(&stage->workers[w], serve->records + out->record_count,
+                            answer->record_count * sizeof *serve->records);
+        out->record_count += good ? answer->record_count : 0;
     }
     out->answers = serve->answers;
     out->records = serve->records;
     out->workers = count;
-    out->per_worker = per_worker;
     return good && serve_daemon_stats(&stage->daemon, &out->after);
 }
 
-static bool tell_builder(struct stage *stage)
+static bool tell_builder(struct stage *stage, struct serve_answer *answer)
 {
     const struct serve_order order = {0};
-    struct serve_answer answer;
     return process_write(&stage->builder, &order, sizeof order) &&
-           process_read(&stage->builder, &answer, sizeof answer);
+           process_read(&stage->builder, answer, sizeof *answer);
+}
+
+// A set beside a worker that builds: from when all of a sequence is appended until the workers have ended.
+static bool run_building(struct serve *serve, struct stage *stage, const struct serve_set *set, struct serve_round *out)
+{
+    struct serve_answer answer;
+    if (!tell_builder(stage, &answer) || !run_workers(serve, stage, set->workers, set->order, out) ||
+        !tell_builder(stage, &answer)) {
+        return false;
+    }
+    out->builds = answer.builds;
+    out->build_s = answer.build_s;
+    return true;
 }
 
 static bool run_set(struct serve *serve, struct stage *stage, struct serve_set *set)
 {
     struct serve_round round = {0};
     double device_us[DEVICE_TRIES];
-    if ((set->builds && !tell_builder(stage)) || !run_workers(serve, stage, set->workers, set->order, &round) ||
-        (set->builds && !tell_builder(stage))) {
+    serve_daemon_settle(&stage->daemon);
+    if (!(set->building ? run_building(serve, stage, set, &round)
+                        : run_workers(serve, stage, set->workers, set->order, &round))) {
         return false;
     }
     if (serve->device != NULL && serve_pages_read(&round) >= PAGES_LEAST) {
@@ -193,16 +249,53 @@ static bool run_set(struct serve *serve, struct stage *stage, struct serve_set *
     return serve_set_add(set, &round);
 }
 
-static bool run_bases(struct serve *serve)
+// BASE_REPEATS times; ZeroMQ for as long as the workers are measured, because what else the machine does comes in
+// bursts.
+static bool run_base(struct serve *serve, enum serve_base base, struct serve_set *set)
 {
-    for (enum serve_base base = SERVE_ZMQ; base < SERVE_BASES; base++) {
-        double us[BASE_REPEATS];
-        if (!serve_bases_measure(serve->bases, base, us, BASE_REPEATS)) {
+    const uint64_t until_ns = base == SERVE_ZMQ ? measure_ns() + serve->order_ns : 0;
+    uint32_t count = 0;
+    do {
+        if (!serve_bases_measure(serve->bases, base, serve->base_us + count, BASE_REPEATS)) {
             return false;
         }
-        serve_base_add(&serve->base_sets[base], us, BASE_REPEATS);
-    }
+        count += BASE_REPEATS;
+    } while (count + BASE_REPEATS <= BASE_SAMPLES_MAX && measure_ns() < until_ns);
+    serve_base_add(set, serve->base_us, count);
     return true;
+}
+
+// The far side computes as long before it answers as the daemon searches and copies for a retrieve: threads fall asleep
+// meanwhile, and what it takes to wake them is in both.
+static bool run_working(struct serve *serve)
+{
+    const struct serve_set *set = &serve->sets[0];
+    serve->working_us = (uint32_t)(samples_median(&set->search) + samples_median(&set->copy));
+    serve_bases_work(serve->bases, serve->working_us);
+    const bool good = run_base(serve, SERVE_ZMQ, &serve->zmq_working);
+    serve_bases_work(serve->bases, 0);
+    if (good) {
+        samples_add(&serve->zmq_beside_work,
+                    serve->zmq_working.p50.values[serve->zmq_working.p50.count - 1] - serve->working_us);
+    }
+    return good;
+}
+
+static bool run_bases(struct serve *serve)
+{
+    struct stage *stage = &serve->stages[0];
+    struct serve_answer answer;
+    serve_daemon_settle(&stage->daemon);
+    for (enum serve_base base = SERVE_ZMQ; base < SERVE_BASES; base++) {
+        if (!run_base(serve, base, &serve->base_sets[base])) {
+            return false;
+        }
+    }
+    if (!run_working(serve)) {
+        return false;
+    }
+    return is_capped(serve) || (tell_builder(stage, &answer) && run_base(serve, SERVE_ZMQ, &serve->zmq_building) &&
+                                tell_builder(stage, &answer));
 }
 
 static struct stage *stage_of(struct serve *serve, uint32_t set)
@@ -245,13 +338,13 @@ static void set_ratio(json_t *ratios, const char *key, double value)
 }
 
 // What a retrieve takes beside search, fetch and copy, over a message there and back.
-static double overhead(const struct serve *serve, const struct serve_set *set)
+static double overhead(const struct serve_set *set, const struct samples *raw)
 {
     struct samples beside = {0};
     for (uint32_t i = 0; i < set->wire.count; i++) {
         samples_add(&beside, set->wire.values[i] + set->queue.values[i]);
     }
-    return serve_median_ratio(&beside, &serve->base_sets[SERVE_ZMQ].p50);
+    return serve_median_ratio(&beside, raw);
 }
 
 static void add_cap_ratios(const struct serve *serve, json_t *ratios)
@@ -276,21 +369,45 @@ static const struct serve_set *first_set(const struct serve *serve, uint32_t ord
     return &serve->sets[is_capped(serve) ? 0 : 2 * order];
 }
 
-static void add_worker_ratios(const struct serve *serve, uint32_t order, json_t *ratios)
+static const struct serve_set *set_of(const struct serve *serve, uint32_t workers, uint32_t order)
 {
-    double one = NAN, sixteen = NAN;
     for (uint32_t i = 0; i < serve->set_count; i++) {
         const struct serve_set *set = &serve->sets[i];
-        if (!set->builds && set->order == order) {
-            one = set->workers == 1 ? samples_median(&set->per_s) : one;
-            sixteen = set->workers == 16 ? samples_median(&set->per_s) : sixteen;
+        if (!set->building && set->order == order && set->workers == workers) {
+            return set;
         }
     }
-    const struct serve_set *alone = first_set(serve, order);
-    set_ratio(ratios, "p99_building_over_unloaded", serve_median_ratio(&alone[1].p99, &alone->p99));
-    if (isfinite(sixteen / one)) {
-        set_ratio(ratios, "scaling_16", sixteen / one);
+    return NULL;
+}
+
+// Against the best that fewer workers reach, in each round.
+static void add_scaling(const struct serve *serve, uint32_t order, json_t *ratios)
+{
+    static const uint32_t fewer[] = {1, 2, 4};
+    const struct serve_set *sixteen = set_of(serve, 16, order);
+    struct samples best = {0};
+    for (size_t i = 0; sixteen != NULL && i < sizeof fewer / sizeof *fewer; i++) {
+        const struct serve_set *set = set_of(serve, fewer[i], order);
+        for (uint32_t round = 0; set != NULL && round < set->per_s.count; round++) {
+            if (round == best.count) {
+                samples_add(&best, set->per_s.values[round]);
+            }
+            best.values[round] = fmax(best.values[round], set->per_s.values[round]);
+        }
     }
+    if (best.count > 0) {
+        set_ratio(ratios, "scaling_16", serve_median_ratio(&sixteen->per_s, &best));
+        set_ratio(ratios, "slowest_over_mean_16", samples_median(&sixteen->slowest));
+    }
+}
+
+static void add_worker_ratios(const struct serve *serve, uint32_t order, json_t *ratios)
+{
+    const struct serve_set *alone = first_set(serve, order), *zmq = &serve->base_sets[SERVE_ZMQ];
+    set_ratio(ratios, "p99_building_over_unloaded", serve_median_ratio(&alone[1].p99, &alone->p99));
+    set_ratio(ratios, "p99_building_over_raw_zmq", serve_median_ratio(&alone[1].p99, &serve->zmq_building.p99));
+    set_ratio(ratios, "raw_zmq_p99_building_over_unloaded", serve_median_ratio(&serve->zmq_building.p99, &zmq->p99));
+    add_scaling(serve, order, ratios);
     for (uint32_t other = 0; other < serve->job.place_count; other++) {
         const struct serve_set *host = first_set(serve, other);
         if (host->place == PLACE_HOST && alone->place != PLACE_HOST) {
@@ -304,7 +421,9 @@ static void report_place(const struct serve *serve, uint32_t order, json_t *rati
     char key[256];
     json_t *of = json_object();
     const enum option_place place = first_set(serve, order)->place;
-    set_ratio(of, "overhead_over_raw_zmq", overhead(serve, first_set(serve, order)));
+    set_ratio(of, "overhead_over_raw_zmq", overhead(first_set(serve, order), &serve->base_sets[SERVE_ZMQ].p50));
+    set_ratio(of, "overhead_over_raw_zmq_working", overhead(first_set(serve, order), &serve->zmq_beside_work));
+    set_ratio(of, "moved_over_turnover", samples_median(&first_set(serve, order)->moved_over_turnover));
     if (is_capped(serve)) {
         add_cap_ratios(serve, of);
     } else {
@@ -324,6 +443,13 @@ static void report(const struct serve *serve, json_t *rows, json_t *ratios)
     for (enum serve_base base = SERVE_ZMQ; base < SERVE_BASES; base++) {
         (void)json_array_append_new(
             rows, serve_base_row(base, &serve->base_sets[base], serve_bases_bytes(serve->bases, base)));
+    }
+    json_t *working = serve_base_row(SERVE_ZMQ, &serve->zmq_working, serve_bases_bytes(serve->bases, SERVE_ZMQ));
+    (void)json_object_set_new(working, "working_us", json_integer(serve->working_us));
+    (void)json_array_append_new(rows, working);
+    if (!is_capped(serve)) {
+        (void)json_array_append_new(
+            rows, serve_base_row(SERVE_ZMQ, &serve->zmq_building, serve_bases_bytes(serve->bases, SERVE_ZMQ)));
     }
     for (uint32_t order = 0; order < serve->job.place_count; order++) {
         report_place(serve, order, ratios);
@@ -346,12 +472,17 @@ static void plan_sets(struct serve *serve)
         } else {
             set->workers = options->workers.values[i / 2 / places];
             set->order = i / 2 % places;
-            set->builds = i % 2 == 1;
+            set->building = i % 2 == 1;
+            set->build_tokens = serve->build_job.tokens;
+            set->build_lanes = serve->build_job.layers * serve->build_job.kv_heads;
         }
     }
     for (enum serve_base base = SERVE_ZMQ; base < SERVE_BASES; base++) {
         (void)snprintf(serve->base_sets[base].data, sizeof serve->base_sets[base].data, "%s", serve->data);
     }
+    serve->zmq_building = serve->base_sets[SERVE_ZMQ];
+    serve->zmq_building.building = true;
+    serve->zmq_working = serve->base_sets[SERVE_ZMQ];
 }
 
 // Steps that one worker may be asked for.
@@ -360,6 +491,41 @@ static uint32_t steps_of(const struct options *options)
     const uint32_t places = options->places.count;
     const uint32_t sets = options->ram_caps.count > 0 ? 1 : 2 * places * options->workers.count;
     return options->steps * (places + sets * options->rounds);
+}
+
+// By count, or by the clock.
+static void plan_steps(struct serve *serve)
+{
+    const struct options *options = serve->options;
+    struct serve_job *job = &serve->job;
+    if (options->steps > 0) {
+        serve->order_steps = options->steps;
+        job->step_room = job->steps;
+        return;
+    }
+    const double steps = options->seconds * RETRIEVES_PER_S / job->layers;
+    serve->order_ns = (uint64_t)(1e9 * options->seconds);
+    serve->order_steps = steps < 1 ? 1 : (uint32_t)steps;
+    job->step_room = ORDERS_LAST * serve->order_steps;
+}
+
+// One layer of what the workers have, longer: the clustering of one layer's heads is all that the threads can do at
+// once on a small machine, and it fits into memory.
+static void plan_build(struct serve *serve)
+{
+    struct serve_job *job = &serve->build_job;
+    const uint32_t given = serve->options->build_tokens;
+    *job = serve->job;
+    job->trace[0] = '\0';
+    job->dtype = ICE_FP16;
+    job->builds = true;
+    job->layers = 1;
+    job->steps = job->step_room = 1;
+    job->tokens = given > 0 ? given : BUILD_TOKENS;
+    while (given == 0 && job->tokens > BUILD_TOKENS_LEAST &&
+           serve_bytes(job) > measure_free_bytes() / BUILD_MEMORY_SHARE) {
+        job->tokens /= 2;
+    }
 }
 
 static bool open_stages(struct serve *serve)
@@ -392,9 +558,11 @@ static bool open_stages(struct serve *serve)
 
 static int run_all(struct serve *serve, json_t *rows, json_t *ratios)
 {
+    plan_steps(serve);
+    plan_build(serve);
     plan_sets(serve);
     serve->records =
-        calloc((size_t)serve->workers_max * serve->options->steps * serve->job.layers, sizeof *serve->records);
+        calloc((size_t)serve->workers_max * serve->order_steps * serve->job.layers, sizeof *serve->records);
     serve->bases = serve->records != NULL ? serve_bases_create(&serve->job, serve->work) : NULL;
     if (serve->bases == NULL || !open_stages(serve)) {
         return EXIT_MISSING;
@@ -425,11 +593,18 @@ static bool make_folder(const char *under, char *out)
     return false;
 }
 
+bool serve_folders_make(const struct options *options, char *work, char *disk)
+{
+    const char *under = options->folder != NULL ? options->folder : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
+    work[0] = disk[0] = '\0';
+    // Sockets lie under /tmp, because their paths must be short.
+    return make_folder("/tmp", work) && make_folder(under, disk);
+}
+
 // One source of data: everything is started for it, and ended.
 static int run_data(const struct options *options, const struct serve_job *job, const char *name, json_t *rows,
                     json_t *ratios)
 {
-    const char *under = options->folder != NULL ? options->folder : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
     struct serve *serve = calloc(1, sizeof *serve);
     int code = EXIT_MISSING;
     if (serve == NULL) {
@@ -444,8 +619,7 @@ static int run_data(const struct options *options, const struct serve_job *job, 
         const uint32_t workers = options->workers.values[i];
         serve->workers_max = workers > serve->workers_max ? workers : serve->workers_max;
     }
-    // Sockets lie under /tmp, because their paths must be short.
-    if (make_folder("/tmp", serve->work) && make_folder(under, serve->disk)) {
+    if (serve_folders_make(options, serve->work, serve->disk)) {
         code = run_all(serve, rows, ratios);
     }
     for (uint32_t s = 0; s < serve->stage_count; s++) {
@@ -464,7 +638,8 @@ static int run_data(const struct options *options, const struct serve_job *job, 
 
 static int run_trace(const struct options *options, const char *folder, json_t *rows, json_t *ratios)
 {
-    struct serve_job job = {.steps = steps_of(options),
+    const bool by_clock = options->steps == 0;
+    struct serve_job job = {.steps = by_clock ? STEPS_DRAWN : steps_of(options),
                             .budget = options->budgets.values[0],
                             .sinks = options->sinks,
                             .window = options->window,
@@ -482,6 +657,7 @@ static int run_trace(const struct options *options, const char *folder, json_t *
     job.query_heads = trace.query_heads;
     job.head_dim = trace.head_dim;
     job.dtype = trace.dtype;
+    job.steps = by_clock && job.steps > trace.steps ? trace.steps : job.steps;
     const bool fits = job.steps <= trace.steps;
     job.tokens = (uint32_t)trace.first_query + trace.steps - (fits ? job.steps : 0);
     const uint32_t steps = trace.steps;
@@ -494,7 +670,8 @@ static int run_trace(const struct options *options, const char *folder, json_t *
     return run_data(options, &job, name, rows, ratios);
 }
 
-int command_serve(const struct options *options, json_t *rows, json_t *ratios)
+// By data: retrieves.
+static int run_retrieves(const struct options *options, json_t *rows, json_t *ratios)
 {
     const struct options_shape *shape = options_shape(options);
     const struct serve_job job = {
@@ -504,13 +681,12 @@ int command_serve(const struct options *options, json_t *rows, json_t *ratios)
         .head_dim = shape->head_dim,
         .dtype = ICE_FP16,
         .tokens = options->tokens.values[0],
-        .steps = steps_of(options),
+        .steps = options->steps == 0 ? STEPS_DRAWN : steps_of(options),
         .budget = options->budgets.values[0],
         .sinks = options->sinks,
         .window = options->window,
         .seed = options->seed,
     };
-    (void)signal(SIGPIPE, SIG_IGN);
     if (options->trace_count == 0) {
         return run_data(options, &job, "attention", rows, ratios);
     }
@@ -521,10 +697,25 @@ int command_serve(const struct options *options, json_t *rows, json_t *ratios)
     return code;
 }
 
+int command_serve(const struct options *options, json_t *rows, json_t *ratios)
+{
+    (void)signal(SIGPIPE, SIG_IGN);
+    int code = run_retrieves(options, rows, ratios);
+    if (code == 0 && options->mix_workers > 0) {
+        code = serve_mix_run(options, rows);
+    }
+    if (code == 0 && options->idle > 0) {
+        code = serve_idle_run(options, rows, ratios);
+    }
+    return code;
+}
+
 int serve_role(int argc, char **argv)
 {
     const char *role = argc > 2 ? argv[2] : "", *argument = argc > 3 ? argv[3] : "";
     return strcmp(role, "worker") == 0 ? serve_worker()
+           : strcmp(role, "mix") == 0  ? serve_mix_worker()
+           : strcmp(role, "idle") == 0 ? serve_idle_worker()
            : strcmp(role, "echo") == 0 ? serve_echo(argument)
            : strcmp(role, "ring") == 0 ? serve_ring(argument)
                                        : EXIT_USAGE;

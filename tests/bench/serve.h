@@ -47,7 +47,8 @@ struct serve_job {
     char trace[SERVE_PATH_ROOM]; // empty: generated
     bool builds;                 // appends and clusters one sequence after the other
     uint32_t layers, kv_heads, query_heads, head_dim, dtype;
-    uint32_t tokens, steps; // of the prompt; decode steps at most
+    uint32_t tokens, steps; // of the prompt; decode steps that have data of their own
+    uint32_t step_room;     // decode steps that a sequence may have; what comes after it is in a new one
     uint32_t budget, sinks, window;
     uint32_t places[PLACES]; // enum option_place of its landings
     uint32_t place_count;
@@ -66,8 +67,12 @@ struct serve_source {
 };
 bool serve_source_init(struct serve_source *source, const struct serve_job *job);
 void serve_source_fini(struct serve_source *source);
+// Beyond the data's end it begins again: a token, and a step's query (of one query head after the other).
 const uint8_t *serve_source_row(const struct serve_source *source, const struct serve_job *job, const uint8_t *side,
                                 uint32_t layer, uint32_t head, uint32_t token);
+
+const uint8_t *serve_source_queries(const struct serve_source *source, const struct serve_job *job, uint32_t layer,
+                                    uint32_t step);
 
 // ---- landings (serve_landing.c) ----
 
@@ -94,14 +99,20 @@ bool serve_landing_view(struct serve_landing *landing, uint32_t layer, uint32_t 
 // ---- workers (serve_worker.c) ----
 
 struct serve_order {
-    uint32_t steps; // to run now; 0: a builder begins, or ends
+    uint32_t steps; // to run now, at most; 0: a builder begins, or ends
     uint32_t place; // which of the job's
+};
+// A worker that has an order answers one byte when it could begin, and begins when it has this: so all begin together.
+struct serve_go {
+    uint64_t begin_ns, end_ns; // of the monotonic clock; end 0: when all steps are done
 };
 // Follows each order and, with steps 0, the start.
 struct serve_answer {
     uint64_t begun_ns, ended_ns;
     uint32_t record_count;   // that follow
     uint32_t indexed;        // tokens that are clustered, in the worst lane
+    uint32_t builds;         // a builder's, that have ended
+    double build_s;          // that the daemon has spent on the last one, all lanes
     uint32_t wrong_rows;     // of the landing, of those that were compared
     bool is_idle;            // no clustering was due
     uint32_t places[PLACES]; // those of the job, as they are
@@ -110,6 +121,7 @@ struct serve_record { // of one retrieve
     float total_us, queue_us, search_us, fetch_us, copy_us;
     float kept; // share of the selected tokens that were those of the step before, too
     uint32_t bytes;
+    uint32_t turnover_bytes; // of the tokens that the landing did not hold before, as the worker finds it
     bool partial;
 };
 int serve_worker(void);
@@ -123,11 +135,14 @@ struct serve_daemon {
     char sockets[SERVE_PATH_ROOM], spill[SERVE_PATH_ROOM], log[SERVE_PATH_ROOM];
 };
 struct serve_room { // what it may use
-    uint64_t pool_bytes, index_bytes, shared_bytes, spill_bytes;
+    uint64_t pool_bytes, index_bytes, shared_bytes;
+    uint64_t spill_bytes; // 0: no disk
     uint32_t sessions;
+    uint32_t sequences; // 0: the daemon's default
 };
 struct serve_stats {
-    uint64_t pages, pool_bytes; // of all sequences; in memory
+    uint64_t pages, pool_bytes; // of those sequences that one reply has room for; in memory
+    uint64_t all_pool_bytes, index_bytes;
     uint64_t pages_read, retrieves;
     uint64_t cpu_ns; // of the process
     bool direct;     // past the page cache
@@ -136,6 +151,8 @@ struct serve_stats {
 bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const char *work, const char *disk,
                         uint32_t number, const struct serve_room *room);
 bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out);
+// Waits until its threads rest, some seconds at most: what was left to do is not part of the next measurement.
+void serve_daemon_settle(const struct serve_daemon *daemon);
 bool serve_daemon_stop(struct serve_daemon *daemon); // accepts one that was not started
 
 // ---- baselines (serve_base.c) ----
@@ -147,6 +164,8 @@ struct serve_bases *serve_bases_create(const struct serve_job *job, const char *
 void serve_bases_destroy(struct serve_bases *bases); // accepts NULL
 // us[count], one each.
 bool serve_bases_measure(struct serve_bases *bases, enum serve_base base, double *us, uint32_t count);
+// The far side of SERVE_ZMQ computes so long before it answers, from now on; 0: as at first.
+void serve_bases_work(struct serve_bases *bases, uint32_t us);
 uint64_t serve_bases_bytes(const struct serve_bases *bases, enum serve_base base); // that one of them moves
 int serve_echo(const char *endpoint);                                              // roles
 int serve_ring(const char *numbers);

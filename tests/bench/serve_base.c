@@ -89,7 +89,15 @@ static void measure_frames(struct serve_bases *bases, const struct serve_job *jo
 
 // ---- ZeroMQ ----
 
-// Answers each request of two frames by one frame as large as the number in front of the endpoint says.
+static void compute(uint32_t us)
+{
+    const uint64_t until_ns = measure_ns() + UINT64_C(1000) * us;
+    while (measure_ns() < until_ns) {
+    }
+}
+
+// Answers each request of two frames by one frame as large as the number in front of the endpoint says, after as many
+// us as the second frame begins with.
 int serve_echo(const char *argument)
 {
     char *endpoint;
@@ -109,6 +117,11 @@ int serve_echo(const char *argument)
                 return 1;
             }
         }
+        uint32_t us = 0;
+        if (zmq_msg_size(&frames[2]) >= sizeof us) {
+            memcpy(&us, zmq_msg_data(&frames[2]), sizeof us);
+        }
+        compute(us);
         if (zmq_msg_send(&frames[0], socket, ZMQ_SNDMORE) < 0 || zmq_send(socket, reply, bytes, 0) < 0) {
             return 1;
         }
@@ -304,6 +317,11 @@ bool serve_bases_measure(struct serve_bases *bases, enum serve_base base, double
         us[i] = (double)(measure_ns() - begun_ns) / 1000;
     }
     return true;
+}
+
+void serve_bases_work(struct serve_bases *bases, uint32_t us)
+{
+    memcpy(bases->request + bases->header_bytes, &us, sizeof us); // a row of vectors is longer
 }
 
 uint64_t serve_bases_bytes(const struct serve_bases *bases, enum serve_base base)

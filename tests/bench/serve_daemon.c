@@ -14,8 +14,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#define READY_WAIT_NS (60ull * 1000000000u)
-#define TIMEOUT_MS    20000
+#define READY_WAIT_NS     (60ull * 1000000000u)
+#define TIMEOUT_MS        20000
+#define SETTLE_WAIT_NS    (5ull * 1000000000u)
+#define SEQUENCES_DEFAULT 4096u // the daemon's
+#define SETTLE_MS         10
+#define SETTLED_NS        500000u // of CPU time in SETTLE_MS, at most
 
 // Where this program was built, the daemon is two folders up; where it was installed, beside it.
 static bool find_program(const char *given, char *out, size_t room)
@@ -77,7 +81,7 @@ static bool wait_ready(struct serve_daemon *daemon)
 bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const char *work, const char *disk,
                         uint32_t number, const struct serve_room *room)
 {
-    char path[2 * SERVE_PATH_ROOM], pool[24], index[24], shared[24], spill[24], sessions[16];
+    char path[2 * SERVE_PATH_ROOM], pool[24], index[24], shared[24], spill[24], sessions[16], sequences[16];
     *daemon = (struct serve_daemon){0};
     if (!find_program(program, path, sizeof path)) {
         (void)fprintf(stderr, "icecache-bench: serve: %s cannot be run; --daemon names the daemon\n",
@@ -92,10 +96,13 @@ bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const 
     (void)snprintf(shared, sizeof shared, "%" PRIu64, room->shared_bytes);
     (void)snprintf(spill, sizeof spill, "%" PRIu64, room->spill_bytes);
     (void)snprintf(sessions, sizeof sessions, "%u", room->sessions);
+    (void)snprintf(sequences, sizeof sequences, "%u", room->sequences > 0 ? room->sequences : SEQUENCES_DEFAULT);
     const char *const arguments[] = {
-        path,  "--socket-dir",   daemon->sockets, "--spill-dir",    daemon->spill, "--pool-bytes",
-        pool,  "--index-bytes",  index,           "--shared-bytes", shared,        "--spill-bytes",
-        spill, "--sessions-max", sessions,        "--memory-check", "warn",        NULL};
+        path,          "--socket-dir",   daemon->sockets, "--pool-bytes",
+        pool,          "--index-bytes",  index,           "--shared-bytes",
+        shared,        "--sessions-max", sessions,        "--sequences-max",
+        sequences,     "--memory-check", "warn",          room->spill_bytes > 0 ? "--spill-dir" : NULL,
+        daemon->spill, "--spill-bytes",  spill,           NULL};
     if (mkdir(daemon->spill, 0700) != 0) {
         (void)fprintf(stderr, "icecache-bench: serve: %s cannot be made\n", daemon->spill);
         return false;
@@ -125,6 +132,8 @@ bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out)
     *out = (struct serve_stats){
         .cpu_ns = cpu_ns_of(daemon->process.pid),
         .retrieves = stats->retrieves,
+        .all_pool_bytes = stats->pool_bytes,
+        .index_bytes = stats->index_bytes,
         .pages_read = stats->spill != NULL ? stats->spill->pages_read : 0,
         .direct = stats->spill != NULL && stats->spill->direct,
     };
@@ -134,6 +143,17 @@ bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out)
     }
     icecache__wire__reply__free_unpacked(reply, NULL);
     return true;
+}
+
+void serve_daemon_settle(const struct serve_daemon *daemon)
+{
+    const uint64_t until_ns = measure_ns() + SETTLE_WAIT_NS;
+    uint64_t before_ns = cpu_ns_of(daemon->process.pid), after_ns = UINT64_MAX;
+    do {
+        (void)poll(NULL, 0, SETTLE_MS);
+        before_ns = after_ns != UINT64_MAX ? after_ns : before_ns;
+        after_ns = cpu_ns_of(daemon->process.pid);
+    } while (after_ns - before_ns > SETTLED_NS && measure_ns() < until_ns);
 }
 
 bool serve_daemon_stop(struct serve_daemon *daemon)

@@ -38,7 +38,7 @@ static double figure_of(const struct serve_record *record, enum figure figure)
 
 static void add_times(struct serve_set *set, const struct serve_round *round, double *values)
 {
-    const uint32_t count = round->workers * round->per_worker;
+    const uint32_t count = round->record_count;
     struct samples *const medians[FIGURES] = {&set->p50,   &set->queue, &set->search,
                                               &set->fetch, &set->copy,  &set->wire};
     for (enum figure figure = TOTAL; figure < FIGURES; figure++) {
@@ -54,31 +54,40 @@ static void add_times(struct serve_set *set, const struct serve_round *round, do
     }
 }
 
+// One worker's; returns its retrieves per second.
+static double add_worker(struct serve_set *set, const struct serve_answer *answer, const struct serve_record *records,
+                         double *kept, double *turnover)
+{
+    for (uint32_t i = 0; i < answer->record_count; i++) {
+        *kept += (double)records[i].kept;
+        *turnover += (double)records[i].turnover_bytes;
+        set->partial += records[i].partial;
+        set->bytes_moved += (double)records[i].bytes;
+    }
+    set->wrong_rows += answer->wrong_rows;
+    return answer->record_count / (1e-9 * (double)(answer->ended_ns - answer->begun_ns));
+}
+
 static void add_workers(struct serve_set *set, const struct serve_round *round)
 {
     uint64_t begun_ns = UINT64_MAX, ended_ns = 0;
-    double slowest = 0, all = 0, kept = 0;
+    double slowest = INFINITY, all = 0, kept = 0, turnover = 0;
+    const double moved_before = set->bytes_moved;
+    const struct serve_record *records = round->records;
     for (uint32_t w = 0; w < round->workers; w++) {
         const struct serve_answer *answer = &round->answers[w];
-        const struct serve_record *records = round->records + (size_t)w * round->per_worker;
-        double sum = 0;
-        for (uint32_t i = 0; i < round->per_worker; i++) {
-            sum += (double)records[i].total_us;
-            kept += (double)records[i].kept;
-            set->partial += records[i].partial;
-            set->bytes_moved += (double)records[i].bytes;
-        }
+        const double per_s = add_worker(set, answer, records, &kept, &turnover);
+        records += answer->record_count;
         begun_ns = answer->begun_ns < begun_ns ? answer->begun_ns : begun_ns;
         ended_ns = answer->ended_ns > ended_ns ? answer->ended_ns : ended_ns;
-        slowest = sum > slowest ? sum : slowest;
-        all += sum;
-        set->wrong_rows += answer->wrong_rows;
+        slowest = per_s < slowest ? per_s : slowest;
+        all += per_s;
     }
-    const double count = (double)round->workers * round->per_worker;
-    set->retrieves += (uint64_t)count;
-    samples_add(&set->per_s, count / (1e-9 * (double)(ended_ns - begun_ns)));
+    set->retrieves += round->record_count;
+    samples_add(&set->per_s, round->record_count / (1e-9 * (double)(ended_ns - begun_ns)));
     samples_add(&set->slowest, slowest / (all / round->workers));
-    samples_add(&set->kept, kept / count);
+    samples_add(&set->kept, kept / round->record_count);
+    samples_add(&set->moved_over_turnover, (set->bytes_moved - moved_before) / turnover);
 }
 
 static void add_device(struct serve_set *set, const struct serve_round *round, double *values)
@@ -96,7 +105,7 @@ static void add_device(struct serve_set *set, const struct serve_round *round, d
 
 bool serve_set_add(struct serve_set *set, const struct serve_round *round)
 {
-    const uint32_t count = round->workers * round->per_worker;
+    const uint32_t count = round->record_count;
     double *values = malloc((count > round->device_count ? count : round->device_count) * sizeof *values);
     if (values == NULL) {
         (void)fputs("icecache-bench: serve: no memory\n", stderr);
@@ -106,6 +115,8 @@ bool serve_set_add(struct serve_set *set, const struct serve_round *round)
     add_workers(set, round);
     samples_add(&set->pages_read, serve_pages_read(round));
     samples_add(&set->cpu_us, (double)(round->after.cpu_ns - round->before.cpu_ns) / 1000 / count);
+    set->builds += round->builds;
+    samples_add(&set->build_s, round->build_s);
     if (round->device_count > 0) {
         add_device(set, round, values);
     }
@@ -163,26 +174,41 @@ static void add_device_keys(const struct serve_set *set, json_t *row)
     }
 }
 
+static void add_build_keys(const struct serve_set *set, json_t *row)
+{
+    (void)json_object_set_new(row, "build_tokens", json_integer(set->build_tokens));
+    (void)json_object_set_new(row, "build_lanes", json_integer(set->build_lanes));
+    (void)json_object_set_new(row, "builds", json_integer((json_int_t)set->builds));
+    (void)json_object_set_new(row, "build_s", number(samples_median(&set->build_s)));
+}
+
 json_t *serve_set_row(const struct serve_set *set)
 {
     json_t *row = json_pack(
         "{s:s, s:s, s:I, s:I, s:I, s:s, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:f, s:o, s:o, s:I, s:I}", "method",
         "retrieve", "data", set->data, "tokens", (json_int_t)set->tokens, "workers", (json_int_t)set->workers,
         "sequences", (json_int_t)set->workers, "class", "decode", "place", option_place_names[set->place], "building",
-        (int)set->builds, "retrieve_us", times(set), "phase_us", phases(set), "per_s",
+        (int)set->building, "retrieve_us", times(set), "phase_us", phases(set), "per_s",
         number(samples_median(&set->per_s)), "bytes_moved", number(set->bytes_moved / (double)set->retrieves),
         "resident_share", number(samples_median(&set->resident)), "slowest_over_mean",
         number(samples_median(&set->slowest)), "ready_s", set->ready_s, "kept_share",
         number(samples_median(&set->kept)), "daemon_cpu_us", number(samples_median(&set->cpu_us)), "partial",
         (json_int_t)set->partial, "wrong_rows", (json_int_t)set->wrong_rows);
-    if (row != NULL && set->ram_cap > 0) {
+    if (row == NULL) {
+        return NULL;
+    }
+    (void)json_object_set_new(row, "moved_over_turnover", number(samples_median(&set->moved_over_turnover)));
+    if (set->ram_cap > 0) {
         add_device_keys(set, row);
+    }
+    if (set->building) {
+        add_build_keys(set, row);
     }
     return row;
 }
 
 json_t *serve_base_row(enum serve_base base, const struct serve_set *set, uint64_t bytes)
 {
-    return json_pack("{s:s, s:s, s:o, s:I}", "method", serve_base_names[base], "data", set->data, "retrieve_us",
-                     times(set), "bytes_moved", (json_int_t)bytes);
+    return json_pack("{s:s, s:s, s:b, s:o, s:I}", "method", serve_base_names[base], "data", set->data, "building",
+                     (int)set->building, "retrieve_us", times(set), "bytes_moved", (json_int_t)bytes);
 }

@@ -4,10 +4,12 @@
 
 #include "serve.h"
 
-struct serve_round {                    // what one round of some workers, or of a baseline, gave
+struct serve_round {                    // what one round of some workers gave
     const struct serve_answer *answers; // [workers]
-    const struct serve_record *records; // [workers][per_worker]
-    uint32_t workers, per_worker;
+    const struct serve_record *records; // [record_count]: those of the first worker, then those of the next
+    uint32_t workers, record_count;
+    uint32_t builds; // that have ended meanwhile
+    double build_s;  // that the daemon has spent on the last one
     struct serve_stats before, after;
     const double *device_us; // [device_count], for a batch of as many pages as a retrieve read; none: 0
     uint32_t device_count;
@@ -17,11 +19,14 @@ struct serve_round {                    // what one round of some workers, or of
 struct serve_set {
     char data[128];
     uint32_t tokens, workers;
-    double ram_cap; // 0: none
-    bool builds;
+    double ram_cap;          // 0: none
+    bool building;           // beside a worker that builds
     uint32_t order;          // which of the job's places
     enum option_place place; // as it is
     struct samples p50, p99, p999, mean, queue, search, fetch, copy, wire, per_s, slowest, kept, resident, cpu_us;
+    struct samples moved_over_turnover, build_s;
+    uint32_t build_tokens, build_lanes; // of the sequences that are clustered meanwhile
+    uint64_t builds;                    // of them, ended
     struct samples pages_read, device_p50, device_p99, over_device, mean_over_device;
     double bytes_moved; // by one retrieve
     double ready_s;

@@ -31,13 +31,14 @@ uint32_t serve_frame_bytes(const struct serve_job *job)
 
 uint64_t serve_bytes(const struct serve_job *job)
 {
-    return 2ull * job->layers * job->kv_heads * (job->tokens + job->steps) * serve_row_bytes(job);
+    return 2ull * job->layers * job->kv_heads * (job->tokens + job->step_room) * serve_row_bytes(job);
 }
 
 const uint8_t *serve_source_row(const struct serve_source *source, const struct serve_job *job, const uint8_t *side,
                                 uint32_t layer, uint32_t head, uint32_t token)
 {
-    return side + (((size_t)layer * job->kv_heads + head) * source->tokens + token) * source->row_bytes;
+    return side +
+           (((size_t)layer * job->kv_heads + head) * source->tokens + token % source->tokens) * source->row_bytes;
 }
 
 static uint8_t *query_row(const struct serve_source *source, const struct serve_job *job, uint32_t layer, uint32_t step,
@@ -45,6 +46,12 @@ static uint8_t *query_row(const struct serve_source *source, const struct serve_
 {
     const size_t row = ((size_t)layer * job->steps + step) * job->query_heads + head;
     return source->queries + row * source->row_bytes;
+}
+
+const uint8_t *serve_source_queries(const struct serve_source *source, const struct serve_job *job, uint32_t layer,
+                                    uint32_t step)
+{
+    return query_row(source, job, layer, step % job->steps, 0);
 }
 
 static void to_halves(const float *values, size_t count, uint8_t *out)
@@ -123,7 +130,7 @@ static bool read_trace(struct serve_source *source, const struct serve_job *job)
 bool serve_source_init(struct serve_source *source, const struct serve_job *job)
 {
     *source = (struct serve_source){.tokens = job->tokens + job->steps, .row_bytes = serve_row_bytes(job)};
-    const size_t bytes = (size_t)(serve_bytes(job) / 2);
+    const size_t bytes = (size_t)job->layers * job->kv_heads * source->tokens * source->row_bytes;
     source->keys = malloc(bytes);
     source->values = malloc(bytes);
     source->queries = malloc((size_t)job->layers * job->steps * job->query_heads * source->row_bytes);

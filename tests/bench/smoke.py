@@ -25,7 +25,12 @@ SPILL_KEYS = {"engine", "op", "depth", "page_bytes", "pages_per_s", "pages_per_s
               "cpu_us_per_page", "p50_us", "p99_us"}
 SERVE_KEYS = {"method", "data", "tokens", "workers", "sequences", "class", "place", "building", "retrieve_us", "phase_us", "per_s",
               "bytes_moved", "resident_share", "slowest_over_mean", "ready_s", "kept_share", "daemon_cpu_us",
-              "partial", "wrong_rows"}
+              "partial", "wrong_rows", "moved_over_turnover"}
+BUILD_KEYS = {"build_tokens", "build_lanes", "builds", "build_s"}
+MIX_KEYS = {"method", "tokens", "workers", "sequences", "class", "retrieve_us", "requests", "per_s", "slowest_over_mean",
+            "seconds", "steps", "cut"}
+IDLE_KEYS = {"method", "sequences", "lanes", "tokens", "class", "memory_of", "own_bytes_each", "index_bytes_each",
+             "page_bytes_each", "beyond_bytes_each"}
 SERVE_BASES = ["raw-zmq", "ring", "memcpy"]
 TREES = ("tree", "tree-promotion")
 SEARCH_RATIOS = {"tree_over_i8_at_0.95", "tree_over_best_peer_at_0.95", "tree_over_i8_at_share_0.98"}
@@ -166,7 +171,12 @@ def check_serve_times(row):
 
 def check_serve(result, workers, heads, slot_bytes):
     rows = [row for row in result["rows"] if row["method"] == "retrieve"]
-    bases = [row for row in result["rows"] if row["method"] != "retrieve"]
+    bases = [row for row in result["rows"] if row["method"] not in ("retrieve", "mix", "idle")]
+    building = [row["method"] for row in bases if row["building"]]
+    check(building == ([] if "ram_cap" in rows[0] else SERVE_BASES[:1]), f"beside a build: {building}")
+    working = [row["method"] for row in bases if "working_us" in row]
+    check(working == SERVE_BASES[:1], f"beside a far side that computes: {working}")
+    bases = [row for row in bases if not row["building"] and "working_us" not in row]
     check([row["workers"] for row in rows] == workers, f"rows of serve: {rows}")
     check([row["method"] for row in bases] == SERVE_BASES, f"baselines of serve: {bases}")
     for row in bases:
@@ -180,10 +190,14 @@ def check_serve(result, workers, heads, slot_bytes):
         phases = row["phase_us"]
         check(set(phases) == {"queue", "search", "fetch", "copy", "wire"}, f"phases: {phases}")
         check(0 < phases["search"] < row["retrieve_us"]["p50_max"] and phases["wire"] > 0, f"phases: {phases}")
-        check(1 <= row["slowest_over_mean"] <= row["workers"] and 0 < row["kept_share"] < 1, f"serve: {row}")
+        check(0 < row["slowest_over_mean"] <= 1 + 1e-9 and 0 < row["kept_share"] < 1, f"serve: {row}")
+        # Landings in GPU memory may be sent as whole blocks.
+        check(row["moved_over_turnover"] >= 1 - 1e-6, f"less moved than has changed: {row}")
+        check(row["place"] != "host" or row["moved_over_turnover"] < 1.05, f"more moved than has changed: {row}")
+        check((BUILD_KEYS <= row.keys()) == row["building"], f"keys of building: {row}")
         check(row["daemon_cpu_us"] > 0 and 0 < row["ready_s"] < 60, f"serve: {row}")
-    for ratio in result["ratios"].values():
-        check(ratio["overhead_over_raw_zmq"] > 0, f"ratios of serve: {ratio}")
+    for of, ratio in result["ratios"].items():
+        check(of.startswith("idle=") or ratio["overhead_over_raw_zmq"] > 0, f"ratios of serve: {ratio}")
     return rows, next(iter(result["ratios"].values()))
 
 
@@ -222,20 +236,68 @@ def run_serve_places(bench, small, fake_cuda):
     run(bench, *small, "--place", "pull,push", "--ram-cap", "0.5", wanted=2)
 
 
+# A row for each class; the work is that of the seed, whatever the time it takes.
+def check_mix(result, workers, sequences):
+    rows = [row for row in result["rows"] if row["method"] == "mix"]
+    check([row["class"] for row in rows] == ["decode", "bulk", "admin"], f"rows of the mixed load: {rows}")
+    for row in rows:
+        check(MIX_KEYS <= row.keys() and not row["cut"], f"mixed load lacks {MIX_KEYS - row.keys()}")
+        check((row["workers"], row["sequences"]) == (workers, workers * sequences), f"mixed load: {row}")
+        times = row["retrieve_us"]
+        check(0 < times["p50"] <= times["p99"] <= times["p999"] and row["per_s"] > 0, f"mixed load: {row}")
+        check(0 < row["slowest_over_mean"] <= 1 + 1e-9, f"mixed load: {row}")
+    decode, bulk, admin = rows
+    check(decode["wrong_rows"] == 0 and decode["bytes_moved"] > 0 and 1 <= decode["batch"] <= sequences, f"{decode}")
+    check(set(decode["phase_us"]) == {"queue", "search", "fetch", "copy", "wire"}, f"{decode}")
+    check(bulk["tokens_per_s"] > 0 and decode["tokens_per_s"] > 0, f"tokens of the mixed load: {rows}")
+    check(admin["arrivals"] == admin["departures"] > workers and 0 < admin["forks"] < admin["arrivals"], f"{admin}")
+    return [{kind: of["count"] for kind, of in row["requests"].items()} for row in rows]
+
+
+def check_idle(result, sequences):
+    empty, filled = [row for row in result["rows"] if row["method"] == "idle"]
+    check(IDLE_KEYS <= empty.keys() and IDLE_KEYS <= filled.keys(), f"idle: {empty}, {filled}")
+    check((empty["sequences"], empty["lanes"], empty["tokens"]) == (sequences, 256, 0), f"idle: {empty}")
+    check(filled["tokens"] > 0 and filled["page_bytes_each"] > empty["page_bytes_each"] == 0, f"idle: {filled}")
+    of = result["ratios"][f"idle={sequences}"]
+    check(of["beyond_bytes_each"] == filled["beyond_bytes_each"] < 1 << 20, f"memory of idle sequences: {of}")
+
+
+# By the clock, all parts, with 16 workers beside fewer.
+def run_serve_parts(bench, where):
+    small = ("serve", "--rounds", "1", "--seconds", "0.05", "--tokens", "512", "--shape", "small", "--build-tokens", "1024",
+             *where)
+    parts = ("--workers", "2,16", "--mix", "2x4", "--mix-steps", "48", "--idle", "10")
+    result = run_json(bench, *small, *parts)
+    rows, ratio = check_serve(result, [2, 2, 16, 16], 2, 256)
+    check(all(row["build_tokens"] == 1024 and row["build_lanes"] == 2 for row in rows if row["building"]), f"{rows}")
+    check(ratio["scaling_16"] > 0 and 0 < ratio["slowest_over_mean_16"] <= 1 + 1e-9, f"ratios of serve: {ratio}")
+    counts = check_mix(result, 2, 4)
+    check_idle(result, 10)
+    again = run_json(bench, *small, "--workers", "1", "--mix", "2x4", "--mix-steps", "48", "--idle", "0")
+    check(check_mix(again, 2, 4) == counts, "the same seed, other work")
+    check(not any(row["method"] == "idle" for row in again["rows"]), "idle sequences that nobody asked for")
+    for wrong in (("--mix", "0x4"), ("--mix", "4"), ("--mix", "4x1000"), ("--mix", "2x2x2"), ("--idle", "x"),
+                  ("--steps", "4"), ("--ram-cap", "0.5"), ("--build-tokens", "1")):
+        run(bench, *small, *wrong, wanted=2)
+    run(bench, "step", "--mix", "2x4", wanted=2)  # serve's
+
+
 # Nothing is left behind, neither files nor processes.
 def run_serve(bench, trace, fake_cuda):
     before = set(glob.glob("/tmp/icecache-serve-*"))
-    small = ("serve", "--rounds", "1", "--steps", "4")
+    small = ("serve", "--rounds", "1", "--steps", "4", "--mix", "none", "--idle", "0", "--build-tokens", "1024")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         where = ("--dir", folder)
         rows, ratio = check_serve(run_json(bench, *small, *where, "--tokens", "1024", "--workers", "1,2"), [1, 1, 2, 2], 2, 512)
         check([row["building"] for row in rows] == [False, True] * 2, f"rows of serve: {rows}")
-        check(ratio["p99_building_over_unloaded"] > 0 and "scaling_16" not in ratio, f"ratios of serve: {ratio}")
+        check(ratio["p99_building_over_unloaded"] > 0 and ratio["p99_building_over_raw_zmq"] > 0 and "scaling_16" not in ratio, f"ratios of serve: {ratio}")
         rows, ratio = check_serve(run_json(bench, *small, *where, "--trace", trace, "--ram-cap", "0.5,0.15"), [1] * 3, 2, 256)
         check_serve_caps(rows, ratio, [1, 0.5, 0.15])
         run(bench, *small, *where, "--daemon", "/nowhere/icecached", wanted=3)
         run(bench, *small, *where, "--daemon", "/bin/false", wanted=3)
-        run_serve_places(bench, (*small, *where, "--tokens", "1024"), fake_cuda)
+        run_serve_parts(bench, where)
+        run_serve_places(bench, (*small, *where, "--tokens", "1024", "--workers", "1"), fake_cuda)
         check(os.listdir(folder) == [], f"serve leaves {os.listdir(folder)}")
     check(set(glob.glob("/tmp/icecache-serve-*")) <= before, "serve leaves its sockets")
     run(bench, *small, "--workers", "1,2", "--ram-cap", "0.5", wanted=2)

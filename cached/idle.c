@@ -1,8 +1,8 @@
 // Sequences that nobody has used for long fall asleep: all of them goes to the disk, and they wake with the next
 // request. Reactor only.
 //
-// Asleep sooner where the memory for trees runs short: then whoever has been idle for longest, from SERVER_IDLE_MIN_NS
-// on. Growth: one pass over the sequences each SERVER_IDLE_LOOK_NS.
+// Asleep sooner where the memory for trees runs short, or their namespace is over its quota: then whoever has been idle
+// for longest, from SERVER_IDLE_MIN_NS on. Sealed prefixes that nobody has used for long are removed here, too. Growth: one pass over the sequences each SERVER_IDLE_LOOK_NS.
 #include "cached/log.h"
 #include "cached/server.h"
 
@@ -21,7 +21,7 @@ static void keep_disk_room(struct server *server)
     extents_usage(server->extents, &usage);
     if (server->config->prefix_evict && server->prefixes.removing == 0 &&
         usage.used_bytes > usage.capacity_bytes - usage.capacity_bytes / 32)
-        (void)prefix_evict(server);
+        (void)prefix_evict(server, NULL);
 }
 
 static bool memory_is_short(struct server *server)
@@ -50,6 +50,9 @@ uint64_t idle_look(struct server *server, uint64_t now_ns)
         return server->idle_look_ns;
     server->idle_look_ns = now_ns + SERVER_IDLE_LOOK_NS;
     keep_disk_room(server);
+    prefix_expire(server, now_ns);
+    if (tenants_are_over_ram(&server->tenants))
+        tier_relieve(server);
     const bool short_of = memory_is_short(server);
     struct sequence *longest = NULL;
     for (struct session *session = server->sessions; session; session = session->next) {
@@ -60,11 +63,11 @@ uint64_t idle_look(struct server *server, uint64_t now_ns)
                 op_sleep_sequence(server, each);
                 return server->idle_look_ns; // the lists may have changed: one at a look
             }
-            if (!longest || each->used_ns < longest->used_ns)
+            if ((short_of || tenant_is_over_ram(each->tenant)) && (!longest || each->used_ns < longest->used_ns))
                 longest = each;
         }
     }
-    if (short_of && longest && now_ns - longest->used_ns >= SERVER_IDLE_MIN_NS)
+    if (longest && now_ns - longest->used_ns >= SERVER_IDLE_MIN_NS)
         op_sleep_sequence(server, longest);
     return server->idle_look_ns;
 }

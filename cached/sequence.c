@@ -4,10 +4,12 @@
 // with the first append.
 #include "cached/sequence.h"
 
+#include "cached/quota.h"
 #include "cached/server.h"
 #include "proto/dtype.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 static size_t align8(size_t bytes)
@@ -58,7 +60,8 @@ static void init_lanes(struct server *server, struct sequence *sequence, const I
 }
 
 // Counted as the index's memory: a sequence of many lanes has megabytes of them before its first token.
-static ice_status allocate(struct server *server, const Icecache__Wire__SequenceOpen *message, struct sequence **out)
+static ice_status allocate(struct server *server, struct tenant *tenant, const Icecache__Wire__SequenceOpen *message,
+                           char *text, struct sequence **out)
 {
     size_t lane_count = (size_t)message->layers * message->kv_heads;
     size_t head = align8(sizeof(struct sequence));
@@ -66,6 +69,12 @@ static ice_status allocate(struct server *server, const Icecache__Wire__Sequence
     size_t lengths = align8(message->layers * sizeof(uint64_t));
     size_t reapers = align8(server->shard_count * sizeof(struct sequence_reaper));
     size_t bytes = head + lanes + lengths + reapers + align8(sizeof(struct op)) + align8(sizeof(struct admission));
+    const struct tenant_need need = {.index_bytes = bytes};
+    ice_status status = tenant_may_open(tenant, text);
+    if (status == ICE_OK)
+        status = tenant_may_take(tenant, NULL, &need, tier_serves(server), text);
+    if (status != ICE_OK)
+        return status;
     if (!budget_take(&server->index_budget, NULL, bytes))
         return ICE_INDEX_FULL;
     uint8_t *memory = env_acquire_zeroed(server->env, bytes);
@@ -75,7 +84,8 @@ static ice_status allocate(struct server *server, const Icecache__Wire__Sequence
     }
     struct sequence *sequence = (struct sequence *)memory;
     sequence->bytes = bytes;
-    sequence->index_bytes = bytes;
+    sequence->tenant = tenant;
+    quota_count_index(sequence, (int64_t)bytes);
     sequence->lane_count = (uint32_t)lane_count;
     sequence->lanes = (struct lane *)(memory + head);
     sequence->lengths = (uint64_t *)(memory + head + lanes);
@@ -86,17 +96,41 @@ static ice_status allocate(struct server *server, const Icecache__Wire__Sequence
     return ICE_OK;
 }
 
-ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
-                         struct sequence **out)
+// Memory for it, counted in its namespace.
+static ice_status take_memory(struct server *server, const Icecache__Wire__SequenceOpen *message, char *text,
+                              struct sequence **out)
 {
-    if (server->sequence_count >= server->config->sequences_max)
+    ice_status status;
+    if (server->sequence_count >= server->config->sequences_max) {
+        snprintf(text, TENANT_TEXT_BYTES, "%u sequences are open, as many as --sequences-max allows",
+                 server->sequence_count);
         return ICE_LIMIT;
+    }
+    struct tenant *tenant =
+        tenant_take(&server->tenants, server->env, server->config, message->name_space, false, &status);
+    if (!tenant) {
+        if (status == ICE_LIMIT)
+            snprintf(text, TENANT_TEXT_BYTES, "%u namespaces are in use, as many as --namespaces-max allows",
+                     server->tenants.count);
+        return status;
+    }
+    status = allocate(server, tenant, message, text, out);
+    if (status == ICE_OK)
+        tenant->sequences++;
+    tenant->refused += status == ICE_QUOTA;
+    tenant_drop_empty(&server->tenants, server->env, tenant);
+    return status;
+}
+
+ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
+                         char *text, struct sequence **out)
+{
     struct sequence *sequence = NULL;
-    ice_status status = allocate(server, message, &sequence);
+    ice_status status = take_memory(server, message, text, &sequence);
     if (status != ICE_OK)
         return status;
     sequence->id = ++server->next_id;
-    sequence->used_ns = env_now_ns(server->env);
+    sequence->opened_ns = sequence->used_ns = env_now_ns(server->env);
     sequence->server = server;
     sequence->session = session;
     init_identity(sequence, message, server->config->tokens_max);
@@ -157,6 +191,7 @@ void sequence_unreserve(struct sequence *sequence)
     if (server->extents)
         extents_unreserve(server->extents, &sequence->extents_promised, sequence->frame_bytes);
     budget_unreserve(&server->index_budget, &sequence->index_promised);
+    tenant_unpromise(sequence->tenant, &sequence->quota_promised);
 }
 
 // Reactor, after the last reaper: the lanes are gone, now the rest.
@@ -171,7 +206,11 @@ static void sequence_closed(struct completion *completion, struct server *server
     struct op *op = sequence->close_op;
     op_finish(op, ICE_OK, NULL); // the op lies in the sequence's memory, which goes next
     budget_give(&server->index_budget, sequence->bytes);
+    struct tenant *tenant = sequence->tenant;
+    quota_count_index(sequence, -(int64_t)sequence->bytes);
+    tenant->sequences--;
     server->env->release(server->env, sequence, sequence->bytes);
+    tenant_drop_empty(&server->tenants, server->env, tenant);
     session_release(server, session);
 }
 

@@ -10,6 +10,7 @@
 #include "cached/lane.h"
 #include "cached/prefix.h"
 #include "cached/task_queue.h"
+#include "cached/tenant.h"
 #include "proto/limits.h"
 #include "proto/wire.h"
 
@@ -37,6 +38,7 @@ struct sequence {
     uint64_t id;
     struct server *server;
     struct session *session;
+    struct tenant *tenant;           // its namespace, which counts what it takes
     struct prefix_identity identity; // namespace, model, ranks, shape as a sealed prefix has them
     struct wire_shape shape;
     float scale;
@@ -60,10 +62,12 @@ struct sequence {
     struct pool_reservation frames_promised;
     struct extents_reservation extents_promised;
     struct reservation index_promised;
+    struct tenant_promise quota_promised;
     struct completion closed;
     struct sequence_reaper *reapers; // one per shard
     struct prefix *prefix;           // that it was attached to; NULL: none
     struct op *sleep_op;             // it is falling asleep
+    uint64_t opened_ns;
     uint64_t used_ns;                // when a request on it ended
     bool asleep;                     // all of it, and nobody has needed it since
     struct op *close_op;             // made with the sequence, so that closing never needs memory
@@ -88,10 +92,11 @@ static inline bool sequence_follows(const struct sequence *sequence, uint32_t la
     return sequence->lanes[(uint64_t)layer * sequence->shape.kv_heads].anchor != layer;
 }
 
-// Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_INDEX_FULL,
-// ICE_NO_MEMORY.
+// Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_QUOTA,
+// ICE_INDEX_FULL, ICE_NO_MEMORY; text (TENANT_TEXT_BYTES) says more, or is left as it is.
 ICE_MUST_CHECK ice_status sequence_open(struct server *server, struct session *session,
-                                        const Icecache__Wire__SequenceOpen *message, struct sequence **out);
+                                        const Icecache__Wire__SequenceOpen *message, char *text,
+                                        struct sequence **out);
 // NULL where the session has no such sequence, or it is being closed.
 struct sequence *sequence_find(struct server *server, const struct session *session, uint64_t id);
 // Hands every lane to its shard for destruction; the sequence frees itself when they are done, then calls back.

@@ -13,6 +13,7 @@
 #include "cached/prefix.h"
 #include "cached/session.h"
 #include "cached/shard.h"
+#include "cached/tenant.h"
 
 #define SERVER_HASH_BUCKETS       4096u
 #define SERVER_SEARCH_UNITS       20000u // work units between two looks at the deadline: 0.05 to 0.3 ms
@@ -77,6 +78,7 @@ struct server {
     struct session *sessions, *graveyard;
     struct sequence *sequences[SERVER_HASH_BUCKETS];
     struct prefixes prefixes;
+    struct tenants tenants;
     struct op *room_waiting; // for sealed prefixes to go
     bool disk_off_said;      // it has been logged
     uint64_t idle_look_ns;   // when sequences are looked at for sleep next
@@ -135,7 +137,14 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
 void remove_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
                    const struct env_message *message);
 void report_prefixes(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
-                     uint32_t from);
+                     const Icecache__Wire__PrefixList *list);
+// The namespace that a request about prefixes means; NULL: an admin session's, of all.
+const char *named_space(const struct session *session, const char *name_space);
+// What is held, and what namespaces have (report_held.c).
+void report_leases(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                   uint32_t from);
+void report_namespaces(struct server *server, struct session *session, const struct env_message *to,
+                       uint64_t request_id, uint32_t from);
 
 // Sequences that have been idle for long fall asleep (idle.c). Returns when to look again.
 uint64_t idle_look(struct server *server, uint64_t now_ns);

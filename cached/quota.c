@@ -1,0 +1,80 @@
+// Quotas of sequences, see quota.h. Estimates are of what tokens take on the whole: pages as if they were full, of a
+// tree the codes and places of its tokens. So a step of one token needs a token's worth, and not a new page in each
+// lane; the pages that clustering leaves half empty are counted when they are there.
+#include "cached/quota.h"
+
+#include "cached/server.h"
+
+#define QUOTA_TREE_TOKEN_BYTES 48u // of a lane's tree, beside a byte for each coordinate
+
+void quota_count_pages(struct sequence *sequence, int64_t pages)
+{
+    atomic_fetch_add_explicit(&sequence->page_count, (uint64_t)pages, memory_order_relaxed);
+    if (sequence->server->disk) // every page has an extent there
+        tenant_add_disk(sequence->tenant, pages * (int64_t)sequence->frame_bytes);
+}
+
+void quota_count_image(struct sequence *sequence, const struct image *image, int sign)
+{
+    tenant_add_disk(sequence->tenant, (int64_t)image->piece_count * IMAGE_PIECE_BYTES * sign);
+    tenant_add_index(sequence->tenant, (int64_t)image->memory_bytes * sign);
+}
+
+static uint64_t page_bytes(const struct sequence *sequence, uint64_t lanes, uint64_t tokens)
+{
+    return lanes * (tokens * sequence->frame_bytes / sequence->server->config->page_tokens);
+}
+
+static uint64_t tree_bytes(const struct sequence *sequence, uint64_t lanes, uint64_t tokens)
+{
+    return lanes * tokens * (sequence->shape.head_dim + QUOTA_TREE_TOKEN_BYTES);
+}
+
+ice_status quota_may_append(struct sequence *sequence, uint32_t layers, uint64_t tokens, bool promise, char *text)
+{
+    const uint64_t lanes = (uint64_t)layers * sequence->shape.kv_heads;
+    const bool has_disk = tier_serves(sequence->server);
+    const uint64_t pages = page_bytes(sequence, lanes, tokens);
+    const struct tenant_need need = {
+        .pool_bytes = pages,
+        .index_bytes = tree_bytes(sequence, lanes, tokens),
+        .disk_bytes = has_disk ? pages : 0,
+    };
+    return tenant_may_take(sequence->tenant, promise ? &sequence->quota_promised : NULL, &need, has_disk, text);
+}
+
+ice_status quota_may_seal(struct sequence *sequence, uint64_t tokens, char *text)
+{
+    const uint64_t pieces = tree_bytes(sequence, 1, tokens) / IMAGE_PIECE_BYTES + 1;
+    const struct tenant_need need = {.disk_bytes = page_bytes(sequence, sequence->lane_count, tokens) +
+                                                   sequence->lane_count * pieces * IMAGE_PIECE_BYTES};
+    return tenant_may_take(sequence->tenant, NULL, &need, tier_serves(sequence->server), text);
+}
+
+ice_status quota_may_attach(struct server *server, const struct prefix *prefix, uint64_t tokens, char *text)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < prefix->lane_count; i++)
+        bytes += prefix->images[i]->page_count * prefix->images[i]->frame_bytes;
+    const struct tenant_need need = {
+        // Both may have 2^46, whose product has no room.
+        .disk_bytes = (uint64_t)((double)bytes * ((double)tokens / (double)prefix_tokens(prefix))),
+        .index_bytes = prefix->lane_count * tokens * (prefix->identity.head_dim + QUOTA_TREE_TOKEN_BYTES),
+    };
+    const ice_status status = prefix->tenant ? tenant_may_take(prefix->tenant, NULL, &need, tier_serves(server), text)
+                                             : ICE_OK;
+    if (status == ICE_QUOTA)
+        prefix->tenant->refused++;
+    return status;
+}
+
+struct tenant *quota_lacking_disk(const struct op *op)
+{
+    const struct tenants *tenants = &op->server->tenants;
+    return tenants->refused_for_disk ? tenants->refused : NULL;
+}
+
+void quota_note_refused(const struct op *op)
+{
+    op->server->tenants.refused->refused++;
+}

@@ -302,7 +302,8 @@ void config_print_help(FILE *file)
         "  --spill-dir DIR           where the spill file is: pages that are not used leave memory for it (default "
         "none)\n"
         "  --quota NAME:ram=BYTES,disk=BYTES,sequences=N\n"
-        "                            what a namespace may have; once for each, or several with semicolons between them\n"
+        "                            what a namespace may have; once for each, or several with semicolons between "
+        "them\n"
         "  --quota-default ram=BYTES,disk=BYTES,sequences=N\n"
         "                            what each of the others may have (default no limit)\n");
     for (size_t i = 0; i < NUMBER_COUNT; i++) {

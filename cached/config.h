@@ -73,7 +73,7 @@ struct config {
     char socket_directory[108];
     char log_level[16];
     char cuda_library[108], nvml_library[108];
-    char spill_directory[256]; // empty: no spill tier
+    char spill_directory[256];         // empty: no spill tier
     struct config_quota quota_default; // of namespaces that the list does not name
     struct config_quota quotas[CONFIG_QUOTAS_MAX];
     uint32_t quota_count;

@@ -266,8 +266,9 @@ static void id_text(const Icecache__Wire__Lease *row, char text[20])
 void ctl_print_leases_table(Icecache__Wire__Reply *const *pages, size_t count)
 {
     char bytes[32], id[20];
-    printf("kind      id                     pid  worker           namespace             age s     unused s       bytes  "
-           "attached\n");
+    printf(
+        "kind      id                     pid  worker           namespace             age s     unused s       bytes  "
+        "attached\n");
     for (size_t page = 0; page < count; page++) {
         for (size_t i = 0; i < pages[page]->lease_list->n_lease; i++) {
             const Icecache__Wire__Lease *row = pages[page]->lease_list->lease[i];
@@ -312,8 +313,9 @@ static const char *quota_text(uint64_t bytes, char *text, size_t capacity)
 void ctl_print_namespaces_table(Icecache__Wire__Reply *const *pages, size_t count)
 {
     char pool[32], index[32], ram[32], disk[32], most[32], sequences[16];
-    printf("namespace        sequences     quota        pool       index   ram quota        disk  disk quota  prefixes  "
-           "refused\n");
+    printf(
+        "namespace        sequences     quota        pool       index   ram quota        disk  disk quota  prefixes  "
+        "refused\n");
     for (size_t page = 0; page < count; page++) {
         for (size_t i = 0; i < pages[page]->namespace_list->n_name_space; i++) {
             const Icecache__Wire__NamespaceStats *row = pages[page]->namespace_list->name_space[i];

@@ -2,7 +2,8 @@
 // request. Reactor only.
 //
 // Asleep sooner where the memory for trees runs short, or their namespace is over its quota: then whoever has been idle
-// for longest, from SERVER_IDLE_MIN_NS on. Sealed prefixes that nobody has used for long are removed here, too. Growth: one pass over the sequences each SERVER_IDLE_LOOK_NS.
+// for longest, from SERVER_IDLE_MIN_NS on. Sealed prefixes that nobody has used for long are removed here, too. Growth:
+// one pass over the sequences each SERVER_IDLE_LOOK_NS.
 #include "cached/log.h"
 #include "cached/server.h"
 

@@ -45,19 +45,19 @@ struct prefix {
     uint32_t block_count;                  // tokens: block_count x identity.block_tokens
     uint8_t (*hashes)[PREFIX_BLOCK_BYTES]; // [block_count]
     uint32_t lane_count;
-    struct image **images; // [layer][kv_head]; may hold more tokens than are sealed
-    size_t memory_bytes;   // of this allocation, without the images
-    uint32_t attached;     // sequences
-    bool listed;           // in the registry
-    bool removing;         // its manifest is on its way out
-    bool unlinked;         // its manifest is gone for good
+    struct image **images;       // [layer][kv_head]; may hold more tokens than are sealed
+    size_t memory_bytes;         // of this allocation, without the images
+    uint32_t attached;           // sequences
+    bool listed;                 // in the registry
+    bool removing;               // its manifest is on its way out
+    bool unlinked;               // its manifest is gone for good
     uint64_t listed_ns, used_ns; // since when it is found; when a sequence last began with it, or left it
     struct tenant *tenant;       // its namespace, while it is counted there
     uint64_t counted_index_bytes, counted_disk_bytes;
     uint64_t owner_id; // the session that sealed it, 0: found at the start
     pid_t owner_pid;
     char owner[WIRE_NAME_BYTES_MAX + 1];
-    struct prefix *next;   // in its bucket, or among the unlisted
+    struct prefix *next; // in its bucket, or among the unlisted
     struct prefix_waiter *waiters;
     struct server *server;
     struct op *op;     // the sealing that made it, until it is answered

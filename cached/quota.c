@@ -61,8 +61,8 @@ ice_status quota_may_attach(struct server *server, const struct prefix *prefix, 
         .disk_bytes = (uint64_t)((double)bytes * ((double)tokens / (double)prefix_tokens(prefix))),
         .index_bytes = prefix->lane_count * tokens * (prefix->identity.head_dim + QUOTA_TREE_TOKEN_BYTES),
     };
-    const ice_status status = prefix->tenant ? tenant_may_take(prefix->tenant, NULL, &need, tier_serves(server), text)
-                                             : ICE_OK;
+    const ice_status status =
+        prefix->tenant ? tenant_may_take(prefix->tenant, NULL, &need, tier_serves(server), text) : ICE_OK;
     if (status == ICE_QUOTA)
         prefix->tenant->refused++;
     return status;

@@ -72,8 +72,8 @@ static void fill_sequence(const struct sequence *sequence, Icecache__Wire__Seque
 
 // All sequences are counted; those that the asking session may see, its own where it is a worker's, are listed from
 // `from` on as far as they fit.
-static void fill_sequences(const struct server *server, const struct session *asking, uint32_t from, struct sequence_rows *list,
-                           Icecache__Wire__StatsReply *body)
+static void fill_sequences(const struct server *server, const struct session *asking, uint32_t from,
+                           struct sequence_rows *list, Icecache__Wire__StatsReply *body)
 {
     uint32_t at = 0;
     for (const struct session *session = server->sessions; session; session = session->next) {

@@ -68,9 +68,9 @@ struct sequence {
     struct prefix *prefix;           // that it was attached to; NULL: none
     struct op *sleep_op;             // it is falling asleep
     uint64_t opened_ns;
-    uint64_t used_ns;                // when a request on it ended
-    bool asleep;                     // all of it, and nobody has needed it since
-    struct op *close_op;             // made with the sequence, so that closing never needs memory
+    uint64_t used_ns;    // when a request on it ended
+    bool asleep;         // all of it, and nobody has needed it since
+    struct op *close_op; // made with the sequence, so that closing never needs memory
 
     // Any thread.
     _Atomic uint32_t reapers_left;
@@ -95,8 +95,7 @@ static inline bool sequence_follows(const struct sequence *sequence, uint32_t la
 // Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_QUOTA,
 // ICE_INDEX_FULL, ICE_NO_MEMORY; text (TENANT_TEXT_BYTES) says more, or is left as it is.
 ICE_MUST_CHECK ice_status sequence_open(struct server *server, struct session *session,
-                                        const Icecache__Wire__SequenceOpen *message, char *text,
-                                        struct sequence **out);
+                                        const Icecache__Wire__SequenceOpen *message, char *text, struct sequence **out);
 // NULL where the session has no such sequence, or it is being closed.
 struct sequence *sequence_find(struct server *server, const struct session *session, uint64_t id);
 // Hands every lane to its shard for destruction; the sequence frees itself when they are done, then calls back.

@@ -63,7 +63,7 @@ struct session {
     char name_space[WIRE_NAME_BYTES_MAX + 1]; // the only one that it may use; empty: any
     uint64_t since_ns;
     uint64_t used_ns; // of the last request
-    uint32_t holds; // requests, jobs and sequences that still point here
+    uint32_t holds;   // requests, jobs and sequences that still point here
     uint32_t inflight;
     uint64_t inflight_bytes; // memory of requests in flight
     uint32_t landing_count, sequence_count;

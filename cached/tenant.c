@@ -128,11 +128,11 @@ ice_status tenant_may_take(struct tenant *tenant, struct tenant_promise *promise
     const uint64_t ram_quota = tenant->quota->ram_bytes, disk_quota = tenant->quota->disk_bytes;
     // With a disk pages leave memory, and what stays are trees.
     const uint64_t ram_need = need->index_bytes + (has_disk ? 0 : need->pool_bytes);
-    const uint64_t ram_used = atomic_load_explicit(has_disk ? &tenant->index_bytes : &tenant->ram_bytes,
-                                                   memory_order_relaxed) +
-                              tenant->ram_promised - held->ram_bytes;
-    const uint64_t disk_used = atomic_load_explicit(&tenant->disk_bytes, memory_order_relaxed) +
-                               tenant->disk_promised - held->disk_bytes;
+    const uint64_t ram_used =
+        atomic_load_explicit(has_disk ? &tenant->index_bytes : &tenant->ram_bytes, memory_order_relaxed) +
+        tenant->ram_promised - held->ram_bytes;
+    const uint64_t disk_used =
+        atomic_load_explicit(&tenant->disk_bytes, memory_order_relaxed) + tenant->disk_promised - held->disk_bytes;
     const bool lacks_disk = has_disk && exceeds(disk_used, need->disk_bytes, disk_quota);
     tenant->all->refused_for_disk = false;
     if (exceeds(ram_used, ram_need, ram_quota))

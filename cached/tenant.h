@@ -1,7 +1,8 @@
 // Namespaces: what the sequences and sealed prefixes of each have, and how much they may have (--quota).
 //
-// A namespace is there while something is in it, a sequence or a sealed prefix, or where it has a quota of its own. The reactor owns the table; shards
-// count what their lanes take through the functions at the end of this file, and only these.
+// A namespace is there while something is in it, a sequence or a sealed prefix, or where it has a quota of its own. The
+// reactor owns the table; shards count what their lanes take through the functions at the end of this file, and only
+// these.
 //
 // Every sequence and every sealed prefix counts all that it names: what two of them share counts for both. So what a
 // sequence costs its namespace does not change when another one goes.

@@ -364,8 +364,8 @@ static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
 }
 
 // Moves the hand until `wanted` frames are free or enough was looked at: one lap at most, so that what is used between
-// two calls stays, however few pages the shard has. of_over: only pages of namespaces over their quota go, and fewer are
-// looked at, because there is room. Returns how many.
+// two calls stays, however few pages the shard has. of_over: only pages of namespaces over their quota go, and fewer
+// are looked at, because there is room. Returns how many.
 static uint32_t sweep(struct shard *shard, uint32_t wanted, bool of_over)
 {
     struct tier *tier = &shard->tier;

@@ -5,7 +5,9 @@
 
 #include "cached/server.h"
 
-#define QUOTA_TREE_TOKEN_BYTES 48u // of a lane's tree, beside a byte for each coordinate
+// Of a lane's tree for one token: two thirds of a byte a coordinate and this; as measured (ARCHITECTURE.md, Limits),
+// and a little more.
+#define QUOTA_TREE_TOKEN_BYTES 32u
 
 void quota_count_pages(struct sequence *sequence, int64_t pages)
 {
@@ -25,9 +27,9 @@ static uint64_t page_bytes(const struct sequence *sequence, uint64_t lanes, uint
     return lanes * (tokens * sequence->frame_bytes / sequence->server->config->page_tokens);
 }
 
-static uint64_t tree_bytes(const struct sequence *sequence, uint64_t lanes, uint64_t tokens)
+static uint64_t tree_bytes(uint32_t head_dim, uint64_t lanes, uint64_t tokens)
 {
-    return lanes * tokens * (sequence->shape.head_dim + QUOTA_TREE_TOKEN_BYTES);
+    return lanes * tokens * (head_dim * 2 / 3 + QUOTA_TREE_TOKEN_BYTES);
 }
 
 ice_status quota_may_append(struct sequence *sequence, uint32_t layers, uint64_t tokens, bool promise, char *text)
@@ -37,7 +39,7 @@ ice_status quota_may_append(struct sequence *sequence, uint32_t layers, uint64_t
     const uint64_t pages = page_bytes(sequence, lanes, tokens);
     const struct tenant_need need = {
         .pool_bytes = pages,
-        .index_bytes = tree_bytes(sequence, lanes, tokens),
+        .index_bytes = tree_bytes(sequence->shape.head_dim, lanes, tokens),
         .disk_bytes = has_disk ? pages : 0,
     };
     return tenant_may_take(sequence->tenant, promise ? &sequence->quota_promised : NULL, &need, has_disk, text);
@@ -45,7 +47,7 @@ ice_status quota_may_append(struct sequence *sequence, uint32_t layers, uint64_t
 
 ice_status quota_may_seal(struct sequence *sequence, uint64_t tokens, char *text)
 {
-    const uint64_t pieces = tree_bytes(sequence, 1, tokens) / IMAGE_PIECE_BYTES + 1;
+    const uint64_t pieces = tree_bytes(sequence->shape.head_dim, 1, tokens) / IMAGE_PIECE_BYTES + 1;
     const struct tenant_need need = {.disk_bytes = page_bytes(sequence, sequence->lane_count, tokens) +
                                                    sequence->lane_count * pieces * IMAGE_PIECE_BYTES};
     return tenant_may_take(sequence->tenant, NULL, &need, tier_serves(sequence->server), text);
@@ -59,7 +61,7 @@ ice_status quota_may_attach(struct server *server, const struct prefix *prefix, 
     const struct tenant_need need = {
         // Both may have 2^46, whose product has no room.
         .disk_bytes = (uint64_t)((double)bytes * ((double)tokens / (double)prefix_tokens(prefix))),
-        .index_bytes = prefix->lane_count * tokens * (prefix->identity.head_dim + QUOTA_TREE_TOKEN_BYTES),
+        .index_bytes = tree_bytes(prefix->identity.head_dim, prefix->lane_count, tokens),
     };
     const ice_status status =
         prefix->tenant ? tenant_may_take(prefix->tenant, NULL, &need, tier_serves(server), text) : ICE_OK;

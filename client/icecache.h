@@ -215,6 +215,8 @@ struct ice_sequence_options {
     uint64_t max_tokens; // 0: the daemon's limit
 };
 
+// ICE_QUOTA, here and from seal, attach, append and a retrieve that appends: a quota of the namespace is used up, and
+// nothing has changed; ice_last_error says which quota, what is used and what to do.
 ICE_CHECKED ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_options *options,
                                          uint64_t deadline_us, ice_sequence **out);
 // Frees all that the sequence holds, here and in the daemon. Accepts NULL.

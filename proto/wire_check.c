@@ -13,7 +13,6 @@
 #include <math.h>
 #include <string.h>
 
-
 // ---- fields that several messages share ----
 
 // A count from 1 to its limit.

@@ -5,6 +5,7 @@
 #include "raw.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -64,7 +65,7 @@ static uint64_t seal_in(const struct daemon *daemon, const char *name_space, uin
 
 static json_t *ctl_json(const struct daemon *daemon, const char *command)
 {
-    static char output[1 << 16];
+    static char output[1 << 18];
     const char *const arguments[] = {command, "--json", NULL};
     json_error_t error;
     assert_int_equal(daemon_ctl(daemon, arguments, output, sizeof output), 0);
@@ -620,6 +621,43 @@ static void leases_name_their_owners(void **state)
     history_destroy(&history);
 }
 
+// Lists in several parts: each entry once.
+static void long_lists(void **state)
+{
+    const struct daemon *daemon = *state;
+    enum { COUNT = 600 };
+    bool seen[COUNT] = {false};
+    ice_client *client = client_connect(daemon->sockets, TEST_DEADLINE_US, 0);
+    for (int i = 0; i < COUNT; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "n%d", i);
+        open_in(client, name, 0, 1);
+    }
+    json_t *root = ctl_json(daemon, "namespaces"), *row;
+    size_t i;
+    assert_int_equal(json_array_size(json_object_get(root, "namespace")), COUNT);
+    json_array_foreach(json_object_get(root, "namespace"), i, row)
+    {
+        const unsigned number = (unsigned)strtoul(text_of(row, "name") + 1, NULL, 10);
+        assert_true(number < COUNT && !seen[number]);
+        seen[number] = true;
+    }
+    json_decref(root);
+    memset(seen, 0, sizeof seen);
+    root = ctl_json(daemon, "leases");
+    assert_int_equal(json_array_size(json_object_get(root, "lease")), COUNT + 1); // and the session
+    json_array_foreach(json_object_get(root, "lease"), i, row)
+    {
+        if (strcmp(text_of(row, "kind"), "sequence") != 0)
+            continue;
+        const unsigned number = (unsigned)strtoul(text_of(row, "namespace") + 1, NULL, 10);
+        assert_true(number < COUNT && !seen[number]);
+        seen[number] = true;
+    }
+    json_decref(root);
+    ice_client_close(client);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -636,6 +674,7 @@ int main(void)
         DAEMON_TEST_WITH(over_disk_is_refused, with_disk_quota),
         DAEMON_TEST_WITH(detached_prefixes_expire, with_ttl),
         DAEMON_TEST_WITH(leases_name_their_owners, with_disk),
+        DAEMON_TEST(long_lists),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

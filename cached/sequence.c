@@ -96,38 +96,38 @@ static ice_status allocate(struct server *server, struct tenant *tenant, const I
     return ICE_OK;
 }
 
-// Memory for it, counted in its namespace.
-static ice_status take_memory(struct server *server, const Icecache__Wire__SequenceOpen *message, char *text,
-                              struct sequence **out)
+// Memory for it, counted in its namespace; NULL, with the status that says why.
+static struct sequence *take_memory(struct server *server, const Icecache__Wire__SequenceOpen *message, char *text,
+                                    ice_status *status)
 {
-    ice_status status;
+    struct sequence *sequence = NULL;
+    *status = ICE_LIMIT;
     if (server->sequence_count >= server->config->sequences_max) {
         snprintf(text, TENANT_TEXT_BYTES, "%u sequences are open, as many as --sequences-max allows",
                  server->sequence_count);
-        return ICE_LIMIT;
+        return NULL;
     }
     struct tenant *tenant =
-        tenant_take(&server->tenants, server->env, server->config, message->name_space, false, &status);
+        tenant_take(&server->tenants, server->env, server->config, message->name_space, false, status);
     if (!tenant) {
-        if (status == ICE_LIMIT)
+        if (*status == ICE_LIMIT)
             snprintf(text, TENANT_TEXT_BYTES, "%u namespaces are in use, as many as --namespaces-max allows",
                      server->tenants.count);
-        return status;
+        return NULL;
     }
-    status = allocate(server, tenant, message, text, out);
-    if (status == ICE_OK)
-        tenant->sequences++;
-    tenant->refused += status == ICE_QUOTA;
+    *status = allocate(server, tenant, message, text, &sequence);
+    tenant->sequences += sequence != NULL;
+    tenant->refused += *status == ICE_QUOTA;
     tenant_drop_empty(&server->tenants, server->env, tenant);
-    return status;
+    return sequence;
 }
 
 ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
                          char *text, struct sequence **out)
 {
-    struct sequence *sequence = NULL;
-    ice_status status = take_memory(server, message, text, &sequence);
-    if (status != ICE_OK)
+    ice_status status;
+    struct sequence *sequence = take_memory(server, message, text, &status);
+    if (!sequence)
         return status;
     sequence->id = ++server->next_id;
     sequence->opened_ns = sequence->used_ns = env_now_ns(server->env);

@@ -51,6 +51,8 @@ enum {
     FLAG_CUDA_LIBRARY,
     FLAG_SPILL_DIR,
     FLAG_NVML_LIBRARY,
+    FLAG_QUOTA,
+    FLAG_QUOTA_DEFAULT,
     FLAG_HELP,
     FLAG_VERSION,
     FLAG_CHOICE
@@ -192,6 +194,12 @@ static bool read_environment(struct config *config, char *error, size_t capacity
     if (library &&
         !set_text(config->nvml_library, sizeof config->nvml_library, "nvml-library", library, error, capacity))
         return blame_variable(name, error, capacity);
+    const char *quota = environment_of("quota", name);
+    if (quota && !config_add_quotas(config, quota, error, capacity))
+        return blame_variable(name, error, capacity);
+    quota = environment_of("quota-default", name);
+    if (quota && !config_set_default_quota(config, quota, error, capacity))
+        return blame_variable(name, error, capacity);
     const char *spill = environment_of("spill-dir", name);
     if (spill &&
         !set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", spill, error, capacity))
@@ -202,7 +210,7 @@ static bool read_environment(struct config *config, char *error, size_t capacity
 static enum config_outcome read_arguments(struct config *config, int argc, char *const *argv, char *error,
                                           size_t capacity)
 {
-    struct option options[NUMBER_COUNT + CHOICE_COUNT + 8] = {{0}};
+    struct option options[NUMBER_COUNT + CHOICE_COUNT + 10] = {{0}};
     for (size_t i = 0; i < NUMBER_COUNT; i++)
         options[i] = (struct option){numbers[i].flag, required_argument, NULL, (int)i};
     options[NUMBER_COUNT] = (struct option){"socket-dir", required_argument, NULL, FLAG_SOCKET_DIR};
@@ -212,8 +220,10 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
     options[NUMBER_COUNT + 4] = (struct option){"cuda-library", required_argument, NULL, FLAG_CUDA_LIBRARY};
     options[NUMBER_COUNT + 5] = (struct option){"spill-dir", required_argument, NULL, FLAG_SPILL_DIR};
     options[NUMBER_COUNT + 6] = (struct option){"nvml-library", required_argument, NULL, FLAG_NVML_LIBRARY};
+    options[NUMBER_COUNT + 7] = (struct option){"quota", required_argument, NULL, FLAG_QUOTA};
+    options[NUMBER_COUNT + 8] = (struct option){"quota-default", required_argument, NULL, FLAG_QUOTA_DEFAULT};
     for (size_t i = 0; i < CHOICE_COUNT; i++)
-        options[NUMBER_COUNT + 7 + i] = (struct option){choices[i].flag, required_argument, NULL, FLAG_CHOICE + (int)i};
+        options[NUMBER_COUNT + 9 + i] = (struct option){choices[i].flag, required_argument, NULL, FLAG_CHOICE + (int)i};
     optind = 1;
     opterr = 0;
     for (int flag; (flag = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
@@ -239,6 +249,10 @@ static enum config_outcome read_arguments(struct config *config, int argc, char 
         else if (flag == FLAG_SPILL_DIR)
             ok =
                 set_text(config->spill_directory, sizeof config->spill_directory, "spill-dir", optarg, error, capacity);
+        else if (flag == FLAG_QUOTA)
+            ok = config_add_quotas(config, optarg, error, capacity);
+        else if (flag == FLAG_QUOTA_DEFAULT)
+            ok = config_set_default_quota(config, optarg, error, capacity);
         else if (flag >= FLAG_CHOICE)
             ok = set_choice(config, &choices[flag - FLAG_CHOICE], optarg, error, capacity);
         else
@@ -286,7 +300,12 @@ void config_print_help(FILE *file)
         "  --nvml-library FILE       NVML, which says how much GPU memory the daemon takes (default "
         "libnvidia-ml.so.1)\n"
         "  --spill-dir DIR           where the spill file is: pages that are not used leave memory for it (default "
-        "none)\n");
+        "none)\n"
+        "  --quota NAME:ram=BYTES,disk=BYTES,sequences=N\n"
+        "                            what a namespace may have; once for each, or several with semicolons between "
+        "them\n"
+        "  --quota-default ram=BYTES,disk=BYTES,sequences=N\n"
+        "                            what each of the others may have (default no limit)\n");
     for (size_t i = 0; i < NUMBER_COUNT; i++) {
         const struct number *number = &numbers[i];
         char value[32];

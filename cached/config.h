@@ -3,6 +3,8 @@
 #ifndef ICECACHE_CACHED_CONFIG_H
 #define ICECACHE_CACHED_CONFIG_H
 
+#include "proto/limits.h"
+
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -15,7 +17,8 @@
     X(spill_depth,           "spill-depth",           NUMBER,   64,          1,          64,         "pages on their way to or from the disk at once") \
     X(spill_read_bytes_per_s,"spill-read-bytes-per-s",SIZE,     0,           0,          1ull << 40, "most bytes read from the spill file in a second; 0: no limit") \
     X(spill_write_bytes_per_s,"spill-write-bytes-per-s",SIZE,   0,           0,          1ull << 40, "most bytes written to it in a second; 0: no limit") \
-    X(prefix_evict,          "prefix-evict",          NUMBER,   1,           0,          1,          "1: where the spill file is full, sealed prefixes that nobody uses make room, the oldest use first") \
+    X(prefix_evict,          "prefix-evict",          NUMBER,   1,           0,          1,          "1: where the spill file is full, sealed prefixes that nobody uses make room, cold ones that are cheap to compute again first") \
+    X(prefix_ttl_s,          "prefix-ttl-s",          NUMBER,   0,           0,          315360000,  "seconds after which a sealed prefix that nobody uses is removed; 0: never") \
     X(hibernate_ms,          "hibernate-ms",          NUMBER,   300000,      0,          86400000,   "after so long without a request a sequence leaves memory for the disk; 0: only where memory is short") \
     X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings and staging") \
     X(shards,                "shards",                NUMBER,   0,           0,          256,        "threads that own lanes; 0: cores less one, at most 8") \
@@ -23,6 +26,7 @@
     X(seed,                  "seed",                  NUMBER,   1,           0,          INT64_MAX,  "seed of the trees") \
     X(sessions_max,          "sessions-max",          NUMBER,   64,          1,          4096,       "workers connected at once") \
     X(sequences_max,         "sequences-max",         NUMBER,   4096,        1,          1u << 20,   "sequences open at once") \
+    X(namespaces_max,        "namespaces-max",        NUMBER,   1024,        1,          65536,      "namespaces with sequences or sealed prefixes at once") \
     X(landings_max,          "landings-max",          NUMBER,   64,          1,          4096,       "landings per session") \
     X(inflight_max,          "inflight-max",          NUMBER,   256,         1,          1024,       "requests in flight per session") \
     X(decode_queue_max,      "decode-queue-max",      NUMBER,   4096,        1,          1u << 20,   "retrieves in flight, of all sessions; one below its share of them is never refused") \
@@ -46,6 +50,16 @@ enum config_spill_engine { CONFIG_SPILL_AUTO, CONFIG_SPILL_URING, CONFIG_SPILL_T
 enum config_gpu_copy { CONFIG_GPU_COPY_AUTO, CONFIG_GPU_COPY_LOOP, CONFIG_GPU_COPY_BATCH };
 enum config_memory_check { CONFIG_MEMORY_REFUSE, CONFIG_MEMORY_WARN };
 
+#define CONFIG_QUOTAS_MAX 64u
+
+// What the sequences and sealed prefixes of a namespace may have. 0: no limit.
+struct config_quota {
+    char name_space[WIRE_NAME_BYTES_MAX + 1];
+    uint64_t ram_bytes; // pages in memory and trees
+    uint64_t disk_bytes;
+    uint64_t sequences;
+};
+
 struct config {
 #define CONFIG_FIELD(field, flag, type, initial, min, max, help) uint64_t field;
     CONFIG_NUMBERS(CONFIG_FIELD)
@@ -61,7 +75,10 @@ struct config {
     char socket_directory[108];
     char log_level[16];
     char cuda_library[108], nvml_library[108];
-    char spill_directory[256]; // empty: no spill tier
+    char spill_directory[256];         // empty: no spill tier
+    struct config_quota quota_default; // of namespaces that the list does not name
+    struct config_quota quotas[CONFIG_QUOTAS_MAX];
+    uint32_t quota_count;
 };
 
 enum config_outcome { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION, CONFIG_ERROR };
@@ -71,5 +88,11 @@ enum config_outcome config_read(struct config *config, int argc, char *const *ar
 void config_print_help(FILE *file);
 // "64m" -> bytes (k, m, g, t; binary). False where it is no size.
 bool config_parse_size(const char *text, uint64_t *out);
+
+// Quotas (config_quota.c). "NAME:ram=BYTES,disk=BYTES,sequences=N", several of them separated by semicolons; a part
+// that is left out is no limit. A name that comes again has the later quota.
+bool config_add_quotas(struct config *config, const char *text, char *error, size_t capacity);
+// The same without the name.
+bool config_set_default_quota(struct config *config, const char *text, char *error, size_t capacity);
 
 #endif

@@ -32,6 +32,8 @@ static const char usage[] = "usage: icecachectl [options] COMMAND\n"
                             "  stats                 sequences, tokens, pages, bytes, requests, latencies by phase\n"
                             "  prefixes              the sealed prefixes on the daemon's disk\n"
                             "  remove-prefix ID      forgets one of them\n"
+                            "  leases                everything that is held: its owner, age, time unused and bytes\n"
+                            "  namespaces            what each namespace has, and its quotas\n"
                             "options\n"
                             "  --socket-dir DIR      the daemon's socket folder (ICECACHE_SOCKET_DIR)\n"
                             "  --json                one JSON object with stable keys\n"
@@ -56,8 +58,16 @@ static int ping(struct ctl_connection *connection, const struct arguments *argum
 // Where the rest of a list begins; 0: this was the end.
 static uint32_t next_of(const Icecache__Wire__Reply *reply)
 {
-    return reply->body_case == ICECACHE__WIRE__REPLY__BODY_STATS ? reply->stats->sequences_next
-                                                                 : reply->prefix_list->next;
+    switch (reply->body_case) {
+    case ICECACHE__WIRE__REPLY__BODY_STATS:
+        return reply->stats->sequences_next;
+    case ICECACHE__WIRE__REPLY__BODY_LEASE_LIST:
+        return reply->lease_list->next;
+    case ICECACHE__WIRE__REPLY__BODY_NAMESPACE_LIST:
+        return reply->namespace_list->next;
+    default:
+        return reply->prefix_list->next;
+    }
 }
 
 // Asks part by part and prints them all; a very long list is cut at LIST_PARTS_MAX parts of 256.
@@ -93,6 +103,16 @@ static int prefixes(struct ctl_connection *connection, const struct arguments *a
     return list(connection, ctl_prefixes, arguments->json ? ctl_print_prefixes_json : ctl_print_prefixes_table);
 }
 
+static int leases(struct ctl_connection *connection, const struct arguments *arguments)
+{
+    return list(connection, ctl_leases, arguments->json ? ctl_print_leases_json : ctl_print_leases_table);
+}
+
+static int namespaces(struct ctl_connection *connection, const struct arguments *arguments)
+{
+    return list(connection, ctl_namespaces, arguments->json ? ctl_print_namespaces_json : ctl_print_namespaces_table);
+}
+
 static int remove_prefix(struct ctl_connection *connection, const struct arguments *arguments)
 {
     if (ctl_remove_prefix(connection, arguments->prefix_id) != ICE_OK)
@@ -108,6 +128,8 @@ static const struct command commands[] = {
     {"stats", 0, stats},
     {"prefixes", 0, prefixes},
     {"remove-prefix", 1, remove_prefix},
+    {"leases", 0, leases},
+    {"namespaces", 0, namespaces},
 };
 
 // Words that are no options: the command and, where it takes one, a prefix's id as `prefixes` prints it.

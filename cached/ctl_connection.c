@@ -141,6 +141,26 @@ ice_status ctl_prefixes(struct ctl_connection *connection, uint32_t from, Icecac
     return ask(connection, &request, ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST, out);
 }
 
+ice_status ctl_leases(struct ctl_connection *connection, uint32_t from, Icecache__Wire__Reply **out)
+{
+    Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
+    Icecache__Wire__LeaseList list = ICECACHE__WIRE__LEASE_LIST__INIT;
+    list.from = from;
+    request.body_case = ICECACHE__WIRE__REQUEST__BODY_LEASE_LIST;
+    request.lease_list = &list;
+    return ask(connection, &request, ICECACHE__WIRE__REPLY__BODY_LEASE_LIST, out);
+}
+
+ice_status ctl_namespaces(struct ctl_connection *connection, uint32_t from, Icecache__Wire__Reply **out)
+{
+    Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
+    Icecache__Wire__NamespaceList list = ICECACHE__WIRE__NAMESPACE_LIST__INIT;
+    list.from = from;
+    request.body_case = ICECACHE__WIRE__REQUEST__BODY_NAMESPACE_LIST;
+    request.namespace_list = &list;
+    return ask(connection, &request, ICECACHE__WIRE__REPLY__BODY_NAMESPACE_LIST, out);
+}
+
 ice_status ctl_remove_prefix(struct ctl_connection *connection, uint64_t prefix_id)
 {
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;

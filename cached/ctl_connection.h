@@ -19,6 +19,8 @@ ice_status ctl_connect(struct ctl_connection *connection, const char *directory,
 // One part of a list, from an index on. *out is freed with icecache__wire__reply__free_unpacked(x, NULL).
 ice_status ctl_stats(struct ctl_connection *connection, uint32_t sequences_from, Icecache__Wire__Reply **out);
 ice_status ctl_prefixes(struct ctl_connection *connection, uint32_t from, Icecache__Wire__Reply **out);
+ice_status ctl_leases(struct ctl_connection *connection, uint32_t from, Icecache__Wire__Reply **out);
+ice_status ctl_namespaces(struct ctl_connection *connection, uint32_t from, Icecache__Wire__Reply **out);
 ice_status ctl_remove_prefix(struct ctl_connection *connection, uint64_t prefix_id);
 void ctl_close(struct ctl_connection *connection);
 

@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <string.h>
 
 static const char *size_text(uint64_t bytes, char *text, size_t capacity)
 {
@@ -37,6 +38,8 @@ static void print_spill(const Icecache__Wire__SpillStats *spill)
            spill->pages_read, spill->pages_written, spill->pages_evicted, spill->pages_lost, spill->write_errors);
     printf("  in flight %u  waiting %u  prefixes %u  lanes hibernated %" PRIu64 "\n", spill->in_flight, spill->waiting,
            spill->prefixes, spill->hibernated);
+    printf("  prefixes that made room %" PRIu64 "  expired %" PRIu64 "\n", spill->prefixes_evicted,
+           spill->prefixes_expired);
     printf("  ahead    read %" PRIu64 "  used %" PRIu64 "  wasted %" PRIu64 "\n", spill->ahead, spill->ahead_used,
            spill->ahead_wasted);
 }
@@ -188,9 +191,11 @@ static void json_spill(const Icecache__Wire__SpillStats *spill)
            ",\"pages_lost\":%" PRIu64 ",\"write_errors\":%" PRIu64,
            spill->pages_read, spill->pages_written, spill->pages_evicted, spill->pages_lost, spill->write_errors);
     printf(",\"in_flight\":%u,\"waiting\":%u,\"prefixes\":%u,\"hibernated\":%" PRIu64 ",\"ahead\":%" PRIu64
-           ",\"ahead_used\":%" PRIu64 ",\"ahead_wasted\":%" PRIu64 "}",
+           ",\"ahead_used\":%" PRIu64 ",\"ahead_wasted\":%" PRIu64,
            spill->in_flight, spill->waiting, spill->prefixes, spill->hibernated, spill->ahead, spill->ahead_used,
            spill->ahead_wasted);
+    printf(",\"prefixes_evicted\":%" PRIu64 ",\"prefixes_expired\":%" PRIu64 "}", spill->prefixes_evicted,
+           spill->prefixes_expired);
 }
 
 // All GPUs that the daemon copies to: none where workers fetch.
@@ -284,6 +289,102 @@ void ctl_print_prefixes_json(Icecache__Wire__Reply *const *pages, size_t count)
             printf(",\"tokens\":%" PRIu64 ",\"layers\":%u,\"kv_heads\":%u,\"head_dim\":%u,\"bytes\":%" PRIu64
                    ",\"attached\":%u}",
                    row->tokens, row->layers, row->kv_heads, row->head_dim, row->bytes, row->attached);
+        }
+    }
+    printf("]}\n");
+}
+
+// ---- leases ----
+
+// A sequence's and a landing's id are counted, the others are random.
+static void id_text(const Icecache__Wire__Lease *row, char text[20])
+{
+    const bool counted = strcmp(row->kind, "sequence") == 0 || strcmp(row->kind, "landing") == 0;
+    snprintf(text, 20, counted ? "%" PRIu64 : "%016" PRIx64, row->id);
+}
+
+void ctl_print_leases_table(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    char bytes[32], id[20];
+    printf(
+        "kind      id                     pid  worker           namespace             age s     unused s       bytes  "
+        "attached\n");
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->lease_list->n_lease; i++) {
+            const Icecache__Wire__Lease *row = pages[page]->lease_list->lease[i];
+            id_text(row, id);
+            printf("%-8.8s  %-16s  %8u  %-15.15s  %-15.15s %10.1f   %10.1f  %10s  %8u\n", row->kind, id, row->pid,
+                   row->client_name, row->name_space, (double)row->age_us / 1e6, (double)row->idle_us / 1e6,
+                   size_text(row->bytes, bytes, sizeof bytes), row->attached);
+        }
+    }
+}
+
+void ctl_print_leases_json(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    bool first = true;
+    char id[20];
+    printf("{\"lease\":[");
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->lease_list->n_lease; i++) {
+            const Icecache__Wire__Lease *row = pages[page]->lease_list->lease[i];
+            printf("%s{", first ? "" : ",");
+            first = false;
+            json_string("kind", row->kind);
+            id_text(row, id);
+            printf(",\"id\":\"%s\",\"session\":\"%016" PRIx64 "\",\"pid\":%u,", id, row->session_id, row->pid);
+            json_string("worker", row->client_name);
+            printf(",");
+            json_string("namespace", row->name_space);
+            printf(",\"age_seconds\":%.3f,\"unused_seconds\":%.3f,\"bytes\":%" PRIu64 ",\"attached\":%u}",
+                   (double)row->age_us / 1e6, (double)row->idle_us / 1e6, row->bytes, row->attached);
+        }
+    }
+    printf("]}\n");
+}
+
+// ---- namespaces ----
+
+static const char *quota_text(uint64_t bytes, char *text, size_t capacity)
+{
+    return bytes > 0 ? size_text(bytes, text, capacity) : "-";
+}
+
+void ctl_print_namespaces_table(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    char pool[32], index[32], ram[32], disk[32], most[32], sequences[16];
+    printf(
+        "namespace        sequences     quota        pool       index   ram quota        disk  disk quota  prefixes  "
+        "refused\n");
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->namespace_list->n_name_space; i++) {
+            const Icecache__Wire__NamespaceStats *row = pages[page]->namespace_list->name_space[i];
+            snprintf(sequences, sizeof sequences, row->sequences_quota ? "%u" : "-", row->sequences_quota);
+            printf("%-15.15s  %9u  %8s  %10s  %10s  %10s", row->name, row->sequences, sequences,
+                   size_text(row->pool_bytes, pool, sizeof pool), size_text(row->index_bytes, index, sizeof index),
+                   quota_text(row->ram_quota_bytes, ram, sizeof ram));
+            printf("  %10s  %10s  %8u  %7" PRIu64 "\n", size_text(row->disk_bytes, disk, sizeof disk),
+                   quota_text(row->disk_quota_bytes, most, sizeof most), row->prefixes, row->refused);
+        }
+    }
+}
+
+void ctl_print_namespaces_json(Icecache__Wire__Reply *const *pages, size_t count)
+{
+    bool first = true;
+    printf("{\"namespace\":[");
+    for (size_t page = 0; page < count; page++) {
+        for (size_t i = 0; i < pages[page]->namespace_list->n_name_space; i++) {
+            const Icecache__Wire__NamespaceStats *row = pages[page]->namespace_list->name_space[i];
+            printf("%s{", first ? "" : ",");
+            first = false;
+            json_string("name", row->name);
+            printf(",\"sequences\":%u,\"prefixes\":%u,\"pool_bytes\":%" PRIu64 ",\"index_bytes\":%" PRIu64
+                   ",\"disk_bytes\":%" PRIu64,
+                   row->sequences, row->prefixes, row->pool_bytes, row->index_bytes, row->disk_bytes);
+            printf(",\"quota\":{\"ram_bytes\":%" PRIu64 ",\"disk_bytes\":%" PRIu64
+                   ",\"sequences\":%u},\"refused\":%" PRIu64 "}",
+                   row->ram_quota_bytes, row->disk_quota_bytes, row->sequences_quota, row->refused);
         }
     }
     printf("]}\n");

@@ -10,5 +10,9 @@ void ctl_print_json(Icecache__Wire__Reply *const *pages, size_t count);
 // The same for sealed prefixes.
 void ctl_print_prefixes_table(Icecache__Wire__Reply *const *pages, size_t count);
 void ctl_print_prefixes_json(Icecache__Wire__Reply *const *pages, size_t count);
+void ctl_print_leases_table(Icecache__Wire__Reply *const *pages, size_t count);
+void ctl_print_leases_json(Icecache__Wire__Reply *const *pages, size_t count);
+void ctl_print_namespaces_table(Icecache__Wire__Reply *const *pages, size_t count);
+void ctl_print_namespaces_json(Icecache__Wire__Reply *const *pages, size_t count);
 
 #endif

@@ -1,8 +1,9 @@
 // Stems that nobody has used for long fall asleep: all of them goes to the disk, and they wake with the next request on
 // a sequence that has them. Reactor only.
 //
-// Asleep sooner where the memory for trees runs short: then whoever has been idle for longest, from SERVER_IDLE_MIN_NS
-// on. Growth: one pass over the sequences each SERVER_IDLE_LOOK_NS.
+// Asleep sooner where the memory for trees runs short, or their namespace is over its quota: then whoever has been idle
+// for longest, from SERVER_IDLE_MIN_NS on. Sealed prefixes that nobody has used for long are removed here, too. Growth:
+// one pass over the sequences each SERVER_IDLE_LOOK_NS.
 #include "cached/log.h"
 #include "cached/server.h"
 
@@ -35,7 +36,7 @@ static void keep_disk_room(struct server *server)
     extents_usage(server->extents, &usage);
     if (server->config->prefix_evict && server->prefixes.removing == 0 &&
         usage.used_bytes > usage.capacity_bytes - usage.capacity_bytes / 32)
-        (void)prefix_evict(server);
+        (void)prefix_evict(server, NULL);
 }
 
 static bool memory_is_short(struct server *server)
@@ -64,6 +65,9 @@ uint64_t idle_look(struct server *server, uint64_t now_ns)
         return server->idle_look_ns;
     server->idle_look_ns = now_ns + SERVER_IDLE_LOOK_NS;
     keep_disk_room(server);
+    prefix_expire(server, now_ns);
+    if (tenants_are_over_ram(&server->tenants))
+        tier_relieve(server);
     const bool short_of = memory_is_short(server);
     struct sequence *longest = NULL;
     uint64_t longest_ns = 0;
@@ -74,13 +78,13 @@ uint64_t idle_look(struct server *server, uint64_t now_ns)
                 op_sleep_sequence(server, each, after_ns);
                 return server->idle_look_ns; // the lists may have changed: one at a look
             }
-            if (idle_ns > longest_ns) {
+            if ((short_of || tenant_is_over_ram(each->tenant)) && idle_ns > longest_ns) {
                 longest_ns = idle_ns;
                 longest = each;
             }
         }
     }
-    if (short_of && longest_ns >= SERVER_IDLE_MIN_NS)
+    if (longest_ns >= SERVER_IDLE_MIN_NS)
         op_sleep_sequence(server, longest, SERVER_IDLE_MIN_NS);
     return server->idle_look_ns;
 }

@@ -9,6 +9,7 @@
 #include "cached/lane_pages.h"
 
 #include "cached/log.h"
+#include "cached/quota.h"
 #include "cached/server.h"
 
 #include <assert.h>
@@ -54,7 +55,7 @@ static void *index_acquire(void *owner, size_t bytes)
         budget_give(&server->index_budget, taken);
         return NULL;
     }
-    atomic_fetch_add_explicit(&lane->stem->index_bytes, taken, memory_order_relaxed);
+    quota_count_index(lane->stem, (int64_t)taken);
     return memory;
 }
 
@@ -68,7 +69,7 @@ static void index_release(void *owner, void *memory, size_t bytes)
     const size_t taken = arena_block_bytes(arena, bytes);
     arena_release(arena, memory, bytes);
     budget_give(&server->index_budget, taken);
-    atomic_fetch_sub_explicit(&lane->stem->index_bytes, taken, memory_order_relaxed);
+    quota_count_index(lane->stem, -(int64_t)taken);
 }
 
 void *lane_acquire_memory(struct lane *lane, size_t bytes)
@@ -179,7 +180,7 @@ ice_status lane_page_make(struct lane *lane, struct shard *shard, uint32_t page,
         return tier_serves(server) ? LANE_WAITS : ICE_POOL_FULL;
     }
     lane->pages[page].visited = 1;
-    atomic_fetch_add_explicit(&stem->page_count, 1, memory_order_relaxed);
+    quota_count_pages(stem, 1);
     return ICE_OK;
 }
 
@@ -187,7 +188,7 @@ void lane_page_drop(struct lane *lane, struct shard *shard, uint32_t page)
 {
     assert(lane_page_is_used(lane, page));
     tier_forget(shard, lane, page);
-    atomic_fetch_sub_explicit(&lane->stem->page_count, 1, memory_order_relaxed);
+    quota_count_pages(lane->stem, -1);
 }
 
 ice_status lane_page_need(struct lane *lane, struct shard *shard, uint32_t page)
@@ -491,6 +492,7 @@ void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *imag
     }
     free_tables(lane);
     lane->image = image;
+    quota_count_image(lane->stem, image, 1);
     lane->image_is_prefix = false;
     lane->state = LANE_ASLEEP;
     atomic_fetch_add_explicit(&lane_server(lane)->tier_stats.asleep, 1, memory_order_relaxed);
@@ -579,7 +581,7 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
     struct server *server = lane_server(lane);
     assert(lane->state == LANE_WAKING);
     if (status == ICE_OK && lane->image_is_prefix)
-        atomic_fetch_add_explicit(&lane->stem->page_count, used_pages(lane), memory_order_relaxed);
+        quota_count_pages(lane->stem, (int64_t)used_pages(lane));
     if (status != ICE_OK) {
         undo_waking(lane);
         const bool lost = status != ICE_INDEX_FULL && status != ICE_NO_MEMORY;
@@ -592,6 +594,7 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
         return;
     }
     if (!lane->image_is_prefix) {
+        quota_count_image(lane->stem, lane->image, -1);
         lane->image->page_count = 0; // their holds are the table's now
         image_destroy(server, lane->image);
     }
@@ -631,7 +634,8 @@ void lane_destroy(struct lane *lane, struct shard *shard)
         images_forget(shard, lane);
     undo_waking(lane);
     if (!lane->image_is_prefix) {
-        atomic_fetch_sub_explicit(&lane->stem->page_count, lane->image->page_count, memory_order_relaxed);
+        quota_count_pages(lane->stem, -(int64_t)lane->image->page_count);
+        quota_count_image(lane->stem, lane->image, -1);
         image_destroy(server, lane->image);
     }
     lane->image = NULL;

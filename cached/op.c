@@ -6,6 +6,7 @@
 #include "cached/op.h"
 
 #include "cached/log.h"
+#include "cached/quota.h"
 #include "cached/server.h"
 #include "proto/dtype.h"
 
@@ -87,7 +88,7 @@ void op_submit(struct op *op)
 
 // ---- checks that depend on the sequences' state; an empty text means the status' own ----
 
-#define TEXT_BYTES 192
+#define TEXT_BYTES TENANT_TEXT_BYTES
 
 static ice_status refuse(char *text, ice_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
@@ -147,6 +148,8 @@ static ice_status check_retrieve(const struct op *op, char *text)
         uint64_t end = op->first_queries[i] + op->queries, length = sequence->lengths[op->layer];
         if (op->append) {
             ice_status status = check_append(sequence, op->layer, 1, op->first_queries[i], op->queries, text);
+            if (status == ICE_OK)
+                status = quota_may_append(op->admissions[i].sequence, 1, end > length ? end - length : 0, false, text);
             if (status != ICE_OK)
                 return status;
         } else if (end > length) {
@@ -174,18 +177,21 @@ static ice_status check_read(const struct op *op, const struct sequence *sequenc
 
 // Room for the whole append before its first part is stored: for what is not there already, so that an equal append
 // again needs none. A last part leaves nothing promised.
-static ice_status reserve_append(struct op *op, struct sequence *sequence)
+static ice_status reserve_append(struct op *op, struct sequence *sequence, char *text)
 {
     struct server *server = op->server;
     struct stem *own = sequence->own;
     uint64_t lanes = (uint64_t)op->layers * sequence->shape.kv_heads;
     uint64_t length = sequence_length(sequence, op->layer, op->layers), end = op->first + op->reserve_tokens;
     uint64_t tokens = op->reserve_tokens > op->tokens && end > length ? end - length : 0;
-    if (tokens == 0)
-        return ICE_OK;
+    const uint64_t whole_end = op->reserve_tokens > op->tokens ? end : op->first + op->tokens;
+    const uint64_t whole = whole_end > length ? whole_end - length : 0;
+    ice_status status = quota_may_append(sequence, op->layers, whole, true, text);
+    if (tokens == 0 || status != ICE_OK)
+        return status;
     uint64_t pages = lanes * lane_promise_pages(own, tokens);
     uint64_t bytes = lanes * lane_promise_bytes(own, length - own->first, tokens);
-    ice_status status = stem_reserve_pages(own, pages);
+    status = stem_reserve_pages(own, pages);
     if (status == ICE_OK && !budget_reserve(&server->index_budget, &own->index_promised, bytes))
         status = ICE_INDEX_FULL;
     if (status != ICE_OK)
@@ -250,11 +256,9 @@ static void run_fork(struct op *op)
         op->first = sequence_length(parent, 0, parent->shape.layers);
     ice_status status = check_fork(op, parent, text);
     if (status == ICE_OK)
-        status = sequence_fork(parent, op->first, &child);
+        status = sequence_fork(parent, op->first, text, &child);
     if (status == ICE_OK)
         op->forked_id = child->id;
-    else if (status == ICE_LIMIT)
-        sequence_limit_text(parent->server, text, sizeof text);
     op_finish(op, status, text);
 }
 
@@ -305,7 +309,7 @@ static ice_status check_begin(struct op *op, char *text)
     case OP_APPEND: {
         ice_status status = check_append(sequence, op->layer, op->layers, op->first,
                                          op->reserve_tokens > op->tokens ? op->reserve_tokens : op->tokens, text);
-        return status == ICE_OK ? reserve_append(op, sequence) : status;
+        return status == ICE_OK ? reserve_append(op, sequence, text) : status;
     }
     case OP_RETRIEVE:
         return check_retrieve(op, text);
@@ -318,11 +322,15 @@ static ice_status check_begin(struct op *op, char *text)
     }
 }
 
-// The spill file is full: a sealed prefix that nobody uses goes, and the op begins again when it is gone. False: none.
-static bool makes_room(struct op *op)
+// The spill file is full, or the namespace's quota of it is used up: a sealed prefix that nobody uses goes, one of the
+// namespace then, and the op begins again when it is gone. False: none.
+static bool makes_room(struct op *op, ice_status status)
 {
     struct server *server = op->server;
-    if (server->prefixes.removing == 0 && !(server->config->prefix_evict && prefix_evict(server)))
+    struct tenant *tenant = status == ICE_QUOTA ? quota_lacking_disk(op) : NULL;
+    if (status != ICE_SPILL_FULL && !tenant)
+        return false;
+    if (server->prefixes.removing == 0 && !(server->config->prefix_evict && prefix_evict(server, tenant)))
         return false;
     op->room_next = server->room_waiting;
     server->room_waiting = op;
@@ -455,8 +463,10 @@ static void op_begin(struct op *op)
         return;
     char text[TEXT_BYTES] = "";
     ice_status status = check_begin(op, text);
-    if (status == ICE_SPILL_FULL && makes_room(op))
+    if (makes_room(op, status))
         return;
+    if (status == ICE_QUOTA)
+        quota_note_refused(op);
     if (status != ICE_OK) {
         op_finish(op, status, text);
         return;

@@ -5,6 +5,7 @@
 //   -> listed and answered (reactor)
 #include "cached/log.h"
 #include "cached/prefix.h"
+#include "cached/quota.h"
 #include "cached/server.h"
 
 #include <stdio.h>
@@ -42,10 +43,10 @@ const char *prefix_disk_text(const struct server *server)
 }
 
 static void answer_error(struct server *server, struct session *session, const struct env_message *to,
-                         uint64_t request_id, ice_status status, const struct wire_error *error)
+                         uint64_t request_id, ice_status status, const char *text)
 {
     server->stats.errors++;
-    reply_error(server, session, to, request_id, status, error->text);
+    reply_error(server, session, to, request_id, status, text);
 }
 
 // ---- seal ----
@@ -66,7 +67,7 @@ ice_status op_check_seal(struct op *op, char *text, size_t capacity)
     const uint64_t length = sequence_length(sequence, 0, sequence->shape.layers);
     const uint64_t tokens = (uint64_t)op->blocks * sequence->identity.block_tokens;
     if (tokens <= length)
-        return ICE_OK;
+        return known_prefix(op) ? ICE_OK : quota_may_seal(op->admissions[0].sequence, tokens, text);
     snprintf(text, capacity, "%u blocks are %llu tokens, the shortest layer has %llu; seal whole blocks that are there",
              op->blocks, (unsigned long long)tokens, (unsigned long long)length);
     return ICE_POSITION_GAP;
@@ -74,9 +75,10 @@ ice_status op_check_seal(struct op *op, char *text, size_t capacity)
 
 bool op_seal_is_known(struct op *op)
 {
-    const struct prefix *prefix = known_prefix(op);
+    struct prefix *prefix = known_prefix(op);
     if (!prefix)
         return false;
+    prefix_touch(prefix);
     op->prefix_id = prefix->id;
     op->prefix_known = true;
     return true;
@@ -199,12 +201,24 @@ void op_sealed_lanes(struct op *op, ice_status status, const char *text)
     prefix->root = sequence->own->root;
     memcpy(prefix->hashes, op->message.vectors, (size_t)op->blocks * PREFIX_BLOCK_BYTES);
     op_fill_parts(op, prefix);
+    prefix->owner_id = op->session->id;
+    prefix->owner_pid = op->session->pid;
+    memcpy(prefix->owner, op->session->name, sizeof prefix->owner);
     prefix->op = op;
     prefix->completion.done = sealed;
     prefix_write(prefix);
 }
 
 // ---- answered at once ----
+
+// A prefix can be attached to as far as one likes, so what every rank has is what the one that has least has.
+static uint32_t find_for_all_ranks(struct server *server, struct prefix_identity *identity, hashes_t hashes,
+                                   uint32_t count)
+{
+    for (identity->tp_rank = 0; identity->tp_rank < identity->tp_size && count > 0; identity->tp_rank++)
+        prefix_find(server, identity, hashes, count, &count);
+    return count;
+}
 
 void lookup_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
                    const struct env_message *message)
@@ -218,11 +232,14 @@ void lookup_prefix(struct server *server, struct session *session, const Icecach
     if (status == ICE_OK)
         status = hashes_of(message, open->block_tokens, &hashes, &count, &error);
     if (status != ICE_OK) {
-        answer_error(server, session, message, request->request_id, status, &error);
+        answer_error(server, session, message, request->request_id, status, error.text);
         return;
     }
     prefix_identity_of(server, open, &identity);
-    prefix_find(server, &identity, hashes, count, &blocks);
+    if (request->lookup->all_ranks)
+        blocks = find_for_all_ranks(server, &identity, hashes, count);
+    else
+        prefix_find(server, &identity, hashes, count, &blocks);
     reply_lookup(server, session, message, request->request_id, (uint64_t)blocks * open->block_tokens);
 }
 
@@ -243,9 +260,11 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
     struct sequence *sequence;
     hashes_t hashes;
     uint32_t count, blocks = 0;
+    char text[TENANT_TEXT_BYTES] = "";
     ice_status status = need_disk(server, &error);
     if (status == ICE_OK)
         status = hashes_of(message, open->block_tokens, &hashes, &count, &error);
+    memcpy(text, error.text, sizeof error.text);
     if (status == ICE_OK) {
         prefix_identity_of(server, open, &identity);
         prefix = prefix_find(server, &identity, hashes, count, &blocks);
@@ -254,11 +273,11 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
     }
     const uint64_t tokens = (uint64_t)blocks * open->block_tokens;
     if (status == ICE_OK)
-        status = sequence_attach(server, session, open, prefix, tokens, &sequence);
-    if (status == ICE_LIMIT)
-        sequence_limit_text(server, error.text, sizeof error.text);
+        status = quota_may_attach(server, prefix, tokens, text);
+    if (status == ICE_OK)
+        status = sequence_attach(server, session, open, prefix, tokens, text, &sequence);
     if (status != ICE_OK) {
-        answer_error(server, session, message, request->request_id, status, &error);
+        answer_error(server, session, message, request->request_id, status, text);
         return;
     }
     reply_attach(server, session, message, request->request_id, sequence->id, tokens);
@@ -266,6 +285,13 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
 }
 
 // ---- remove: answered when the manifest is gone for good ----
+
+const char *named_space(const struct session *session, const char *name_space)
+{
+    if (name_space[0] != '\0')
+        return name_space;
+    return session->admin ? NULL : WIRE_NAME_SPACE_DEFAULT;
+}
 
 struct prefix_waiter {
     struct prefix_waiter *next;
@@ -279,11 +305,15 @@ void remove_prefix(struct server *server, struct session *session, const Icecach
 {
     struct wire_error error = {0};
     struct prefix *prefix = prefix_by_id(server, request->prefix_remove->prefix_id);
+    // In another namespace than the one that is named there is no such prefix; an admin session need name none.
+    const char *name_space = named_space(session, request->prefix_remove->name_space);
+    if (prefix && name_space && strcmp(prefix->identity.name_space, name_space) != 0)
+        prefix = NULL;
     struct prefix_waiter *waiter = prefix ? env_acquire_zeroed(server->env, sizeof *waiter) : NULL;
     if (!waiter) {
         const ice_status status = prefix ? ICE_NO_MEMORY : ICE_UNKNOWN_PREFIX;
-        wire_error_set(&error, status, "%s", prefix ? "no memory" : "no sealed prefix has this id");
-        answer_error(server, session, message, request->request_id, status, &error);
+        wire_error_set(&error, status, "%s", prefix ? "no memory" : "no sealed prefix of this namespace has this id");
+        answer_error(server, session, message, request->request_id, status, error.text);
         return;
     }
     waiter->session = session;

@@ -161,6 +161,7 @@ void prefix_destroy(struct prefix *prefix)
 {
     struct server *server = prefix->server;
     assert(!prefix->listed && prefix->attached == 0);
+    prefix_uncount(prefix);
     for (uint32_t i = 0; i < prefix->part_count; i++)
         leave_stem(&prefix->parts[i]);
     for (uint32_t i = 0; i < prefix_image_count(prefix); i++)
@@ -176,7 +177,9 @@ void prefix_list_add(struct prefix *prefix)
     prefix->next = *bucket;
     *bucket = prefix;
     prefix->listed = true;
-    prefix->used = ++prefix->server->prefixes.uses;
+    prefix_touch(prefix);
+    prefix->listed_ns = prefix->used_ns;
+    prefix_count(prefix);
     prefix->server->prefixes.count++;
 }
 
@@ -209,13 +212,14 @@ static void unlisted_destroy(struct prefix *prefix)
 void prefix_attach(struct prefix *prefix, struct sequence *sequence)
 {
     prefix->attached++;
-    prefix->used = ++prefix->server->prefixes.uses;
+    prefix_touch(prefix);
     sequence->prefix = prefix;
 }
 
 void prefix_detach(struct prefix *prefix)
 {
     assert(prefix->attached > 0);
+    prefix_touch(prefix);
     if (--prefix->attached == 0 && prefix->unlinked)
         unlisted_destroy(prefix);
 }
@@ -310,23 +314,6 @@ void prefix_remove(struct prefix *prefix)
     }
     if (!prefix->removing)
         start_removing(prefix);
-}
-
-bool prefix_evict(struct server *server)
-{
-    struct prefix *oldest = NULL;
-    for (uint32_t bucket = 0; bucket < PREFIX_BUCKETS; bucket++) {
-        for (struct prefix *each = server->prefixes.buckets[bucket]; each; each = each->next) {
-            if (each->attached == 0 && (!oldest || each->used < oldest->used))
-                oldest = each;
-        }
-    }
-    if (!oldest)
-        return false;
-    log_info("sealed prefix %016llx (%llu tokens) makes room", (unsigned long long)oldest->id,
-             (unsigned long long)prefix_tokens(oldest));
-    prefix_remove(oldest);
-    return true;
 }
 
 // ---- start-up ----

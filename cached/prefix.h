@@ -27,6 +27,7 @@ struct prefix_waiter; // who asked for a prefix to be removed (op_prefix.c)
 struct sequence;
 struct server;
 struct stem;
+struct tenant;
 
 // What two sequences must have in common. All bytes are defined, so that it can be compared and hashed as bytes.
 struct prefix_identity {
@@ -55,15 +56,20 @@ struct prefix {
     uint8_t (*hashes)[PREFIX_BLOCK_BYTES]; // [block_count]
     uint32_t lane_count;
     uint32_t part_count;
-    struct prefix_part *parts; // contiguous, from position 0 on
-    struct image **images;     // of all parts
-    size_t memory_bytes;       // of this allocation, without the images
-    uint32_t attached;         // sequences, and their forks
-    bool listed;               // in the registry
-    bool removing;             // its manifest is on its way out
-    bool unlinked;             // its manifest is gone for good
-    uint64_t used;             // number of the last attachment, for the order of eviction
-    struct prefix *next;       // in its bucket, or among the unlisted
+    struct prefix_part *parts;   // contiguous, from position 0 on
+    struct image **images;       // of all parts
+    size_t memory_bytes;         // of this allocation, without the images
+    uint32_t attached;           // sequences, and their forks
+    bool listed;                 // in the registry
+    bool removing;               // its manifest is on its way out
+    bool unlinked;               // its manifest is gone for good
+    uint64_t listed_ns, used_ns; // since when it is found; when a sequence last began with it, or left it
+    struct tenant *tenant;       // its namespace, while it is counted there
+    uint64_t counted_index_bytes, counted_disk_bytes;
+    uint64_t owner_id; // the session that sealed it, 0: found at the start
+    pid_t owner_pid;
+    char owner[WIRE_NAME_BYTES_MAX + 1];
+    struct prefix *next; // in its bucket, or among the unlisted
     struct prefix_waiter *waiters;
     struct server *server;
     struct op *op;     // the sealing that made it, until it is answered
@@ -78,7 +84,7 @@ struct prefixes {
     struct prefix *unlisted;                // nobody finds them, but their manifest, or who is attached, is still there
     uint32_t count;
     uint32_t removing; // whose manifest is on its way out
-    uint64_t uses;
+    uint64_t evicted, expired;
 };
 
 // Start-up: finds what was sealed, takes its extents, removes manifests that are not whole. False: no memory, logged.
@@ -120,7 +126,19 @@ void prefix_attach(struct prefix *prefix, struct sequence *sequence);
 void prefix_know_stem(struct prefix_part *part, struct stem *stem);
 void prefix_forget_stem(struct stem *stem);
 void prefix_detach(struct prefix *prefix);
-// Removes the one that has not been used for longest, where one is not attached. False: none.
-bool prefix_evict(struct server *server);
+
+// Eviction, expiry and the count of a namespace (prefix_evict.c).
+// Removes one that no sequence is attached to, of this namespace (NULL: of any): the one that costs most room for what
+// it saves. False: none.
+bool prefix_evict(struct server *server, const struct tenant *tenant);
+// Removes those that nobody has used for --prefix-ttl-s.
+void prefix_expire(struct server *server, uint64_t now_ns);
+void prefix_touch(struct prefix *prefix); // it is used
+void prefix_count(struct prefix *prefix); // in its namespace; it holds all that it will hold
+void prefix_uncount(struct prefix *prefix);
+// What it costs to compute such a prefix again, in multiplications of the model's layers on this rank.
+double prefix_rebuild_cost(const struct prefix_identity *identity, uint64_t tokens);
+// The higher, the sooner it goes.
+double prefix_evict_score(const struct prefix *prefix, uint64_t now_ns);
 
 #endif

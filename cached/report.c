@@ -73,22 +73,23 @@ static void fill_sequence(const struct sequence *sequence, Icecache__Wire__Seque
     row->phase = (char *)phase_of(sequence, &usage);
 }
 
-// All sequences are counted, those from `from` on listed as far as they fit.
-static void fill_sequences(const struct server *server, uint32_t from, struct sequence_rows *list,
-                           Icecache__Wire__StatsReply *body)
+// All sequences are counted; those that the asking session may see, its own where it is a worker's, are listed from
+// `from` on as far as they fit.
+static void fill_sequences(const struct server *server, const struct session *asking, uint32_t from,
+                           struct sequence_rows *list, Icecache__Wire__StatsReply *body)
 {
     uint32_t at = 0;
     for (const struct session *session = server->sessions; session; session = session->next) {
-        for (const struct sequence *sequence = session->sequences; sequence; sequence = sequence->session_next, at++) {
+        for (const struct sequence *sequence = session->sequences; sequence; sequence = sequence->session_next) {
             uint64_t tokens = 0;
 
             for (uint32_t layer = 0; layer < sequence->shape.layers; layer++)
                 tokens = sequence->lengths[layer] > tokens ? sequence->lengths[layer] : tokens;
             body->tokens += tokens;
-            if (at < from)
+            if ((!asking->admin && session != asking) || at++ < from)
                 continue;
             if (list->count == WIRE_STATS_SEQUENCES_MAX) {
-                list->next = list->next ? list->next : at;
+                list->next = list->next ? list->next : at - 1;
                 continue;
             }
             fill_sequence(sequence, &list->rows[list->count]);
@@ -119,6 +120,8 @@ static void fill_spill(struct server *server, Icecache__Wire__SpillStats *body)
     body->in_flight = disk.in_flight;
     body->waiting = disk.waiting;
     body->prefixes = server->prefixes.count;
+    body->prefixes_evicted = server->prefixes.evicted;
+    body->prefixes_expired = server->prefixes.expired;
     body->ahead = atomic_load_explicit(&stats->ahead, memory_order_relaxed);
     body->ahead_used = atomic_load_explicit(&stats->ahead_used, memory_order_relaxed);
     body->ahead_wasted = atomic_load_explicit(&stats->ahead_wasted, memory_order_relaxed);
@@ -255,7 +258,7 @@ void report_stats(struct server *server, struct session *session, const struct e
     Icecache__Wire__StatsReply body = ICECACHE__WIRE__STATS_REPLY__INIT;
     fill_phases(&server->stats, &phases);
     fill_totals(server, &body);
-    fill_sequences(server, sequences_from, list, &body);
+    fill_sequences(server, session, sequences_from, list, &body);
     Icecache__Wire__SpillStats spill = ICECACHE__WIRE__SPILL_STATS__INIT;
     if (server->disk) {
         fill_spill(server, &spill);
@@ -280,7 +283,7 @@ void report_stats(struct server *server, struct session *session, const struct e
 // ---- sealed prefixes ----
 
 struct prefix_rows {
-    Icecache__Wire__PrefixStats rows[WIRE_STATS_SEQUENCES_MAX], *pointers[WIRE_STATS_SEQUENCES_MAX];
+    Icecache__Wire__PrefixStats rows[WIRE_PREFIXES_LISTED_MAX], *pointers[WIRE_PREFIXES_LISTED_MAX];
     uint32_t count, next;
 };
 
@@ -298,8 +301,9 @@ static void fill_prefix(const struct prefix *prefix, Icecache__Wire__PrefixStats
 }
 
 void report_prefixes(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
-                     uint32_t from)
+                     const Icecache__Wire__PrefixList *request)
 {
+    const char *name_space = named_space(session, request->name_space);
     struct env *env = server->env;
     struct prefix_rows *list = env->acquire(env, sizeof *list);
     if (!list) {
@@ -309,11 +313,11 @@ void report_prefixes(struct server *server, struct session *session, const struc
     list->count = list->next = 0;
     uint32_t at = 0;
     for (uint32_t bucket = 0; bucket < PREFIX_BUCKETS; bucket++) {
-        for (const struct prefix *each = server->prefixes.buckets[bucket]; each; each = each->next, at++) {
-            if (at < from)
+        for (const struct prefix *each = server->prefixes.buckets[bucket]; each; each = each->next) {
+            if ((name_space && strcmp(each->identity.name_space, name_space) != 0) || at++ < request->from)
                 continue;
-            if (list->count == WIRE_STATS_SEQUENCES_MAX) {
-                list->next = list->next ? list->next : at;
+            if (list->count == WIRE_PREFIXES_LISTED_MAX) {
+                list->next = list->next ? list->next : at - 1;
                 continue;
             }
             fill_prefix(each, &list->rows[list->count]);

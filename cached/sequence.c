@@ -6,6 +6,7 @@
 
 #include <assert.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 static size_t align8(size_t bytes)
@@ -15,13 +16,41 @@ static size_t align8(size_t bytes)
 
 // ---- making ----
 
+// The namespace of a new sequence; NULL, with the status that says why.
+static struct tenant *tenant_of(struct server *server, const char *name, char *text, ice_status *status)
+{
+    struct tenant *tenant = tenant_take(&server->tenants, server->env, server->config, name, false, status);
+    if (!tenant && *status == ICE_LIMIT)
+        snprintf(text, TENANT_TEXT_BYTES, "%u namespaces are in use, as many as --namespaces-max allows",
+                 server->tenants.count);
+    return tenant;
+}
+
+// May there be one more, with its own stem?
+static ice_status may_open(struct server *server, struct tenant *tenant, uint64_t bytes, char *text)
+{
+    const struct tenant_need need = {.index_bytes = bytes};
+    if (server->sequence_count >= server->config->sequences_max) {
+        snprintf(text, TENANT_TEXT_BYTES, "%u sequences are open, as many as --sequences-max allows",
+                 server->sequence_count);
+        return ICE_LIMIT;
+    }
+    ice_status status = tenant_may_open(tenant, text);
+    if (status == ICE_OK)
+        status = tenant_may_take(tenant, NULL, &need, tier_serves(server), text);
+    tenant->refused += status == ICE_QUOTA;
+    return status;
+}
+
 // Counted as the index's memory.
-static ice_status allocate(struct server *server, uint32_t layers, struct sequence **out)
+static ice_status allocate(struct server *server, struct tenant *tenant, uint32_t layers, uint32_t kv_heads, char *text,
+                           struct sequence **out)
 {
     const size_t head = align8(sizeof(struct sequence)), lengths = align8(layers * sizeof(uint64_t));
     const size_t bytes = head + lengths + align8(sizeof(struct op)) + align8(sizeof(struct admission));
-    if (server->sequence_count >= server->config->sequences_max)
-        return ICE_LIMIT;
+    const ice_status status = may_open(server, tenant, bytes + stem_bytes(server, layers * kv_heads), text);
+    if (status != ICE_OK)
+        return status;
     if (!budget_take(&server->index_budget, NULL, bytes))
         return ICE_INDEX_FULL;
     uint8_t *memory = env_acquire_zeroed(server->env, bytes);
@@ -32,6 +61,10 @@ static ice_status allocate(struct server *server, uint32_t layers, struct sequen
     struct sequence *sequence = (struct sequence *)memory;
     sequence->bytes = bytes;
     sequence->server = server;
+    sequence->tenant = tenant;
+    tenant->sequences++;
+    tenant_add_index(tenant, (int64_t)bytes);
+    sequence->opened_ns = env_now_ns(server->env);
     sequence->lengths = (uint64_t *)(memory + head);
     sequence->close_op = (struct op *)(memory + head + lengths);
     sequence->close_op->admissions = (struct admission *)((uint8_t *)sequence->close_op + align8(sizeof(struct op)));
@@ -39,12 +72,31 @@ static ice_status allocate(struct server *server, uint32_t layers, struct sequen
     return ICE_OK;
 }
 
+// Its stems are gone.
 static void free_sequence(struct sequence *sequence)
 {
     struct server *server = sequence->server;
+    struct tenant *tenant = sequence->tenant;
     const size_t bytes = sequence->bytes;
+    tenant->sequences--;
+    tenant_add_index(tenant, -(int64_t)bytes);
     server->env->release(server->env, sequence, bytes);
     budget_give(&server->index_budget, bytes);
+    tenant_drop_empty(&server->tenants, server->env, tenant);
+}
+
+// Memory for a sequence of a message, counted in its namespace.
+static ice_status allocate_for(struct server *server, const Icecache__Wire__SequenceOpen *message, char *text,
+                               struct sequence **out)
+{
+    ice_status status;
+    struct tenant *tenant = tenant_of(server, message->name_space, text, &status);
+    if (!tenant)
+        return status;
+    status = allocate(server, tenant, message->layers, message->kv_heads, text, out);
+    if (status != ICE_OK)
+        tenant_drop_empty(&server->tenants, server->env, tenant);
+    return status;
 }
 
 static void init_from_message(struct sequence *sequence, const Icecache__Wire__SequenceOpen *message)
@@ -103,15 +155,16 @@ static void let_go_from(struct sequence *sequence, uint64_t end)
 }
 
 ice_status sequence_open(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
-                         struct sequence **out)
+                         char *text, struct sequence **out)
 {
     struct sequence *sequence;
-    ice_status status = allocate(server, message->layers, &sequence);
+    ice_status status = allocate_for(server, message, text, &sequence);
     if (status != ICE_OK)
         return status;
     init_from_message(sequence, message);
     sequence->id = ++server->next_id;
     const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .tenant = sequence->tenant,
                                      .root = sequence->id,
                                      .seed = server->config->seed,
                                      .shape = sequence->shape,
@@ -147,6 +200,7 @@ static ice_status stem_of_part(struct sequence *sequence, struct prefix *prefix,
         return ICE_OK;
     }
     const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .tenant = sequence->tenant,
                                      .root = prefix->root,
                                      .seed = prefix->seed,
                                      .first = part->first,
@@ -176,15 +230,16 @@ static void undo(struct sequence *sequence)
 }
 
 ice_status sequence_attach(struct server *server, struct session *session, const Icecache__Wire__SequenceOpen *message,
-                           struct prefix *prefix, uint64_t tokens, struct sequence **out)
+                           struct prefix *prefix, uint64_t tokens, char *text, struct sequence **out)
 {
     struct sequence *sequence;
-    ice_status status = allocate(server, message->layers, &sequence);
+    ice_status status = allocate_for(server, message, text, &sequence);
     if (status != ICE_OK)
         return status;
     init_from_message(sequence, message);
     sequence->id = ++server->next_id;
     const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .tenant = sequence->tenant,
                                      .root = prefix->root,
                                      .seed = prefix->seed,
                                      .first = tokens,
@@ -226,6 +281,7 @@ static ice_status create_own(struct sequence *sequence, uint64_t first, uint32_t
 {
     const struct stem *own = sequence->own;
     const struct stem_mould mould = {.sequence_id = sequence->id,
+                                     .tenant = sequence->tenant,
                                      .root = own->root,
                                      .seed = own->seed,
                                      .first = first,
@@ -262,11 +318,12 @@ static void share_chain(const struct sequence *parent, uint64_t tokens, struct s
     }
 }
 
-ice_status sequence_fork(struct sequence *parent, uint64_t tokens, struct sequence **out)
+ice_status sequence_fork(struct sequence *parent, uint64_t tokens, char *text, struct sequence **out)
 {
     struct server *server = parent->server;
     struct sequence *child;
-    ice_status status = allocate(server, parent->shape.layers, &child);
+    ice_status status =
+        allocate(server, parent->tenant, parent->shape.layers, parent->shape.kv_heads, text, &child);
     if (status != ICE_OK)
         return status;
     child->identity = parent->identity;
@@ -282,6 +339,10 @@ ice_status sequence_fork(struct sequence *parent, uint64_t tokens, struct sequen
     }
     if (tokens > parent->own->first)
         status = sequence_share_own(parent);
+    if (status == ICE_LIMIT)
+        snprintf(text, TENANT_TEXT_BYTES,
+                 "the sequence is a chain of %u forks, as many as there can be; open a sequence and append its tokens",
+                 SEQUENCE_STEMS_MAX);
     if (status != ICE_OK) {
         undo(child);
         return status;

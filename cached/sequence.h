@@ -8,6 +8,7 @@
 #include "cached/completion.h"
 #include "cached/prefix.h"
 #include "cached/stem.h"
+#include "cached/tenant.h"
 #include "index/index.h"
 #include "proto/limits.h"
 #include "proto/wire.h"
@@ -38,6 +39,7 @@ struct sequence {
     uint64_t id;
     struct server *server;
     struct session *session;
+    struct tenant *tenant;           // its namespace, which counts what it takes
     struct prefix_identity identity; // namespace, model, ranks, shape as a sealed prefix has them
     struct wire_shape shape;
     float scale;
@@ -62,6 +64,7 @@ struct sequence {
     struct sequence *hash_next, *session_next;
     struct prefix *prefix; // that it was attached to; NULL: none
     struct op *close_op;   // made with the sequence, so that closing never needs memory
+    uint64_t opened_ns;
 };
 
 // The stems of the chain one by one, the own one last.
@@ -102,18 +105,18 @@ static inline bool sequence_follows(const struct sequence *sequence, uint32_t la
     return stem_lane(sequence->own, layer, 0)->anchor != layer;
 }
 
-// Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_INDEX_FULL,
-// ICE_NO_MEMORY.
+// Makes a sequence for a validated message and links it to the session and the server. ICE_LIMIT, ICE_QUOTA,
+// ICE_INDEX_FULL, ICE_NO_MEMORY; text (TENANT_TEXT_BYTES) says more, or is left as it is.
 ICE_MUST_CHECK ice_status sequence_open(struct server *server, struct session *session,
-                                        const Icecache__Wire__SequenceOpen *message, struct sequence **out);
+                                        const Icecache__Wire__SequenceOpen *message, char *text, struct sequence **out);
 // The same, beginning with the first `tokens` of a sealed prefix.
 ICE_MUST_CHECK ice_status sequence_attach(struct server *server, struct session *session,
                                           const Icecache__Wire__SequenceOpen *message, struct prefix *prefix,
-                                          uint64_t tokens, struct sequence **out);
+                                          uint64_t tokens, char *text, struct sequence **out);
 // A sequence that begins with the first `tokens` of another one, on which no other request is; they are not more than
 // the shortest layer has, and where the other one's own stem has some of them, its layers are equally long. ICE_LIMIT
 // also where the chain is too long.
-ICE_MUST_CHECK ice_status sequence_fork(struct sequence *parent, uint64_t tokens, struct sequence **out);
+ICE_MUST_CHECK ice_status sequence_fork(struct sequence *parent, uint64_t tokens, char *text, struct sequence **out);
 // What lies behind the first `tokens`, which begin before the own stem, goes. ICE_INDEX_FULL, ICE_NO_MEMORY: nothing
 // has changed.
 ICE_MUST_CHECK ice_status sequence_cut(struct sequence *sequence, uint64_t tokens);

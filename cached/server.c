@@ -47,7 +47,12 @@ bool server_init(struct server *server, struct env *env, const struct config *co
     int error = env->random(env, &server->boot_token, sizeof server->boot_token);
     if (!error)
         error = completion_list_init(&server->completions);
+    if (!error && !tenants_init(&server->tenants, env, config)) {
+        completion_list_fini(&server->completions);
+        error = -ENOMEM;
+    }
     if (error) {
+        tenants_fini(&server->tenants, env);
         log_error("cannot start: %s", strerror(-error));
         return false;
     }
@@ -63,6 +68,7 @@ void server_fini(struct server *server)
 {
     struct env *env = server->env;
     prefixes_fini(server);
+    tenants_fini(&server->tenants, env);
     extents_destroy(server->extents);
     if (server->books)
         env->release(env, server->books, pool_capacity_bytes(server->pool) / EXTENT_UNIT * sizeof *server->books);

@@ -16,6 +16,7 @@
 #include "cached/prefix.h"
 #include "cached/session.h"
 #include "cached/shard.h"
+#include "cached/tenant.h"
 
 #define SERVER_HASH_BUCKETS       4096u
 #define SERVER_SEARCH_UNITS       20000u  // work units between two looks at the deadline: 0.05 to 0.3 ms
@@ -84,6 +85,7 @@ struct server {
     struct session *sessions, *graveyard;
     struct sequence *sequences[SERVER_HASH_BUCKETS];
     struct prefixes prefixes;
+    struct tenants tenants;
     struct op *room_waiting; // for sealed prefixes to go
     bool disk_off_said;      // it has been logged
     uint64_t idle_look_ns;   // when sequences are looked at for sleep next
@@ -145,13 +147,18 @@ void attach_prefix(struct server *server, struct session *session, const Icecach
 void remove_prefix(struct server *server, struct session *session, const Icecache__Wire__Request *request,
                    const struct env_message *message);
 void report_prefixes(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
-                     uint32_t from);
+                     const Icecache__Wire__PrefixList *list);
+// The namespace that a request about prefixes means; NULL: an admin session's, of all.
+const char *named_space(const struct session *session, const char *name_space);
+// What is held, and what namespaces have (report_held.c).
+void report_leases(struct server *server, struct session *session, const struct env_message *to, uint64_t request_id,
+                   uint32_t from);
+void report_namespaces(struct server *server, struct session *session, const struct env_message *to,
+                       uint64_t request_id, uint32_t from);
 
 // Stems that have been idle for long fall asleep (idle.c). Returns when to look again.
 uint64_t idle_look(struct server *server, uint64_t now_ns);
 bool idle_stem(const struct stem *stem, uint64_t now_ns, uint64_t idle_ns); // it may sleep: unused for so long
-// Why there is no new sequence (dispatch.c).
-void sequence_limit_text(const struct server *server, char *text, size_t capacity);
 
 // A request whose turn it is (dispatch.c), of a session that lives. Takes ownership of the message.
 void dispatch_request(struct server *server, struct session *session, const Icecache__Wire__Request *request,

@@ -97,7 +97,7 @@ static struct session *session_create(struct server *server, int fd)
     if (!session)
         return NULL;
     session->control_fd = fd;
-    session->since_ns = env_now_ns(env);
+    session->since_ns = session->used_ns = env_now_ns(env);
     session->holds = 1; // the socket's
     if (control_peer(fd, &session->pid, &session->uid, &gid) != ICE_OK ||
         env->random(env, session->token, sizeof session->token) != 0 ||
@@ -191,6 +191,7 @@ static void hello(struct server *server, struct session *session, uint64_t reque
     session->admin = message->admin;
     server->worker_count += !session->admin;
     strncpy(session->name, message->client_name, sizeof session->name - 1);
+    strncpy(session->name_space, message->name_space, sizeof session->name_space - 1);
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     Icecache__Wire__HelloReply body = ICECACHE__WIRE__HELLO_REPLY__INIT;
     reply.request_id = request_id;

@@ -37,6 +37,7 @@ struct landing {
     uint64_t passed_bytes; // of the memfd that the worker maps
     uint64_t held_bytes;   // with what the daemon keeps beside it, as the budget counts it
     struct landing_row *rows;
+    uint64_t opened_ns, used_ns;
     uint32_t users; // requests in flight
     bool closing;
     bool close_asked; // the worker waits for the reply to its close
@@ -48,6 +49,7 @@ struct landing {
 struct staging {
     uint8_t *base;
     uint64_t bytes;
+    uint64_t opened_ns, used_ns;
     uint32_t users; // requests in flight
     struct job *close_job;
 };
@@ -71,9 +73,11 @@ struct session {
     uid_t uid;
     bool greeted, admin, dead;
     char name[WIRE_NAME_BYTES_MAX + 1];
+    char name_space[WIRE_NAME_BYTES_MAX + 1]; // the only one that it may use; empty: any
     uint64_t since_ns;
-    uint32_t slot;  // no other session has it: the flow of its work in fair queues
-    uint32_t holds; // requests, jobs and sequences that still point here
+    uint32_t slot;    // no other session has it: the flow of its work in fair queues
+    uint64_t used_ns; // of the last request
+    uint32_t holds;   // requests, jobs and sequences that still point here
     uint32_t inflight;
     uint64_t inflight_bytes; // memory of requests in flight
     uint32_t landing_count, sequence_count;

@@ -186,6 +186,7 @@ void landing_close(struct server *server, struct landing *landing)
 
 void landing_release(struct server *server, struct landing *landing)
 {
+    landing->used_ns = env_now_ns(server->env);
     if (--landing->users == 0 && landing->closing)
         landing_unmap(server, landing);
 }
@@ -259,6 +260,8 @@ static ice_status landing_allocate(struct server *server, struct session *sessio
     *landing = (struct landing){
         .id = ++session->next_landing_id,
         .session = session,
+        .opened_ns = env_now_ns(env),
+        .used_ns = env_now_ns(env),
         .shape = *shape,
         .held_bytes = held_bytes,
         .rows = rows,
@@ -441,6 +444,7 @@ void staging_close(struct server *server, struct session *session)
 void staging_release(struct server *server, struct session *session)
 {
     session->staging.users--;
+    session->staging.used_ns = env_now_ns(server->env);
     if (session->dead)
         staging_close(server, session);
 }
@@ -461,6 +465,7 @@ static void staging_opened(struct completion *completion, struct server *server)
     }
     staging->base = job->base;
     staging->bytes = job->bytes;
+    staging->opened_ns = staging->used_ns = env_now_ns(server->env);
     Icecache__Wire__ControlReply reply = ICECACHE__WIRE__CONTROL_REPLY__INIT;
     Icecache__Wire__StagingReply body = ICECACHE__WIRE__STAGING_REPLY__INIT;
     reply.request_id = job->request_id;

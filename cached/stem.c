@@ -3,6 +3,7 @@
 // A stem and its lanes are one allocation; the trees come with the first append.
 #include "cached/stem.h"
 
+#include "cached/quota.h"
 #include "cached/sequence.h"
 #include "cached/server.h"
 #include "cached/session.h"
@@ -33,6 +34,12 @@ static uint32_t shard_of(const struct server *server, uint64_t root, uint32_t la
 
 // ---- making ----
 
+size_t stem_bytes(const struct server *server, uint32_t lane_count)
+{
+    return align8(sizeof(struct stem)) + align8(lane_count * sizeof(struct lane)) +
+           2 * align8(server->shard_count * sizeof(struct stem_walk));
+}
+
 // Counted as the index's memory: a stem of many lanes has megabytes of them before its first token.
 static ice_status allocate(struct server *server, const struct stem_mould *mould, struct stem **out)
 {
@@ -40,7 +47,7 @@ static ice_status allocate(struct server *server, const struct stem_mould *mould
     const size_t head = align8(sizeof(struct stem)), lanes = align8(lane_count * sizeof(struct lane));
     const size_t images = mould->images ? lane_count * sizeof(struct image *) : 0;
     const size_t walks = align8(server->shard_count * sizeof(struct stem_walk));
-    const size_t bytes = head + lanes + images + 2 * walks;
+    const size_t bytes = stem_bytes(server, (uint32_t)lane_count) + images;
     if (!budget_take(&server->index_budget, NULL, bytes))
         return ICE_INDEX_FULL;
     uint8_t *memory = env_acquire_zeroed(server->env, bytes);
@@ -50,7 +57,8 @@ static ice_status allocate(struct server *server, const struct stem_mould *mould
     }
     struct stem *stem = (struct stem *)memory;
     stem->bytes = bytes;
-    stem->index_bytes = bytes;
+    stem->tenant = mould->tenant;
+    quota_count_index(stem, (int64_t)bytes);
     stem->lane_count = (uint32_t)lane_count;
     stem->lanes = (struct lane *)(memory + head);
     stem->images = mould->images ? (struct image **)(memory + head + lanes) : NULL;
@@ -115,6 +123,7 @@ static void free_stem(struct stem *stem)
     for (uint32_t i = 0; stem->images && i < stem->lane_count; i++)
         image_destroy(server, stem->images[i]);
     const size_t bytes = stem->bytes;
+    quota_count_index(stem, -(int64_t)bytes);
     server->env->release(server->env, stem, bytes);
     budget_give(&server->index_budget, bytes);
 }
@@ -228,6 +237,7 @@ void stem_unreserve(struct stem *stem)
     if (server->extents)
         extents_unreserve(server->extents, &stem->extents_promised, stem->frame_bytes);
     budget_unreserve(&server->index_budget, &stem->index_promised);
+    tenant_unpromise(stem->tenant, &stem->quota_promised);
 }
 
 uint64_t stem_indexed(const struct stem *stem, uint32_t layer)

@@ -14,6 +14,7 @@
 #include "cached/lane.h"
 #include "cached/pool.h"
 #include "cached/task_queue.h"
+#include "cached/tenant.h"
 #include "proto/wire.h"
 
 struct image;
@@ -33,6 +34,7 @@ struct stem_walk {
 struct stem {
     // Immutable.
     struct server *server;
+    struct tenant *tenant; // its sequences' namespace; NULL: it is not counted
     uint64_t sequence_id; // that it was made for: for the log
     uint64_t root;        // its lanes' shards are a function of it, the same for all stems of a chain
     uint64_t seed;        // of its trees, likewise
@@ -57,6 +59,7 @@ struct stem {
     struct pool_reservation frames_promised;
     struct extents_reservation extents_promised;
     struct reservation index_promised;
+    struct tenant_promise quota_promised;
     struct sequence *told; // its last holder, which waits for its end
     struct completion gone;
     struct stem_walk *walks;   // one for each shard: clustering of what is shared,
@@ -73,6 +76,7 @@ struct stem {
 };
 
 struct stem_mould {
+    struct tenant *tenant;
     uint64_t sequence_id, root, seed, first;
     uint32_t depth;
     struct wire_shape shape;
@@ -81,6 +85,8 @@ struct stem_mould {
     struct image *const *images; // of a sealed prefix, which make it shared from the beginning; NULL: none
 };
 
+// Memory of a stem of so many lanes without images.
+size_t stem_bytes(const struct server *server, uint32_t lane_count);
 // A stem that is held once. ICE_INDEX_FULL, ICE_NO_MEMORY.
 ICE_MUST_CHECK ice_status stem_create(struct server *server, const struct stem_mould *mould, struct stem **out);
 // Of one that no shard has seen yet: gone at once.

@@ -6,6 +6,7 @@
 #include "cached/tier.h"
 
 #include "cached/log.h"
+#include "cached/quota.h"
 #include "cached/server.h"
 
 #include <assert.h>
@@ -107,7 +108,7 @@ static void drop_memory(struct shard *shard, struct lane *lane, struct page *pag
         ahead_note(&shard->tier, false);
         atomic_fetch_add_explicit(&shard->server->tier_stats.ahead_wasted, 1, memory_order_relaxed);
     }
-    atomic_fetch_sub_explicit(&lane->stem->resident, 1, memory_order_relaxed);
+    quota_count_resident(lane->stem, -1);
 }
 
 // ---- I/O ----
@@ -181,7 +182,7 @@ static void read_ended(struct page_io *io, struct page *page)
     if (io->request.result == 0 && io->matches) {
         page->memory = io->request.memory;
         order_enter(shard, io->lane, io->page); // as visited as those that asked for it have made it
-        atomic_fetch_add_explicit(&io->lane->stem->resident, 1, memory_order_relaxed);
+        quota_count_resident(io->lane->stem, 1);
         atomic_fetch_add_explicit(&server->tier_stats.pages_read, 1, memory_order_relaxed);
         return;
     }
@@ -364,11 +365,13 @@ static bool evict(struct shard *shard, struct lane *lane, uint32_t number)
 }
 
 // Moves the hand until `wanted` frames are free or enough was looked at: one lap at most, so that what is used between
-// two calls stays, however few pages the shard has. Returns how many.
-static uint32_t sweep(struct shard *shard, uint32_t wanted)
+// two calls stays, however few pages the shard has. of_over: only pages of namespaces over their quota go, and fewer
+// are looked at, because there is room. Returns how many.
+static uint32_t sweep(struct shard *shard, uint32_t wanted, bool of_over)
 {
     struct tier *tier = &shard->tier;
-    const uint32_t most = tier->count < TIER_SCAN_MAX ? tier->count : TIER_SCAN_MAX;
+    const uint32_t limit = of_over ? TIER_SCAN_MAX / 8 : TIER_SCAN_MAX;
+    const uint32_t most = tier->count < limit ? tier->count : limit;
     uint32_t freed = 0;
     for (uint32_t seen = 0; seen < most && freed < wanted; seen++) {
         const uint32_t number = tier->hand != TIER_NONE ? tier->hand : tier->oldest;
@@ -377,7 +380,8 @@ static uint32_t sweep(struct shard *shard, uint32_t wanted)
         const struct tier_book *book = &shard->server->books[number];
         tier->looked_at++;
         tier->hand = book->newer; // also where the page goes: then it is the one behind it
-        freed += evict(shard, book->lane, book->page);
+        if (!of_over || tenant_is_over_ram(book->lane->stem->tenant))
+            freed += evict(shard, book->lane, book->page);
     }
     return freed;
 }
@@ -406,6 +410,11 @@ static void ask_relief(struct server *server, const struct shard *asking)
     }
 }
 
+void tier_relieve(struct server *server)
+{
+    ask_relief(server, NULL);
+}
+
 static void run_relief(struct task *task, void *thread)
 {
     (void)task;
@@ -421,7 +430,9 @@ bool tier_balance(struct shard *shard)
     struct tier *tier = &shard->tier;
     tier->looked_at = 0;
     tier->balances = tier_serves(server) && room_is_low(server, tier->balances ? HIGH_SHARE : LOW_SHARE);
-    return tier->balances && sweep(shard, 64) > 0;
+    if (!tier->balances && tier_serves(server) && tenants_are_over_ram(&server->tenants))
+        return sweep(shard, 64, true) > 0;
+    return tier->balances && sweep(shard, 64, false) > 0;
 }
 
 uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reservation *promised)
@@ -431,7 +442,7 @@ uint8_t *tier_take_memory(struct shard *shard, uint64_t bytes, struct pool_reser
     if (memory || !tier_serves(server))
         return memory;
     for (int i = 0; i < 4 && !memory && shard->tier.looked_at < TIER_ROUND_MAX; i++) {
-        if (sweep(shard, 8) > 0)
+        if (sweep(shard, 8, false) > 0)
             memory = pool_acquire(server->pool, promised, bytes);
     }
     if (!memory) {
@@ -452,7 +463,7 @@ uint8_t *tier_take_frame(struct shard *shard, struct lane *lane, uint32_t number
     page->memory = tier_take_memory(shard, frame_bytes_of(lane), promised);
     if (page->memory) {
         order_enter(shard, lane, number);
-        atomic_fetch_add_explicit(&lane->stem->resident, 1, memory_order_relaxed);
+        quota_count_resident(lane->stem, 1);
     }
     return page->memory;
 }
@@ -489,7 +500,7 @@ void tier_forget(struct shard *shard, struct lane *lane, uint32_t number)
     if (page->flags & (PAGE_READING | PAGE_WRITING)) {
         if (page->memory) {
             order_leave(shard, page->memory);
-            atomic_fetch_sub_explicit(&lane->stem->resident, 1, memory_order_relaxed);
+            quota_count_resident(lane->stem, -1);
         }
         leave_to_io(shard, lane, number);
     } else {

@@ -129,5 +129,7 @@ bool tier_write(struct shard *shard, struct lane *lane, uint32_t page);
 void tier_submit(struct shard *shard);
 // Keeps some of the pool free. One slice, in each round of the shard; true where more is to be done at once.
 bool tier_balance(struct shard *shard);
+// Any thread: lets every shard balance soon, because a namespace is over its quota.
+void tier_relieve(struct server *server);
 
 #endif

@@ -62,6 +62,14 @@ uint64_t client_until(const ice_client *client, uint64_t deadline_us)
     return wanted_us < most_us - now_us ? now_us + wanted_us : most_us;
 }
 
+const char *client_name_space(const ice_client *client, const char *given)
+{
+    if (given != NULL) {
+        return given;
+    }
+    return client->name_space[0] != '\0' ? client->name_space : WIRE_NAME_SPACE_DEFAULT;
+}
+
 uint64_t client_generation(ice_client *client)
 {
     (void)pthread_mutex_lock(&client->lock);
@@ -105,6 +113,13 @@ static ice_status options_apply(ice_client *client, const struct ice_client_opti
                          WIRE_NAME_BYTES_MAX);
     } else {
         memcpy(client->name, given->name, strlen(given->name) + 1);
+    }
+
+    if (given->name_space != NULL) {
+        if (given->name_space[0] == '\0' || strlen(given->name_space) > WIRE_NAME_BYTES_MAX) {
+            return error_set(ICE_INVALID_ARGUMENT, "name_space is empty or longer than %u bytes", WIRE_NAME_BYTES_MAX);
+        }
+        memcpy(client->name_space, given->name_space, strlen(given->name_space) + 1);
     }
 
     if (given->socket_directory == NULL) {
@@ -184,8 +199,8 @@ static ice_status client_init(ice_client *client, const struct ice_client_option
     if (status != ICE_OK) {
         goto no_context;
     }
-    status =
-        session_connect(&client->session, client->context, client->directory, client->name, client_until(client, 0));
+    status = session_connect(&client->session, client->context, client->directory, client->name, client->name_space,
+                             client_until(client, 0));
     if (status != ICE_OK) {
         goto no_session;
     }
@@ -304,7 +319,8 @@ ice_status ice_client_reconnect(ice_client *client)
     }
     watchdog_session(&client->watchdog, -1);
     session_close(&session);
-    status = session_connect(&session, client->context, client->directory, client->name, client_until(client, 0));
+    status = session_connect(&session, client->context, client->directory, client->name, client->name_space,
+                             client_until(client, 0));
 
     (void)pthread_mutex_lock(&client->lock);
     client->reconnecting = false;

@@ -63,6 +63,7 @@ struct ice_client {
     pid_t pid;
     char directory[108];
     char name[WIRE_NAME_BYTES_MAX + 1];
+    char name_space[WIRE_NAME_BYTES_MAX + 1]; // empty: any
     uint64_t deadline_us, staging_bytes;
     void *context; // ZeroMQ's
     int wake_fd;   // eventfd: ends the receiver's poll
@@ -105,6 +106,8 @@ bool client_is_forked(const ice_client *client);
 // The absolute end of a call that starts now.
 uint64_t client_until(const ice_client *client, uint64_t deadline_us);
 // Of the session as it is now: its generation, and the largest frame of vectors that its daemon takes.
+// The namespace of a call: as given, NULL: the client's, else the default.
+const char *client_name_space(const ice_client *client, const char *given);
 uint64_t client_generation(ice_client *client);
 uint64_t client_vectors_bytes_max(ice_client *client);
 

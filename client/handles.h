@@ -115,7 +115,8 @@ ICE_MUST_CHECK bool stream_close(ice_landing *landing, uint64_t until_us);
 // Opening a sequence, plain or attached (sequence.c). The options' ranges, with a text; the request's fields, borrowed
 // from the options; a handle that no daemon knows yet, of the client's session (NULL: no memory, the error is set).
 ICE_MUST_CHECK ice_status sequence_options_check(const struct ice_sequence_options *options);
-void sequence_options_fill(Icecache__Wire__SequenceOpen *open, const struct ice_sequence_options *options);
+void sequence_options_fill(Icecache__Wire__SequenceOpen *open, const ice_client *client,
+                           const struct ice_sequence_options *options);
 ICE_MUST_CHECK ice_sequence *sequence_create(ice_client *client, const struct ice_sequence_options *options);
 // The daemon has opened it: it is among the client's handles from now on.
 void sequence_link(ice_sequence *sequence);

@@ -52,6 +52,7 @@ typedef enum ice_status {
     ICE_UNKNOWN_PREFIX = 32,
     ICE_DISK_FAILED = 33,
     ICE_OVERLOADED = 34,
+    ICE_QUOTA = 35,
     // The session is lost: reconnect.
     ICE_VERSION_MISMATCH = 4,
     ICE_SHUTTING_DOWN = 22,
@@ -86,6 +87,9 @@ struct ice_client_options {
     const char *name;             // shown in logs and statistics; NULL: the program's name
     uint64_t deadline_us;         // default of every call; 0: 5 s
     uint64_t staging_bytes;       // shared memory for appends and reads, made at first use; 0: 64 MiB
+    // NULL: the client may use any namespace. Else its sequences and prefixes are of this one where their options name
+    // none, and the daemon refuses it any other (ICE_PERMISSION): for programs whose requests come from elsewhere.
+    const char *name_space;
 };
 
 // options may be NULL. *out is owned by the caller, written on success only.
@@ -199,7 +203,7 @@ ICE_CHECKED ice_status ice_landing_gpu(const ice_landing *landing, struct ice_gp
 // ---- sequence ----
 
 struct ice_sequence_options {
-    const char *name_space;   // tenant; NULL: "default"
+    const char *name_space;   // tenant; NULL: the client's, or "default"
     const void *model_digest; // identity of weights and RoPE settings; 1 to 64 bytes
     size_t model_digest_bytes;
     uint32_t tp_rank, tp_size;                        // tensor parallelism; tp_size 0: 1
@@ -212,6 +216,8 @@ struct ice_sequence_options {
     uint64_t max_tokens; // 0: the daemon's limit
 };
 
+// ICE_QUOTA, here and from seal, attach, append and a retrieve that appends: a quota of the namespace is used up, and
+// nothing has changed; ice_last_error says which quota, what is used and what to do.
 ICE_CHECKED ice_status ice_sequence_open(ice_client *client, const struct ice_sequence_options *options,
                                          uint64_t deadline_us, ice_sequence **out);
 // Frees all that the sequence holds, here and in the daemon; what forks share lives on. Accepts NULL.
@@ -330,6 +336,13 @@ ICE_CHECKED ice_status ice_sequence_seal(ice_sequence *sequence, const void *has
 ICE_CHECKED ice_status ice_prefix_lookup(ice_client *client, const struct ice_sequence_options *options,
                                          const void *hashes, size_t count, uint64_t deadline_us, uint64_t *tokens_out);
 
+// The same for a group of options->tp_size tensor-parallel ranks of one shape: how many tokens every rank could be
+// attached to now. options->tp_rank does not count, so any one rank may ask for all. The ranks then attach with
+// *tokens_out as tokens_max, so that all of them go on from the same position. At most 1024 ranks.
+ICE_CHECKED ice_status ice_prefix_lookup_group(ice_client *client, const struct ice_sequence_options *options,
+                                               const void *hashes, size_t count, uint64_t deadline_us,
+                                               uint64_t *tokens_out);
+
 // Opens a sequence that begins with the longest sealed prefix that matches the blocks hashes[count][ICE_HASH_BYTES]
 // (copied), or with the part of it that tokens_max tokens allow, rounded down to whole blocks (0: no limit). From then
 // on it is a sequence as ice_sequence_open makes them: all its layers have *tokens_out tokens (may be NULL), which can
@@ -347,8 +360,11 @@ ICE_CHECKED ice_status ice_sequence_attach(ice_client *client, const struct ice_
 // Forgets a sealed prefix, and returns when neither a crash nor a power failure can bring it back. Its room on the disk
 // is free again when no sequence is attached to it any more. After ICE_TIMEOUT it is still on its way out.
 // ICE_UNKNOWN_PREFIX: there is none of this id. ICE_DISK_FAILED: the disk does not let it go; it is not found any more,
-// but may be back after a restart. Removing it again tries again.
+// but may be back after a restart. Removing it again tries again. The prefix must be of the client's namespace, or of
+// "default" where the client has none; ice_prefix_remove_from is for prefixes of another one (NULL: the same).
 ICE_CHECKED ice_status ice_prefix_remove(ice_client *client, uint64_t prefix_id, uint64_t deadline_us);
+ICE_CHECKED ice_status ice_prefix_remove_from(ice_client *client, const char *name_space, uint64_t prefix_id,
+                                              uint64_t deadline_us);
 
 // ---- retrieve ----
 

@@ -136,8 +136,8 @@ static ice_status arguments_check(ice_client *client, const struct ice_sequence_
     return status;
 }
 
-ice_status ice_prefix_lookup(ice_client *client, const struct ice_sequence_options *options, const void *hashes,
-                             size_t count, uint64_t deadline_us, uint64_t *tokens_out)
+static ice_status lookup(ice_client *client, const struct ice_sequence_options *options, bool all_ranks,
+                         const void *hashes, size_t count, uint64_t deadline_us, uint64_t *tokens_out)
 {
     error_clear();
     ice_status status = arguments_check(client, options, hashes, count, "tokens_out", tokens_out);
@@ -145,12 +145,13 @@ ice_status ice_prefix_lookup(ice_client *client, const struct ice_sequence_optio
         return status;
     }
     Icecache__Wire__SequenceOpen identity = ICECACHE__WIRE__SEQUENCE_OPEN__INIT;
-    Icecache__Wire__Lookup lookup = ICECACHE__WIRE__LOOKUP__INIT;
+    Icecache__Wire__Lookup body = ICECACHE__WIRE__LOOKUP__INIT;
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
-    sequence_options_fill(&identity, options);
-    lookup.identity = &identity;
+    sequence_options_fill(&identity, client, options);
+    body.identity = &identity;
+    body.all_ranks = all_ranks;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_LOOKUP;
-    request.lookup = &lookup;
+    request.lookup = &body;
     struct pending *pending = NULL;
     status = call_with_hashes(client, client_generation(client), &request, hashes, count,
                               client_until(client, deadline_us), &pending);
@@ -165,6 +166,18 @@ ice_status ice_prefix_lookup(ice_client *client, const struct ice_sequence_optio
     return status;
 }
 
+ice_status ice_prefix_lookup(ice_client *client, const struct ice_sequence_options *options, const void *hashes,
+                             size_t count, uint64_t deadline_us, uint64_t *tokens_out)
+{
+    return lookup(client, options, false, hashes, count, deadline_us, tokens_out);
+}
+
+ice_status ice_prefix_lookup_group(ice_client *client, const struct ice_sequence_options *options, const void *hashes,
+                                   size_t count, uint64_t deadline_us, uint64_t *tokens_out)
+{
+    return lookup(client, options, true, hashes, count, deadline_us, tokens_out);
+}
+
 // Asks the daemon; on success the handle has its id and its lengths.
 static ice_status attach_request(ice_sequence *sequence, const struct ice_sequence_options *options, const void *hashes,
                                  size_t count, uint64_t tokens_max, uint64_t until_us)
@@ -172,7 +185,7 @@ static ice_status attach_request(ice_sequence *sequence, const struct ice_sequen
     Icecache__Wire__SequenceOpen open = ICECACHE__WIRE__SEQUENCE_OPEN__INIT;
     Icecache__Wire__Attach attach = ICECACHE__WIRE__ATTACH__INIT;
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
-    sequence_options_fill(&open, options);
+    sequence_options_fill(&open, sequence->client, options);
     attach.open = &open;
     attach.tokens_max = tokens_max;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_ATTACH;
@@ -236,13 +249,22 @@ ice_status ice_sequence_attach(ice_client *client, const struct ice_sequence_opt
 
 ice_status ice_prefix_remove(ice_client *client, uint64_t prefix_id, uint64_t deadline_us)
 {
+    return ice_prefix_remove_from(client, NULL, prefix_id, deadline_us);
+}
+
+ice_status ice_prefix_remove_from(ice_client *client, const char *name_space, uint64_t prefix_id, uint64_t deadline_us)
+{
     error_clear();
     ice_status status = client_check(client);
     if (status != ICE_OK) {
         return status;
     }
+    if (name_space != NULL && (name_space[0] == '\0' || strlen(name_space) > WIRE_NAME_BYTES_MAX)) {
+        return error_set(ICE_INVALID_ARGUMENT, "name_space is empty or longer than %u bytes", WIRE_NAME_BYTES_MAX);
+    }
     Icecache__Wire__PrefixRemove removal = ICECACHE__WIRE__PREFIX_REMOVE__INIT;
     removal.prefix_id = prefix_id;
+    removal.name_space = (char *)(uintptr_t)client_name_space(client, name_space); // packing only reads it
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE;
     request.prefix_remove = &removal;

@@ -134,11 +134,11 @@ ice_status sequence_options_check(const struct ice_sequence_options *options)
     return status == ICE_OK ? identity_check(options) : status;
 }
 
-void sequence_options_fill(Icecache__Wire__SequenceOpen *open, const struct ice_sequence_options *options)
+void sequence_options_fill(Icecache__Wire__SequenceOpen *open, const ice_client *client,
+                           const struct ice_sequence_options *options)
 {
-    static char default_name_space[] = "default";
     // The generated fields are not const, but packing only reads them.
-    open->name_space = options->name_space != NULL ? (char *)(uintptr_t)options->name_space : default_name_space;
+    open->name_space = (char *)(uintptr_t)client_name_space(client, options->name_space);
     open->model_digest.data = (uint8_t *)(uintptr_t)options->model_digest;
     open->model_digest.len = options->model_digest_bytes;
     open->tp_rank = options->tp_rank;
@@ -194,7 +194,7 @@ static ice_status sequence_request(ice_sequence *sequence, const struct ice_sequ
                                    uint64_t until_us)
 {
     Icecache__Wire__SequenceOpen open = ICECACHE__WIRE__SEQUENCE_OPEN__INIT;
-    sequence_options_fill(&open, options);
+    sequence_options_fill(&open, sequence->client, options);
     Icecache__Wire__Request request = ICECACHE__WIRE__REQUEST__INIT;
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_OPEN;
     request.sequence_open = &open;

@@ -52,7 +52,7 @@ static ice_status hello_accept(struct session *session, const Icecache__Wire__Co
     return ICE_OK;
 }
 
-static ice_status hello_exchange(struct session *session, const char *name, uint64_t until_us)
+static ice_status hello_exchange(struct session *session, const char *name, const char *name_space, uint64_t until_us)
 {
     Icecache__Wire__Hello hello = ICECACHE__WIRE__HELLO__INIT;
     hello.protocol_version = WIRE_PROTOCOL_VERSION;
@@ -61,6 +61,7 @@ static ice_status hello_exchange(struct session *session, const char *name, uint
     (void)strncpy(copy, name, sizeof copy - 1);
     copy[sizeof copy - 1] = '\0';
     hello.client_name = copy;
+    hello.name_space = (char *)(uintptr_t)name_space;
     Icecache__Wire__ControlRequest request = ICECACHE__WIRE__CONTROL_REQUEST__INIT;
     request.request_id = 1;
     request.body_case = ICECACHE__WIRE__CONTROL_REQUEST__BODY_HELLO;
@@ -153,7 +154,7 @@ static ice_status data_connect(struct session *session, void *context, uint64_t 
 }
 
 ice_status session_connect(struct session *session, void *context, const char *directory, const char *name,
-                           uint64_t until_us)
+                           const char *name_space, uint64_t until_us)
 {
     char path[108];
     ice_status status = control_path(path, sizeof path, directory, CONTROL_SOCKET_NAME);
@@ -167,7 +168,7 @@ ice_status session_connect(struct session *session, void *context, const char *d
         fresh.control_fd = -1;
         return error_set(status, "%s: %s", path, status_text((int)status));
     }
-    status = hello_exchange(&fresh, name, until_us);
+    status = hello_exchange(&fresh, name, name_space, until_us);
     if (status == ICE_OK) {
         status = data_connect(&fresh, context, until_us);
     }

@@ -37,9 +37,9 @@ static inline int clock_left_ms(uint64_t until_us)
 // An empty session, which session_close accepts.
 void session_init(struct session *session);
 // Says hello on the control socket in the directory and connects the data socket; returns when it can be written to.
-// Written on success only.
+// name_space: the only one that the session may use, empty: any. Written on success only.
 ICE_MUST_CHECK ice_status session_connect(struct session *session, void *context, const char *directory,
-                                          const char *name, uint64_t until_us);
+                                          const char *name, const char *name_space, uint64_t until_us);
 // Closes both sockets; the daemon frees what the session held.
 void session_close(struct session *session);
 

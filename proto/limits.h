@@ -25,6 +25,7 @@
 #define WIRE_TOKENS_MAX                 (1u << 24) // positions of a sequence
 #define WIRE_BLOCK_TOKENS_MAX           4096u
 #define WIRE_BLOCK_TOKENS_DEFAULT       16u
+#define WIRE_RANKS_MAX                  1024u      // tp_size of a lookup for all ranks
 #define WIRE_HASH_BYTES                 16u        // of one block of a prefix
 #define WIRE_BLOCKS_MAX                 (1u << 20) // hashes in one message; they fill frame 2
 #define WIRE_SEQUENCES_PER_RETRIEVE_MAX 256u
@@ -33,6 +34,7 @@
 #define WIRE_ROWS_MAX                   4096u
 #define WIRE_SESSION_TOKEN_BYTES        16u
 #define WIRE_NAME_BYTES_MAX             128u // client names, namespaces
+#define WIRE_NAME_SPACE_DEFAULT         "default"
 #define WIRE_DIGEST_BYTES_MAX           64u
 #define WIRE_GPU_UUID_BYTES             16u
 #define WIRE_GPU_HANDLE_BYTES           64u
@@ -43,5 +45,7 @@
 #define WIRE_STATS_GPUS_MAX             16u  // GPUs
 #define WIRE_STATS_COUNTS_MAX           64u  // counters
 #define WIRE_PREFIXES_LISTED_MAX        256u // prefixes per reply to a PrefixList
+#define WIRE_LEASES_LISTED_MAX          256u // leases per reply to a LeaseList
+#define WIRE_NAMESPACES_LISTED_MAX      256u // namespaces per reply to a NamespaceList
 
 #endif

@@ -50,7 +50,8 @@ enum ice_scope {
     X(ICE_PAGE_LOST,            31, REQUEST, "the disk has lost K and V of this sequence; close it and compute it again") \
     X(ICE_UNKNOWN_PREFIX,       32, REQUEST, "no sealed prefix of this model and namespace begins like this; append the tokens instead") \
     X(ICE_DISK_FAILED,          33, REQUEST, "the daemon has no disk, or it failed; the message says more") \
-    X(ICE_OVERLOADED,           34, REQUEST, "the daemon has more work than it can do in time; wait for replies, and keep fewer requests in flight")
+    X(ICE_OVERLOADED,           34, REQUEST, "the daemon has more work than it can do in time; wait for replies, and keep fewer requests in flight") \
+    X(ICE_QUOTA,                35, REQUEST, "a quota of the namespace is used up; the message says which one and what to do")
 // clang-format on
 
 #ifdef ICECACHE_H

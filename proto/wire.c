@@ -261,6 +261,10 @@ static bool reply_is_sound(const Icecache__Wire__Reply *reply)
         return reply->sequence_fork->tokens <= WIRE_TOKENS_MAX;
     case ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST:
         return reply->prefix_list->n_prefix <= WIRE_PREFIXES_LISTED_MAX;
+    case ICECACHE__WIRE__REPLY__BODY_LEASE_LIST:
+        return reply->lease_list->n_lease <= WIRE_LEASES_LISTED_MAX;
+    case ICECACHE__WIRE__REPLY__BODY_NAMESPACE_LIST:
+        return reply->namespace_list->n_name_space <= WIRE_NAMESPACES_LISTED_MAX;
     case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN:
     case ICECACHE__WIRE__REPLY__BODY_APPEND:
     case ICECACHE__WIRE__REPLY__BODY_READ:

@@ -13,8 +13,6 @@
 #include <math.h>
 #include <string.h>
 
-#define DEFAULT_NAME_SPACE "default"
-
 // ---- fields that several messages share ----
 
 // A count from 1 to its limit.
@@ -152,8 +150,11 @@ ice_status wire_check_version(const char *peer, uint32_t version, struct wire_er
 
 static ice_status check_hello(const Icecache__Wire__Hello *hello, struct wire_error *error)
 {
-    const ice_status status = wire_check_version("the client", hello->protocol_version, error);
-    return status == ICE_OK ? check_name("client_name", hello->client_name, error) : status;
+    ice_status status = wire_check_version("the client", hello->protocol_version, error);
+    if (status == ICE_OK) {
+        status = check_name("client_name", hello->client_name, error);
+    }
+    return status == ICE_OK ? check_name("name_space", hello->name_space, error) : status;
 }
 
 static ice_status check_staging_open(const Icecache__Wire__StagingOpen *staging, struct wire_error *error)
@@ -369,7 +370,7 @@ static ice_status check_sequence_open(const Icecache__Wire__SequenceOpen *open, 
 // Zero and empty stand for a default; the daemon sees only the default itself. tp_size 0 and 1 must be one identity.
 static void fill_defaults(Icecache__Wire__SequenceOpen *open)
 {
-    static char default_name_space[] = DEFAULT_NAME_SPACE; // never written to, never freed
+    static char default_name_space[] = WIRE_NAME_SPACE_DEFAULT; // never written to, never freed
     if (open->name_space[0] == '\0') {
         open->name_space = default_name_space;
     }
@@ -391,6 +392,17 @@ static ice_status take_sequence_open(const char *name, Icecache__Wire__SequenceO
     const ice_status status = check_sequence_open(open, error);
     if (status == ICE_OK) {
         fill_defaults(open);
+    }
+    return status;
+}
+
+static ice_status check_lookup(const Icecache__Wire__Lookup *lookup, struct wire_error *error)
+{
+    const ice_status status = take_sequence_open("identity", lookup->identity, error);
+    if (status == ICE_OK && lookup->all_ranks && lookup->identity->tp_size > WIRE_RANKS_MAX) {
+        return wire_refuse(error, ICE_TOO_LARGE,
+                           "tp_size is %u, over WIRE_RANKS_MAX = %u for a lookup of all ranks; look up each rank",
+                           lookup->identity->tp_size, WIRE_RANKS_MAX);
     }
     return status;
 }
@@ -573,17 +585,21 @@ ice_status wire_check_request(Icecache__Wire__Request *request, struct wire_erro
     case ICECACHE__WIRE__REQUEST__BODY_READ:
         return check_read(request->read, error);
     case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
-        return take_sequence_open("identity", request->lookup->identity, error);
+        return check_lookup(request->lookup, error);
     case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
         return check_attach(request->attach, error);
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+        return check_name("name_space", request->prefix_remove->name_space, error);
+    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
+        return check_name("name_space", request->prefix_list->name_space, error);
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_CLOSE:
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_FORK:     // their tokens are held against
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_TRUNCATE: // the sequence's
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
     case ICECACHE__WIRE__REQUEST__BODY_STATS:
     case ICECACHE__WIRE__REQUEST__BODY_SEAL:
-    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
-    case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
+    case ICECACHE__WIRE__REQUEST__BODY_LEASE_LIST:
+    case ICECACHE__WIRE__REQUEST__BODY_NAMESPACE_LIST:
         return ICE_OK; // nothing but numbers
     case ICECACHE__WIRE__REQUEST__BODY__NOT_SET:
     default:

@@ -1,4 +1,5 @@
 // The mixed load's parent: a daemon with a disk, its workers, and a row for each class of requests.
+#include "client/icecache.h"
 #include "serve_mix.h"
 
 #include "commands.h"

@@ -35,6 +35,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
         FUZZ_CHECK(reply->sequence_fork->tokens <= WIRE_TOKENS_MAX);
     } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_PREFIX_LIST) {
         FUZZ_CHECK(reply->prefix_list->n_prefix <= WIRE_PREFIXES_LISTED_MAX);
+    } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_LEASE_LIST) {
+        FUZZ_CHECK(reply->lease_list->n_lease <= WIRE_LEASES_LISTED_MAX);
+    } else if (reply->body_case == ICECACHE__WIRE__REPLY__BODY_NAMESPACE_LIST) {
+        FUZZ_CHECK(reply->namespace_list->n_name_space <= WIRE_NAMESPACES_LISTED_MAX);
     }
     icecache__wire__reply__free_unpacked(reply, NULL);
     return 0;

@@ -87,6 +87,7 @@ static void check_request(const Icecache__Wire__Request *request)
     case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
         FUZZ_CHECK(request->lookup->identity != NULL);
         check_open(request->lookup->identity);
+        FUZZ_CHECK(!request->lookup->all_ranks || request->lookup->identity->tp_size <= WIRE_RANKS_MAX);
         break;
     case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
         FUZZ_CHECK(request->attach->open != NULL && request->attach->tokens_max <= WIRE_TOKENS_MAX);
@@ -98,8 +99,14 @@ static void check_request(const Icecache__Wire__Request *request)
     case ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_INFO:
     case ICECACHE__WIRE__REQUEST__BODY_STATS:
     case ICECACHE__WIRE__REQUEST__BODY_SEAL:
+    case ICECACHE__WIRE__REQUEST__BODY_LEASE_LIST:
+    case ICECACHE__WIRE__REQUEST__BODY_NAMESPACE_LIST:
+        break;
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+        FUZZ_CHECK(strlen(request->prefix_remove->name_space) <= WIRE_NAME_BYTES_MAX);
+        break;
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
+        FUZZ_CHECK(strlen(request->prefix_list->name_space) <= WIRE_NAME_BYTES_MAX);
         break;
     case ICECACHE__WIRE__REQUEST__BODY__NOT_SET:
     default:

@@ -55,6 +55,8 @@ STATS = b(1, "0.1.0") + u(2, 1000) + b(22, b(1, "queue") + u(2, 3) + varint(3 <<
 SPILL = b(1, "threads") + b(2, "refused") + u(3, 1) + u(4, 1) + u(5, 1 << 20) + u(7, 3) + u(14, 2) + u(15, 2**64 - 1)
 PREFIX = f64(1, 7) + b(2, "tenant") + u(3, 4096) + u(4, 32) + u(5, 8) + u(6, 128) + u(7, 1 << 30) + u(8, 2)
 
+LEASE = b(1, "prefix") + u(2, 7) + f64(3, 9) + u(4, 4711) + b(5, "engine") + b(6, "tenant") + u(7, 1000) + u(10, 1)
+
 
 def edits(kind, *changes):
     """Of fuzz_index_image: the number of an image and edits of six bytes (what, where, with what)."""
@@ -90,15 +92,21 @@ SEEDS = {
         "stats": request(11, u(1, 256)),
         "seal": request(12, f64(1, 5)),
         "lookup": request(13, b(1, OPEN)),
+        "lookup_group": request(13, b(1, OPEN) + u(2, 1)),
+        "lookup_group_over": request(13, b(1, OPEN + u(4, 1025)) + u(2, 1)),
         "lookup_of_nothing": request(13, b""),
         "lookup_twice": request(13, b(1, OPEN) + b(1, packed(12, [0]) + b(1, "other"))),
         "attach": request(14, b(1, OPEN) + u(2, 65536)),
         "attach_to_nothing": request(14, u(2, 2**64 - 1)),
         "attach_then_lookup": request(14, b(1, OPEN)) + b(13, b""),
         "prefix_remove": request(15, f64(1, 7)),
+        "prefix_remove_named": request(15, f64(1, 7) + b(2, "tenant")),
         "prefix_list": request(16, u(1, 256)),
         "sequence_fork": request(17, f64(1, 5) + u(2, 2**64 - 1)),
         "sequence_truncate": request(18, f64(1, 5) + u(2, 100)),
+        "prefix_list_named": request(16, u(1, 256) + b(2, "tenant")),
+        "lease_list": request(19, u(1, 256)),
+        "namespace_list": request(20, u(1, 256)),
         "version": request(11, b"", version=2),
         "version_garbled": u(1, 9) + u(2, 42) + b"\x1f\xff",
         "token": request(11, b"", token=b"short"),
@@ -108,6 +116,7 @@ SEEDS = {
     },
     "control_request": {
         "hello": u(1, 1) + b(2, u(1, 1) + b(2, "engine") + u(3, 1)),
+        "hello_name_space": u(1, 1) + b(2, u(1, 1) + b(2, "engine") + b(4, "tenant")),
         "hello_version": u(1, 1) + b(2, u(1, 2)),
         "hello_escape": u(1, 1) + b(2, u(1, 1) + b(2, b"\x1b[2J\xff")),
         "staging": u(1, 2) + b(3, u(1, 1 << 26)),
@@ -140,6 +149,8 @@ SEEDS = {
         "sequence_fork": reply(15, f64(1, 9) + u(2, 4096)),
         "sequence_fork_endless": reply(15, f64(1, 9) + u(2, 2**64 - 1)),
         "prefix_list": reply(14, b(1, PREFIX) + b(1, b"") + u(2, 2)),
+        "lease_list": reply(16, b(1, LEASE) + b(1, b"") + u(2, 2)),
+        "namespace_list": reply(17, b(1, b(1, "tenant") + u(2, 3) + u(7, 1 << 30)) + b(1, b"") + u(2, 2)),
         "prefix_list_then_seal": reply(14, b(1, PREFIX)) + b(11, u(2, 16)),
     },
     "control_reply": {

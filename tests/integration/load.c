@@ -202,7 +202,7 @@ static void remove_one(struct loader *loader)
     const uint64_t which = random_below(&loader->random, loader->sealed_count);
     const uint64_t id = loader->sealed[which].id;
     printf("remove %llu\n", (unsigned long long)id);
-    need(ice_prefix_remove(loader->worker.client, id, TEST_DEADLINE_US), "remove");
+    need(ice_prefix_remove_from(loader->worker.client, "tests", id, TEST_DEADLINE_US), "remove");
     printf("removed %llu\n", (unsigned long long)id);
     loader->sealed[which] = loader->sealed[--loader->sealed_count];
 }

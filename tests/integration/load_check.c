@@ -278,7 +278,7 @@ void load_remove(struct load_ledger *ledger, const struct daemon *daemon, uint32
 {
     ice_client *client = client_connect(daemon->sockets, TEST_DEADLINE_US, 0);
     while (ledger->count > keep) {
-        assert_ok(ice_prefix_remove(client, ledger->seals[0].id, 0));
+        assert_ok(ice_prefix_remove_from(client, "tests", ledger->seals[0].id, 0));
         drop(ledger, &ledger->seals[0]);
     }
     ice_client_close(client);

@@ -33,6 +33,10 @@ static void commands(void **state)
     expect(daemon, CTL("version"), 0, ICECACHE_VERSION);
     expect(daemon, CTL("stats"), 0, "phase");
     expect(daemon, CTL("stats", "--json"), 0, "\"sequence\":[]");
+    expect(daemon, CTL("leases"), 0, "kind ");
+    expect(daemon, CTL("leases", "--json"), 0, "{\"lease\":[]}");
+    expect(daemon, CTL("namespaces"), 0, "namespace ");
+    expect(daemon, CTL("namespaces", "--json"), 0, "{\"namespace\":[]}");
     expect(daemon, CTL("--help"), 0, "usage");
     expect(daemon, CTL("--version"), 0, ICECACHE_VERSION);
 }

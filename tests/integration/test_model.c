@@ -284,7 +284,7 @@ static void seal_one(struct model *model, const struct modelled *modelled)
     const uint64_t blocks = shortest(modelled) / BLOCK;
     struct ice_seal_result sealed;
     if (seal->id) {
-        assert_ok(ice_prefix_remove(model->client, seal->id, 0));
+        assert_ok(ice_prefix_remove_from(model->client, "tests", seal->id, 0));
         for (uint32_t i = 0; i < SEALS; i++) // equal beginnings are one prefix
             model->seals[i].id = model->seals[i].id == seal->id && &model->seals[i] != seal ? 0 : model->seals[i].id;
         seal->id = 0;
@@ -374,7 +374,7 @@ static void model_close(struct model *model)
         for (uint32_t k = i + 1; k < SEALS; k++)
             model->seals[k].id = model->seals[k].id == model->seals[i].id ? 0 : model->seals[k].id;
         if (model->seals[i].id)
-            assert_ok(ice_prefix_remove(model->client, model->seals[i].id, 0));
+            assert_ok(ice_prefix_remove_from(model->client, "tests", model->seals[i].id, 0));
     }
     ice_landing_close(model->landing);
     ice_client_close(model->client);

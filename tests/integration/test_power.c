@@ -97,7 +97,7 @@ static void removal_under_way(void **state)
         ice_sequence_close(worker.sequence);
         worker.sequence = NULL;
         atomic_store(&sick->unlink_pause_us, TEST_DEADLINE_US);
-        assert_status(ice_prefix_remove(worker.client, ledger.seals[0].id, 50000), ICE_TIMEOUT);
+        assert_status(ice_prefix_remove_from(worker.client, "tests", ledger.seals[0].id, 50000), ICE_TIMEOUT);
         ledger.seals[0].state = LOAD_REMOVING;
         load_history(&history, 2 * round + 1); // falls asleep: all of it is written
         worker.sequence = sequence_open(worker.client, &load_shape);

@@ -258,8 +258,8 @@ static void removed(void **state)
     attach(&worker, hashes, BLOCKS, 0, SEALED);
     assert_ok(ice_sequence_seal(worker.sequence, hashes, BLOCKS, 0, &sealed));
     assert_true(sealed.known);
-    assert_ok(ice_prefix_remove(worker.client, sealed.prefix_id, 0));
-    assert_status(ice_prefix_remove(worker.client, sealed.prefix_id, 0), ICE_UNKNOWN_PREFIX);
+    assert_ok(ice_prefix_remove_from(worker.client, "tests", sealed.prefix_id, 0));
+    assert_status(ice_prefix_remove_from(worker.client, "tests", sealed.prefix_id, 0), ICE_UNKNOWN_PREFIX);
     assert_ok(ice_prefix_lookup(worker.client, &options, hashes, BLOCKS, 0, &tokens));
     assert_int_equal(tokens, 0);
     look(&worker, &history, SEALED, again); // who is attached lives on

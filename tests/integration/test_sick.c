@@ -300,7 +300,8 @@ static void unremovable(void **state)
     const uint64_t id = ledger.seals[0].id;
     atomic_store(&sick->unlink_error, -EROFS);
     for (int i = 0; i < 2; i++)
-        assert_refused(ice_prefix_remove(worker.client, id, 0), ICE_DISK_FAILED, "may be back after a restart");
+        assert_refused(ice_prefix_remove_from(worker.client, "tests", id, 0), ICE_DISK_FAILED,
+                       "may be back after a restart");
     assert_status(attach(&worker, 0, 30), ICE_UNKNOWN_PREFIX);
     worker_close(&worker);
     daemon_stop(daemon); // nothing leaks

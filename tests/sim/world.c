@@ -55,7 +55,8 @@ void world_init(struct world *world, const struct world_shape *shape, uint64_t s
                             .config = {.page_tokens = shape->page_tokens,
                                        .seed = 1,
                                        .sequences_max = WORLD_SEQUENCES,
-                                       .tokens_max = WORLD_TOKENS}};
+                                       .tokens_max = WORLD_TOKENS,
+                                          .namespaces_max = 1}};
     struct server *server = &world->server;
     world_now_ns = 1000000000u;
     env_linux_init(&world->env);
@@ -199,9 +200,10 @@ void world_open(struct world *world, struct member *member, struct seal *seal, u
     message.dtype = DTYPE_BF16;
     message.softmax_scale = 0.1f;
     struct sequence *sequence;
+    char text[TENANT_TEXT_BYTES];
     const ice_status status =
-        seal ? sequence_attach(&world->server, &world->session, &message, seal->prefix, tokens, &sequence)
-             : sequence_open(&world->server, &world->session, &message, &sequence);
+        seal ? sequence_attach(&world->server, &world->session, &message, seal->prefix, tokens, text, &sequence)
+             : sequence_open(&world->server, &world->session, &message, text, &sequence);
     assert_true(status == ICE_OK || is_full(status));
     if (status != ICE_OK)
         return;
@@ -226,9 +228,10 @@ static bool is_free(const struct member *member)
 void world_fork(struct world *world, struct member *parent, struct member *child, uint64_t tokens)
 {
     struct sequence *sequence;
+    char text[TENANT_TEXT_BYTES];
     if (!is_free(parent) || parent->sequence->chain_count + 1 >= WORLD_CHAIN)
         return;
-    const ice_status status = sequence_fork(parent->sequence, tokens, &sequence);
+    const ice_status status = sequence_fork(parent->sequence, tokens, text, &sequence);
     assert_true(status == ICE_OK || is_full(status));
     note_stems(world, parent->sequence);
     if (parent->sequence->own->first == member_length(parent))

@@ -89,6 +89,8 @@ struct fake {
     ice_status retrieve_status, prefix_status; // prefix_status: of seals, lookups, attaches and removals
     uint64_t prefix_tokens;                    // what their replies say
     uint64_t tokens_max, prefix_removed;       // of the last attach and removal
+    char name_space[32], hello_name_space[32]; // of the last lookup or removal, and of the last hello
+    bool all_ranks;                            // of the last lookup
     uint64_t sealed_sequence;                  // of the last seal
     uint32_t block_tokens;                     // of the last lookup or attach
     bool no_body;                              // their replies have none
@@ -211,6 +213,7 @@ static inline bool fake_control(struct fake *fake, int peer)
     reply.request_id = id;
     switch (request->body_case) {
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY_HELLO:
+        snprintf(fake->hello_name_space, sizeof fake->hello_name_space, "%s", request->hello->name_space);
         fake_hello(fake, peer, &reply);
         break;
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY_STAGING_OPEN:
@@ -410,6 +413,8 @@ static inline void fake_request(struct fake *fake, struct fake_held *from, const
         break;
     case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:
         fake->block_tokens = request->lookup->identity->block_tokens;
+        fake->all_ranks = request->lookup->all_ranks;
+        snprintf(fake->name_space, sizeof fake->name_space, "%s", request->lookup->identity->name_space);
         break;
     case ICECACHE__WIRE__REQUEST__BODY_ATTACH:
         fake->block_tokens = request->attach->open->block_tokens;
@@ -417,6 +422,7 @@ static inline void fake_request(struct fake *fake, struct fake_held *from, const
         break;
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
         fake->prefix_removed = request->prefix_remove->prefix_id;
+        snprintf(fake->name_space, sizeof fake->name_space, "%s", request->prefix_remove->name_space);
         break;
     default:
         break;
@@ -579,6 +585,13 @@ static inline uint64_t fake_get(struct fake *fake, const void *field, size_t byt
     return value;
 }
 #define FAKE_GET(fake, field) fake_get((fake), &(fake)->field, sizeof(fake)->field)
+
+static inline void fake_get_text(struct fake *fake, const char *field, char *text, size_t capacity)
+{
+    pthread_mutex_lock(&fake->lock);
+    snprintf(text, capacity, "%s", field);
+    pthread_mutex_unlock(&fake->lock);
+}
 
 static inline struct fake *fake_start(void)
 {

@@ -192,6 +192,85 @@ static void test_refusals(void **state)
     assert_int_equal(READ("--version"), CONFIG_VERSION);
 }
 
+static void expect_quota(const struct config_quota *quota, const char *name, uint64_t ram, uint64_t disk,
+                         uint64_t sequences)
+{
+    assert_string_equal(quota->name_space, name);
+    assert_true(quota->ram_bytes == ram && quota->disk_bytes == disk && quota->sequences == sequences);
+}
+
+static void test_quotas(void **state)
+{
+    (void)state;
+    assert_int_equal(read_options(NULL), CONFIG_RUN);
+    assert_int_equal(config.quota_count, 0);
+    expect_quota(&config.quota_default, "", 0, 0, 0);
+    setenv("ICECACHE_QUOTA", "a:ram=1g;b:disk=2m", 1);
+    assert_int_equal(READ("--quota", "c:d:ram=3k,disk=4t,sequences=5", "--quota", "a:sequences=7"), CONFIG_RUN);
+    assert_int_equal(config.quota_count, 3);
+    expect_quota(&config.quotas[0], "a", 0, 0, 7); // the later one, whole
+    expect_quota(&config.quotas[1], "b", 0, 2u << 20, 0);
+    expect_quota(&config.quotas[2], "c:d", 3u << 10, 4ull << 40, 5);
+    setenv("ICECACHE_QUOTA", "a:", 1);
+    assert_int_equal(read_options(NULL), CONFIG_ERROR);
+    assert_non_null(strstr(text, "ICECACHE_QUOTA"));
+    unsetenv("ICECACHE_QUOTA");
+    setenv("ICECACHE_QUOTA_DEFAULT", "sequences=3", 1);
+    assert_int_equal(read_options(NULL), CONFIG_RUN);
+    expect_quota(&config.quota_default, "", 0, 0, 3);
+    assert_int_equal(READ("--quota-default", "ram=1m"), CONFIG_RUN);
+    expect_quota(&config.quota_default, "", 1u << 20, 0, 0);
+    unsetenv("ICECACHE_QUOTA_DEFAULT");
+}
+
+static void test_bad_quotas(void **state)
+{
+    (void)state;
+    static const char *const bad[] = {"",
+                                      "a",
+                                      ":ram=1",
+                                      "a:",
+                                      "a:ram",
+                                      "a:ram=",
+                                      "a:ram=0",
+                                      "a:ram=-1",
+                                      "a:ram=x",
+                                      "a:rams=1",
+                                      "a:ram=1,",
+                                      "a:,ram=1",
+                                      "a:ram=1;",
+                                      "a:ram=1 ",
+                                      "a:ram=1,cpu=2",
+                                      "ram=1",
+                                      "a:sequences=1048577",
+                                      "a:ram=65t",
+                                      "a:ram=99999999999999999999999999999999"};
+    for (unsigned i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_int_equal(READ("--quota", bad[i]), CONFIG_ERROR);
+        assert_non_null(strstr(text, "--quota"));
+    }
+    assert_int_equal(READ("--quota-default", "a:ram=1"), CONFIG_ERROR);
+    assert_non_null(strstr(text, "--quota-default: 'a:ram=1' is no part of a quota"));
+    assert_int_equal(READ("--quota"), CONFIG_ERROR);
+    assert_non_null(strstr(text, "needs a value"));
+    char longest[200];
+    memset(longest, 'x', sizeof longest);
+    strcpy(longest + 128, ":ram=1");
+    assert_int_equal(READ("--quota", longest), CONFIG_RUN);
+    memset(longest, 'x', 129);
+    strcpy(longest + 129, ":ram=1");
+    assert_int_equal(READ("--quota", longest), CONFIG_ERROR);
+    assert_non_null(strstr(text, "more than 128 bytes"));
+    char many[65 * 16] = "";
+    for (int i = 0; i < 65; i++)
+        snprintf(many + strlen(many), sizeof many - strlen(many), "%sn%d:ram=1", i ? ";" : "", i);
+    assert_int_equal(READ("--quota", many), CONFIG_ERROR);
+    assert_non_null(strstr(text, "more than 64 namespaces; use --quota-default"));
+    *strrchr(many, ';') = '\0';
+    assert_int_equal(READ("--quota", many), CONFIG_RUN);
+    assert_int_equal(config.quota_count, CONFIG_QUOTAS_MAX);
+}
+
 static void test_help(void **state)
 {
     (void)state;
@@ -208,6 +287,8 @@ static void test_help(void **state)
     assert_non_null(strstr(help, "(default prefer)"));
     assert_non_null(strstr(help, "--socket-dir"));
     assert_non_null(strstr(help, "--log-level"));
+    assert_non_null(strstr(help, "--quota NAME:"));
+    assert_non_null(strstr(help, "--quota-default "));
     assert_non_null(strstr(help, "--version"));
     free(help);
 }
@@ -217,7 +298,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_sizes),    cmocka_unit_test(test_defaults), cmocka_unit_test(test_order),
         cmocka_unit_test(test_ranges),   cmocka_unit_test(test_choices),  cmocka_unit_test(test_given),
-        cmocka_unit_test(test_refusals), cmocka_unit_test(test_help),
+        cmocka_unit_test(test_refusals), cmocka_unit_test(test_quotas),   cmocka_unit_test(test_bad_quotas),
+        cmocka_unit_test(test_help),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

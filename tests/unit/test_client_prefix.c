@@ -60,6 +60,59 @@ static void lookup_says_how_many_tokens(void **state)
     tear_down(&setup);
 }
 
+static char *last_name_space(struct fake *fake, char name_space[32])
+{
+    fake_get_text(fake, fake->name_space, name_space, 32);
+    return name_space;
+}
+
+// Of a whole group, and in which namespace: the options', the client's, or the default.
+static void lookup_of_a_group(void **state)
+{
+    (void)state;
+    char name_space[32];
+    struct setup setup = set_up(0, 0);
+    struct ice_sequence_options options = sequence_options();
+    uint64_t tokens = 7;
+    FAKE_SET(setup.fake, prefix_tokens, 2 * BLOCK_TOKENS);
+    options.name_space = NULL;
+    assert_int_equal(ice_prefix_lookup_group(setup.client, &options, hashes, BLOCKS, 0, &tokens), ICE_OK);
+    assert_int_equal(tokens, 32);
+    assert_true(FAKE_GET(setup.fake, all_ranks));
+    assert_string_equal(last_name_space(setup.fake, name_space), "default");
+    options.name_space = "tenant";
+    assert_int_equal(ice_prefix_lookup(setup.client, &options, hashes, BLOCKS, 0, &tokens), ICE_OK);
+    assert_false(FAKE_GET(setup.fake, all_ranks));
+    assert_string_equal(last_name_space(setup.fake, name_space), "tenant");
+    assert_int_equal(ice_prefix_remove_from(setup.client, "other", 5, 0), ICE_OK);
+    assert_string_equal(last_name_space(setup.fake, name_space), "other");
+    assert_int_equal(ice_prefix_remove(setup.client, 5, 0), ICE_OK);
+    assert_string_equal(last_name_space(setup.fake, name_space), "default");
+    assert_int_equal(ice_prefix_remove_from(setup.client, "", 5, 0), ICE_INVALID_ARGUMENT);
+    tear_down(&setup);
+}
+
+static void bound_client_names_its_namespace(void **state)
+{
+    (void)state;
+    char name_space[32];
+    uint64_t tokens = 7;
+    struct fake *fake = fake_start();
+    struct ice_sequence_options options = sequence_options();
+    struct ice_client_options bound = {.socket_directory = fake->directory, .name_space = "mine"};
+    ice_client *client = NULL;
+    assert_int_equal(ice_client_connect(&bound, &client), ICE_OK);
+    fake_get_text(fake, fake->hello_name_space, name_space, sizeof name_space);
+    assert_string_equal(name_space, "mine");
+    assert_int_equal(ice_prefix_remove(client, 5, 0), ICE_OK);
+    assert_string_equal(last_name_space(fake, name_space), "mine");
+    options.name_space = NULL;
+    assert_int_equal(ice_prefix_lookup(client, &options, hashes, BLOCKS, 0, &tokens), ICE_OK);
+    assert_string_equal(last_name_space(fake, name_space), "mine");
+    ice_client_close(client);
+    fake_stop(fake);
+}
+
 static void attached_sequence_goes_on_at_the_prefix(void **state)
 {
     (void)state;
@@ -255,6 +308,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(seal_sends_the_hashes),
         cmocka_unit_test(lookup_says_how_many_tokens),
+        cmocka_unit_test(lookup_of_a_group),
+        cmocka_unit_test(bound_client_names_its_namespace),
         cmocka_unit_test(attached_sequence_goes_on_at_the_prefix),
         cmocka_unit_test(remove_names_the_prefix),
         cmocka_unit_test(refusals_of_the_daemon_come_through),

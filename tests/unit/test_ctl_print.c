@@ -67,11 +67,14 @@ static void statistics_show_the_disk(void **state)
     spill.ahead = 20;
     spill.ahead_used = 21;
     spill.ahead_wasted = 22;
+    spill.prefixes_evicted = 23;
+    spill.prefixes_expired = 24;
     text = printed(ctl_print_table, parts, 1);
     expect(text, "spill    io_uring, past the page cache\n");
     expect(text, "  disk          3.0 MiB of 12.0 MiB      25.0 %\n");
     expect(text, "  pages    read 11  written 12  evicted 13  lost 14  write errors 15\n");
     expect(text, "  in flight 16  waiting 17  prefixes 18  lanes hibernated 19\n");
+    expect(text, "  prefixes that made room 23  expired 24\n");
     expect(text, "  ahead    read 20  used 21  wasted 22\n");
     free(text);
     spill.engine = TEXT("threads");
@@ -86,7 +89,8 @@ static void statistics_show_the_disk(void **state)
            ",\"spill\":{\"engine\":\"threads\",\"reason\":\"io_uring_setup: \\\"not permitted\\\"\",\"direct\":false,"
            "\"off\":true,\"bytes\":3145728,\"capacity_bytes\":12582912,\"pages_read\":11,\"pages_written\":12,"
            "\"pages_evicted\":13,\"pages_lost\":14,\"write_errors\":15,\"in_flight\":16,\"waiting\":17,"
-           "\"prefixes\":18,\"hibernated\":19,\"ahead\":20,\"ahead_used\":21,\"ahead_wasted\":22},\"sequence\":[]}\n");
+           "\"prefixes\":18,\"hibernated\":19,\"ahead\":20,\"ahead_used\":21,\"ahead_wasted\":22,"
+           "\"prefixes_evicted\":23,\"prefixes_expired\":24},\"sequence\":[]}\n");
     free(text);
 }
 
@@ -174,12 +178,93 @@ static void prefixes_are_listed(void **state)
     free(text);
 }
 
+static void leases_are_listed(void **state)
+{
+    (void)state;
+    Icecache__Wire__Lease first = ICECACHE__WIRE__LEASE__INIT, second = ICECACHE__WIRE__LEASE__INIT;
+    Icecache__Wire__LeaseListReply list = ICECACHE__WIRE__LEASE_LIST_REPLY__INIT;
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT, *const parts[] = {&reply, &reply};
+    Icecache__Wire__Lease *rows[] = {&first, &second};
+    first.kind = TEXT("sequence");
+    first.id = 17;
+    first.session_id = 0xabc;
+    first.pid = 4711;
+    first.client_name = TEXT("eng\"ine");
+    first.name_space = TEXT("tenant");
+    first.age_us = 61500000;
+    first.idle_us = 1500000;
+    first.bytes = 3u << 20;
+    second.kind = TEXT("prefix");
+    second.id = 0x17;
+    second.attached = 2;
+    list.lease = rows;
+    list.n_lease = 2;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_LEASE_LIST;
+    reply.lease_list = &list;
+    char *text = printed(ctl_print_leases_table, parts, 1);
+    expect(text,
+           "\nsequence  17                    4711  eng\"ine          tenant                61.5          1.5     "
+           "3.0 MiB         0\n");
+    expect(text, "\nprefix    0000000000000017 ");
+    free(text);
+    text = printed(ctl_print_leases_json, parts, 1);
+    assert_string_equal(text, "{\"lease\":[{\"kind\":\"sequence\",\"id\":\"17\",\"session\":\"0000000000000abc\","
+                              "\"pid\":4711,\"worker\":\"eng\\\"ine\",\"namespace\":\"tenant\",\"age_seconds\":61.500,"
+                              "\"unused_seconds\":1.500,\"bytes\":3145728,\"attached\":0},{\"kind\":\"prefix\","
+                              "\"id\":\"0000000000000017\",\"session\":\"0000000000000000\",\"pid\":0,\"worker\":\"\","
+                              "\"namespace\":\"\",\"age_seconds\":0.000,\"unused_seconds\":0.000,\"bytes\":0,"
+                              "\"attached\":2}]}\n");
+    free(text);
+    list.n_lease = 1;
+    text = printed(ctl_print_leases_json, parts, 2); // in two parts
+    expect(text, "},{\"kind\":\"sequence\"");
+    free(text);
+}
+
+static void namespaces_are_listed(void **state)
+{
+    (void)state;
+    Icecache__Wire__NamespaceStats first = ICECACHE__WIRE__NAMESPACE_STATS__INIT;
+    Icecache__Wire__NamespaceStats second = ICECACHE__WIRE__NAMESPACE_STATS__INIT;
+    Icecache__Wire__NamespaceListReply list = ICECACHE__WIRE__NAMESPACE_LIST_REPLY__INIT;
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT, *const parts[] = {&reply, &reply};
+    Icecache__Wire__NamespaceStats *rows[] = {&first, &second};
+    first.name = TEXT("tenant");
+    first.sequences = 3;
+    first.prefixes = 4;
+    first.pool_bytes = 1u << 20;
+    first.index_bytes = 2u << 10;
+    first.disk_bytes = 5u << 20;
+    first.ram_quota_bytes = 1u << 30;
+    first.disk_quota_bytes = UINT64_C(1) << 40;
+    first.sequences_quota = 12;
+    first.refused = 6;
+    second.name = TEXT("default");
+    list.name_space = rows;
+    list.n_name_space = 2;
+    reply.body_case = ICECACHE__WIRE__REPLY__BODY_NAMESPACE_LIST;
+    reply.namespace_list = &list;
+    char *text = printed(ctl_print_namespaces_table, parts, 1);
+    expect(text,
+           "\ntenant                   3        12     1.0 MiB     2.0 KiB     1.0 GiB     5.0 MiB     1.0 TiB    "
+           "     4        6\n");
+    expect(text,
+           "\ndefault                  0         -         0 B         0 B           -         0 B           -    "
+           "     0        0\n");
+    free(text);
+    text = printed(ctl_print_namespaces_json, parts, 1);
+    expect(text, "{\"namespace\":[{\"name\":\"tenant\",\"sequences\":3,\"prefixes\":4,\"pool_bytes\":1048576,"
+                 "\"index_bytes\":2048,\"disk_bytes\":5242880,\"quota\":{\"ram_bytes\":1073741824,"
+                 "\"disk_bytes\":1099511627776,\"sequences\":12},\"refused\":6},{\"name\":\"default\"");
+    free(text);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(statistics_show_the_disk),
-        cmocka_unit_test(statistics_show_gpus),
-        cmocka_unit_test(prefixes_are_listed),
+        cmocka_unit_test(statistics_show_the_disk), cmocka_unit_test(statistics_show_gpus),
+        cmocka_unit_test(prefixes_are_listed),      cmocka_unit_test(leases_are_listed),
+        cmocka_unit_test(namespaces_are_listed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -25,6 +25,8 @@ struct fixture {
     Icecache__Wire__SequenceOpen open;
     Icecache__Wire__Lookup lookup;
     Icecache__Wire__Attach attach;
+    Icecache__Wire__PrefixRemove removal;
+    Icecache__Wire__PrefixList list;
     uint32_t anchors[4];
 };
 
@@ -35,6 +37,8 @@ static void fixture_init(struct fixture *f)
         .open = ICECACHE__WIRE__SEQUENCE_OPEN__INIT,
         .lookup = ICECACHE__WIRE__LOOKUP__INIT,
         .attach = ICECACHE__WIRE__ATTACH__INIT,
+        .removal = ICECACHE__WIRE__PREFIX_REMOVE__INIT,
+        .list = ICECACHE__WIRE__PREFIX_LIST__INIT,
         .anchors = {0, 1, 2, 3},
     };
     f->request.protocol_version = WIRE_PROTOCOL_VERSION;
@@ -67,6 +71,18 @@ static void use_attach(struct fixture *f)
     f->request.attach = &f->attach;
     f->attach.open = &f->open;
     f->attach.tokens_max = WIRE_TOKENS_MAX;
+}
+
+static void use_remove(struct fixture *f)
+{
+    f->request.body_case = ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE;
+    f->request.prefix_remove = &f->removal;
+}
+
+static void use_list(struct fixture *f)
+{
+    f->request.body_case = ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST;
+    f->request.prefix_list = &f->list;
 }
 
 static void (*const uses[])(struct fixture *) = {use_lookup, use_attach};
@@ -121,6 +137,10 @@ static void decode(const struct fixture *f, struct decoded *out)
     X(use_lookup, lookup_digest_empty, f->open.model_digest.len = 0, ICE_INVALID_ARGUMENT, "model_digest is 0") \
     X(use_lookup, lookup_rank_over, f->open.tp_rank = 2, ICE_INVALID_ARGUMENT, "tp_rank is 2, but tp_size is 2") \
     X(use_lookup, lookup_block_over, f->open.block_tokens = 4097, ICE_TOO_LARGE, "WIRE_BLOCK_TOKENS_MAX = 4096") \
+    X(use_lookup, lookup_ranks_over, (f->open.tp_size = 1025, f->lookup.all_ranks = true), ICE_TOO_LARGE, \
+      "tp_size is 1025, over WIRE_RANKS_MAX = 1024") \
+    X(use_remove, remove_name_high, f->removal.name_space = (char *)(uintptr_t)"\n", ICE_INVALID_ARGUMENT, "byte 0x0a") \
+    X(use_list, list_name_high, f->list.name_space = (char *)(uintptr_t)"\x7f", ICE_INVALID_ARGUMENT, "byte 0x7f") \
     X(use_attach, attach_to_nothing, f->attach.open = NULL, ICE_INVALID_ARGUMENT, "open is missing") \
     X(use_attach, attach_dtype_fp8, f->open.dtype = 4, ICE_NOT_SUPPORTED, "fp8") \
     X(use_attach, attach_name_high, f->open.name_space = (char *)(uintptr_t)"\xff", ICE_INVALID_ARGUMENT, "byte 0xff") \
@@ -247,6 +267,26 @@ static void bodies_of_ids_pass(void **state)
     decode(&f, &decoded);
     assert_int_equal(decoded.status, ICE_OK);
     assert_int_equal(decoded.request->prefix_list->from, 512);
+    Icecache__Wire__LeaseList leases = ICECACHE__WIRE__LEASE_LIST__INIT;
+    Icecache__Wire__NamespaceList namespaces = ICECACHE__WIRE__NAMESPACE_LIST__INIT;
+    f.request.body_case = ICECACHE__WIRE__REQUEST__BODY_LEASE_LIST;
+    f.request.lease_list = &leases;
+    leases.from = 3;
+    decode(&f, &decoded);
+    assert_int_equal(decoded.status, ICE_OK);
+    assert_int_equal(decoded.request->lease_list->from, 3);
+    f.request.body_case = ICECACHE__WIRE__REQUEST__BODY_NAMESPACE_LIST;
+    f.request.namespace_list = &namespaces;
+    namespaces.from = 4;
+    decode(&f, &decoded);
+    assert_int_equal(decoded.status, ICE_OK);
+    assert_int_equal(decoded.request->namespace_list->from, 4);
+    use_lookup(&f);
+    f.lookup.all_ranks = true;
+    f.open.tp_size = WIRE_RANKS_MAX;
+    decode(&f, &decoded);
+    assert_int_equal(decoded.status, ICE_OK);
+    assert_true(decoded.request->lookup->all_ranks);
 }
 
 // ---- frame 2 ----
@@ -357,6 +397,37 @@ static void lists_of_prefixes_are_bounded(void **state)
     assert_null(out);
 }
 
+static void other_lists_are_bounded(void **state)
+{
+    (void)state;
+    static Icecache__Wire__Lease lease = ICECACHE__WIRE__LEASE__INIT, *leases[WIRE_LEASES_LISTED_MAX + 1];
+    static Icecache__Wire__NamespaceStats row = ICECACHE__WIRE__NAMESPACE_STATS__INIT,
+                                          *rows[WIRE_NAMESPACES_LISTED_MAX + 1];
+    Icecache__Wire__LeaseListReply lease_list = ICECACHE__WIRE__LEASE_LIST_REPLY__INIT;
+    Icecache__Wire__NamespaceListReply namespace_list = ICECACHE__WIRE__NAMESPACE_LIST_REPLY__INIT;
+    Icecache__Wire__Reply reply = ICECACHE__WIRE__REPLY__INIT, *out = NULL;
+    for (size_t i = 0; i <= WIRE_LEASES_LISTED_MAX; i++)
+        leases[i] = &lease;
+    for (size_t i = 0; i <= WIRE_NAMESPACES_LISTED_MAX; i++)
+        rows[i] = &row;
+    lease_list.lease = leases;
+    namespace_list.name_space = rows;
+    for (uint32_t more = 0; more < 2; more++) {
+        lease_list.n_lease = WIRE_LEASES_LISTED_MAX + more;
+        namespace_list.n_name_space = WIRE_NAMESPACES_LISTED_MAX + more;
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_LEASE_LIST;
+        reply.lease_list = &lease_list;
+        assert_int_equal(decode_reply(&reply, &out), more ? ICE_BAD_MESSAGE : ICE_OK);
+        if (!more)
+            icecache__wire__reply__free_unpacked(out, NULL);
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_NAMESPACE_LIST;
+        reply.namespace_list = &namespace_list;
+        assert_int_equal(decode_reply(&reply, &out), more ? ICE_BAD_MESSAGE : ICE_OK);
+        if (!more)
+            icecache__wire__reply__free_unpacked(out, NULL);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -368,6 +439,7 @@ int main(void)
         cmocka_unit_test(hashes_are_counted),
         cmocka_unit_test(tokens_of_replies_stay_in_range),
         cmocka_unit_test(lists_of_prefixes_are_bounded),
+        cmocka_unit_test(other_lists_are_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

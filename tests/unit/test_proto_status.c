@@ -36,6 +36,7 @@ static void wire_values_never_change(void **state)
     assert_int_equal(ICE_INTERNAL, 29);
     assert_int_equal(ICE_DISK_FAILED, 33);
     assert_int_equal(ICE_OVERLOADED, 34);
+    assert_int_equal(ICE_QUOTA, 35);
 }
 
 static void unknown_codes_are_answered(void **state)

@@ -573,9 +573,12 @@ class Ticket(_Handle):
 
 
 class Client:
-    """One session with the daemon. Its calls may come from any thread, except close."""
+    """One session with the daemon. Its calls may come from any thread, except close.
 
-    def __init__(self, socket_directory=None, name=None, deadline_us=0, staging_bytes=0):
+    name_space: the only namespace that it may use, and that of all sequences that name none.
+    """
+
+    def __init__(self, socket_directory=None, name=None, deadline_us=0, staging_bytes=0, name_space=None):
         self._handle = None
         self._children = weakref.WeakSet()
         options = _library.ClientOptions(
@@ -583,6 +586,7 @@ class Client:
             None if name is None else name.encode(),
             deadline_us,
             staging_bytes,
+            None if name_space is None else name_space.encode(),
         )
         handle = c_void_p()
         _check(library().ice_client_connect(byref(options), byref(handle)))
@@ -665,14 +669,16 @@ class Client:
         _check(library().ice_sequence_open(self._open(), byref(filled), deadline_us, byref(handle)))
         return self._sequence(handle, options, 0)
 
-    def lookup(self, hashes, *, deadline_us=0, **options):
-        """How many tokens a sequence of these options (those of open_sequence) could be attached to; 0: none."""
+    def lookup(self, hashes, *, all_ranks=False, deadline_us=0, **options):
+        """How many tokens a sequence of these options (those of open_sequence) could be attached to; 0: none.
+
+        all_ranks: that every rank below tp_size could; attach with it as tokens_max.
+        """
         filled = _sequence_options(**options)
         tokens = c_uint64()
+        look = library().ice_prefix_lookup_group if all_ranks else library().ice_prefix_lookup
         with _hashes(hashes) as (address, count):
-            status = library().ice_prefix_lookup(
-                self._open(), byref(filled), address, count, deadline_us, byref(tokens)
-            )
+            status = look(self._open(), byref(filled), address, count, deadline_us, byref(tokens))
         _check(status)
         return tokens.value
 
@@ -691,9 +697,10 @@ class Client:
         _check(status)
         return self._sequence(handle, options, tokens.value)
 
-    def remove_prefix(self, prefix_id, deadline_us=0):
-        """Forgets a sealed prefix; sequences attached to it live on."""
-        _check(library().ice_prefix_remove(self._open(), prefix_id, deadline_us))
+    def remove_prefix(self, prefix_id, deadline_us=0, name_space=None):
+        """Forgets a sealed prefix of the namespace (None: the client's); sequences attached to it live on."""
+        given = None if name_space is None else name_space.encode()
+        _check(library().ice_prefix_remove_from(self._open(), given, prefix_id, deadline_us))
 
     def _sequence(self, handle, options, prefix_tokens):
         shape = (options[name] for name in ("layers", "kv_heads", "query_heads", "head_dim", "dtype"))

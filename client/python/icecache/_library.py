@@ -44,6 +44,7 @@ class Status(enum.IntEnum):
     UNKNOWN_PREFIX = 32
     DISK_FAILED = 33
     OVERLOADED = 34
+    QUOTA = 35
 
 
 SESSION_LOST = frozenset(
@@ -65,6 +66,7 @@ class ClientOptions(ctypes.Structure):
         ("name", c_char_p),
         ("deadline_us", c_uint64),
         ("staging_bytes", c_uint64),
+        ("name_space", c_char_p),
     ]
 
 
@@ -243,6 +245,10 @@ _SIGNATURES = {
         c_int,
         [c_void_p, POINTER(SequenceOptions), c_void_p, c_size_t, c_uint64, POINTER(c_uint64)],
     ),
+    "ice_prefix_lookup_group": (
+        c_int,
+        [c_void_p, POINTER(SequenceOptions), c_void_p, c_size_t, c_uint64, POINTER(c_uint64)],
+    ),
     "ice_sequence_attach": (
         c_int,
         [
@@ -257,6 +263,7 @@ _SIGNATURES = {
         ],
     ),
     "ice_prefix_remove": (c_int, [c_void_p, c_uint64, c_uint64]),
+    "ice_prefix_remove_from": (c_int, [c_void_p, c_char_p, c_uint64, c_uint64]),
     "ice_append": (c_int, [c_void_p, c_uint32, c_uint64, c_uint64, POINTER(KvMemory), c_uint64, POINTER(c_uint64)]),
     "ice_append_gpu": (
         c_int,

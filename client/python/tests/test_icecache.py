@@ -508,6 +508,11 @@ class PrefixTest(ClientBase):
                 at = layer * tokens * ROW
                 self.assertEqual(got[layer * sealed * ROW : (layer + 1) * sealed * ROW], whole[at : at + sealed * ROW])
 
+        self.assertEqual(client.lookup(hashes, all_ranks=True, **MODEL), sealed)
+        self.assertEqual(client.lookup(hashes, all_ranks=True, tp_size=2, **MODEL), 0)
+        with self.assertRaises(icecache.Error) as caught:
+            client.remove_prefix(first.prefix_id, name_space="other")
+        self.assertEqual(caught.exception.status, icecache.Status.UNKNOWN_PREFIX)
         client.remove_prefix(first.prefix_id)
         self.assertEqual(client.lookup(hashes, **MODEL), 0)
         self.assertEqual(attached.append(numbers(3, LAYERS * ROW), numbers(4, LAYERS * ROW), first=sealed), sealed + 1)

@@ -51,9 +51,7 @@ struct lane {
     struct lane_rows *rows;           // copies that the index works with
     bool copying;                     // the newest of which is not complete
     uint32_t compared_tokens;         // of a prepare that waits: so many overlapping tokens are known to be equal
-    uint32_t gathers;                 // of this lane that wait for pages, and searches that are cut: no plan is
-                                      // committed meanwhile
-    bool commit_waits;                // for those to end: no more searches are cut
+    uint32_t gathers;                 // of this lane that wait for pages: no plan is committed meanwhile
     bool damaged;                     // a page that clustering needs is lost: it goes on without clustering
     struct lane *due_previous, *due_next;
     _Atomic uint64_t indexed; // mirror of index_indexed for statistics

@@ -237,8 +237,7 @@ static enum lane_work plan_step(struct lane *lane, struct shard *shard)
         const ice_status status = plan_copy_rows(lane, shard, &plan);
         return status == ICE_PAGE_LOST ? give_up(lane, shard) : status == LANE_WAITS ? LANE_FETCHES : LANE_MORE;
     }
-    lane->commit_waits = lane->gathers > 0;
-    if (lane->commit_waits)
+    if (lane->gathers > 0)
         return LANE_STALLED; // selections that wait for pages name places of the tree as it is
     plan_commit(lane, shard, &plan);
     return LANE_MORE;
@@ -254,7 +253,6 @@ void lane_drop_plan(struct lane *lane, struct shard *shard)
     lane_release_rows(lane);
     index_plan_drop(lane->index);
     lane->plan_runs = false;
-    lane->commit_waits = false;
     lane->plan_moves = 0;
 }
 

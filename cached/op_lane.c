@@ -407,8 +407,7 @@ static ice_status run_steps(struct op_lane *part, struct shard *shard)
         const uint64_t now_ns = env_now_ns(env);
         if (out_of_time(part->op, now_ns))
             return ICE_OK;
-        if (now_ns >= cut_ns && !part->lane->commit_waits && !task_queue_is_empty(&shard->queue) &&
-            shard_search_cut(shard, part))
+        if (now_ns >= cut_ns && !task_queue_is_empty(&shard->queue) && shard_search_cut(shard, part))
             return LANE_CUT;
         if (index_search_step(shard->now.search, SERVER_SEARCH_UNITS))
             return ICE_OK;

@@ -18,7 +18,7 @@
 static const struct shape shape = {1, 2, 4, 64, ICE_BF16};
 enum { LENGTH = 4000, SINKS = 4, WINDOW = 16, BUDGET = 64, SLOTS = SINKS + WINDOW + BUDGET, ROWS = 256 };
 enum { RETRIEVES = 300, TIMES_WORSE = 4, SLACK_US = 50000, SPINNERS = 3, SHARED = 400 };
-#ifdef __OPTIMIZE__
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 enum { QUERIES = 64 }; // of a heavy retrieve: 256 of them are many times the slack
 #else
 enum { QUERIES = 16 };

@@ -141,7 +141,7 @@ enum index_status index_append_prepare(struct index *index, const void *keys, si
 
 enum index_status index_append_more(struct index *index, const void *keys, size_t stride_bytes, uint32_t n)
 {
-    if (!index->preparing || !is_source(index, keys, stride_bytes, n)) {
+    if (!index->preparing || index->sealed || !is_source(index, keys, stride_bytes, n)) {
         return INDEX_INVALID;
     }
     return prepare_tokens(index, keys, stride_bytes, n);

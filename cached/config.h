@@ -26,6 +26,7 @@
     X(landings_max,          "landings-max",          NUMBER,   64,          1,          4096,       "landings per session") \
     X(inflight_max,          "inflight-max",          NUMBER,   256,         1,          1024,       "requests in flight per session") \
     X(tokens_max,            "tokens-max",            NUMBER,   1u << 20,    1,          1u << 24,   "positions per sequence") \
+    X(ring_bytes,            "ring-bytes",            SIZE,     256ull << 10,0,          16ull << 20, "size of each of a session's two rings, a part of --shared-bytes; 0: workers use ZeroMQ") \
     X(staging_bytes_max,     "staging-bytes-max",     SIZE,     256ull << 20,1u << 12,   1ull << 40, "largest staging area of a session") \
     X(retrieve_deadline_ms,  "retrieve-deadline-ms",  NUMBER,   1000,        1,          600000,     "deadline of a retrieve that names none") \
     X(drain_ms,              "drain-ms",              NUMBER,   5000,        0,          600000,     "how long SIGTERM waits for requests in flight") \

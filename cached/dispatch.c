@@ -1,4 +1,4 @@
-// Requests from the bus: decode, find the session, hand on. Reactor only. Nothing in a message is believed before
+// Requests from the bus and the rings: decode, find the session, hand on. Reactor only. Nothing in a message is believed before
 // wire_request_decode has accepted it and the session token and the kernel's word on the sender agree.
 #include "cached/log.h"
 #include "cached/server.h"
@@ -88,14 +88,15 @@ static ice_status admissible(const struct server *server, const struct session *
     return ICE_OK;
 }
 
-static void dispatch_request(struct server *server, const Icecache__Wire__Request *request, struct env_message *message)
+static void dispatch_request(struct server *server, struct session *ring, const Icecache__Wire__Request *request,
+                             struct env_message *message)
 {
     struct session *session = session_find(server, request->session_id, request->session_token.data);
     bool foreign =
         session && message->peer_pid != 0 && (message->peer_pid != session->pid || message->peer_uid != session->uid);
-    if (!session || foreign) {
-        reply_error(server, NULL, message, request->request_id, ICE_UNKNOWN_SESSION, NULL);
-        server->env->bus_release(server->env, message);
+    if (!session || foreign || (ring && ring != session)) { // a ring is its own session's
+        reply_error(server, ring, message, request->request_id, ICE_UNKNOWN_SESSION, NULL);
+        rings_release(server, message);
         return;
     }
     ice_status status = admissible(server, session, request);
@@ -106,11 +107,11 @@ static void dispatch_request(struct server *server, const Icecache__Wire__Reques
                     status == ICE_PERMISSION
                         ? "an admin session can only ask for statistics and for sealed prefixes, and remove these"
                         : NULL);
-        server->env->bus_release(server->env, message);
+        rings_release(server, message);
         return;
     }
     if (dispatch_simple(server, session, request, message)) {
-        server->env->bus_release(server->env, message);
+        rings_release(server, message);
         return;
     }
     struct op *op = op_create(server, session, request, message);
@@ -118,7 +119,7 @@ static void dispatch_request(struct server *server, const Icecache__Wire__Reques
         op_submit(op);
 }
 
-void dispatch_message(struct server *server, struct env_message *message)
+void dispatch_message(struct server *server, struct session *ring, struct env_message *message)
 {
     // One request is decoded at a time, and an op copies what it needs: the arena is reset with every message.
     static _Alignas(16) uint8_t memory[WIRE_ARENA_BYTES_MAX];
@@ -135,9 +136,9 @@ void dispatch_message(struct server *server, struct env_message *message)
     }
     if (status != ICE_OK) {
         server->stats.errors++;
-        reply_error(server, NULL, message, request_id, status, error.text);
-        server->env->bus_release(server->env, message);
+        reply_error(server, ring, message, request_id, status, error.text);
+        rings_release(server, message);
         return;
     }
-    dispatch_request(server, request, message);
+    dispatch_request(server, ring, request, message);
 }

@@ -439,7 +439,7 @@ static void release_memory(struct op *op)
         landing_release(server, op->landing);
     if (op->kind == OP_APPEND || op->kind == OP_READ)
         staging_release(server, op->session);
-    server->env->bus_release(server->env, &op->message);
+    rings_release(server, &op->message);
 }
 
 static void op_free(struct op *op)

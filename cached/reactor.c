@@ -23,6 +23,13 @@ int reactor_watch(struct server *server, int fd, void *what)
     return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 }
 
+// Sessions are aligned: the lowest bit of what comes back says that it is the session's ring.
+int reactor_watch_ring(struct server *server, int fd, struct session *session)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = (char *)session + 1};
+    return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
 void reactor_unwatch(struct server *server, int fd)
 {
     epoll_ctl(server->epoll_fd, EPOLL_CTL_DEL, fd, NULL); // only fails where it is not watched
@@ -136,6 +143,8 @@ static void handle_event(struct server *server, void *what)
         session_accept(server);
     else if (what == &server->signal_fd)
         stop(server);
+    else if (((uintptr_t)what & 1) != 0)
+        rings_wake(server, (struct session *)(void *)((char *)what - 1));
     else if (what != &server->completions && what != server->bus) // those two are looked at every round
         session_readable(server, what);
 }
@@ -153,7 +162,7 @@ static bool receive_messages(struct server *server)
             log_warn("receiving failed: %s", strerror(-error));
             return true;
         }
-        dispatch_message(server, &message);
+        dispatch_message(server, NULL, &message);
     }
     return true;
 }
@@ -183,7 +192,8 @@ static void one_round(struct server *server, bool *more)
     for (int i = 0; i < count; i++)
         handle_event(server, events[i].data.ptr);
     completion_run(&server->completions, server);
-    *more = receive_messages(server);
+    const bool rings = rings_run(server);    // before the bus: nothing may be sent there behind the last look at it
+    *more = receive_messages(server) || rings;
     session_bury(server);
 }
 

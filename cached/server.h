@@ -75,6 +75,7 @@ struct server {
     uint32_t sequence_count, ops;
     uint64_t next_id;
     struct session *sessions, *graveyard;
+    struct session *rings_ready, *rings_ready_tail; // with rings that have something to do (rings.c)
     struct sequence *sequences[SERVER_HASH_BUCKETS];
     struct prefixes prefixes;
     struct op *room_waiting; // for sealed prefixes to go
@@ -106,6 +107,8 @@ void reactor_run(struct server *server); // until SIGTERM has drained
 void reactor_fini(struct server *server);
 // Watches a descriptor for reading; `what` comes back with it (NULL-free). 0 or -errno.
 int reactor_watch(struct server *server, int fd, void *what);
+// The same for a session's ring, for edges.
+int reactor_watch_ring(struct server *server, int fd, struct session *session);
 void reactor_unwatch(struct server *server, int fd);
 void reactor_pause_accepting(struct server *server); // for SERVER_ACCEPT_PAUSE_NS
 
@@ -140,7 +143,8 @@ void report_prefixes(struct server *server, struct session *session, const struc
 // Sequences that have been idle for long fall asleep (idle.c). Returns when to look again.
 uint64_t idle_look(struct server *server, uint64_t now_ns);
 
-// Requests from the bus (dispatch.c). Takes ownership of the message.
-void dispatch_message(struct server *server, struct env_message *message);
+// Requests (dispatch.c), from the bus or, where `ring` is not NULL, from that session's ring. Takes ownership of the
+// message.
+void dispatch_message(struct server *server, struct session *ring, struct env_message *message);
 
 #endif

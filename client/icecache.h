@@ -80,11 +80,23 @@ ICE_API const char *ice_version(void);
 
 // ---- client ----
 
+// How requests and replies travel. Rings are shared memory with wake-ups by eventfd, for which the daemon must have room
+// (icecached --ring-bytes); they are an order of magnitude faster.
+typedef enum ice_transport {
+    ICE_TRANSPORT_AUTO = 0, // $ICECACHE_TRANSPORT (auto, zmq or ring); else rings where they are to be had, else ZeroMQ
+    ICE_TRANSPORT_ZMQ = 1,
+    ICE_TRANSPORT_RING = 2, // or no connection
+} ice_transport;
+
 struct ice_client_options {
     const char *socket_directory; // NULL: $ICECACHE_SOCKET_DIR, /run/icecache for root, else the user's runtime folder
     const char *name;             // shown in logs and statistics; NULL: the program's name
     uint64_t deadline_us;         // default of every call; 0: 5 s
     uint64_t staging_bytes;       // shared memory for appends and reads, made at first use; 0: 64 MiB
+    ice_transport transport;
+    // With rings, how long a call that waits looks at memory before it sleeps. That saves a wake-up where a core is to
+    // spare. 0: not at all; at most 1000.
+    uint32_t ring_spin_us;
 };
 
 // options may be NULL. *out is owned by the caller, written on success only.

@@ -5,6 +5,7 @@
 #include "client/error.h"
 #include "client/exchange.h"
 #include "client/handles.h"
+#include "client/ring.h"
 #include "client/staging.h"
 #include "client/vectors.h"
 
@@ -265,6 +266,7 @@ static void close_forked(ice_client *client)
     if (client->session.control_fd >= 0) {
         (void)close(client->session.control_fd);
     }
+    ring_close_forked(client->session.ring);
     (void)close(client->wake_fd);
     watchdog_close_forked(&client->watchdog);
     free(client); // the staging area is not mapped in a child (MADV_DONTFORK)

@@ -451,7 +451,7 @@ static ice_status send_waiting(ice_client *client, uint64_t generation, zmq_msg_
                              zmq_strerror(error));
         }
         // With ZeroMQ only a lost connection stops a send (the marks are above the table's size): it comes back, or the
-        // control socket says that the daemon is gone. With rings an earlier request waits for room.
+        // control socket says that the daemon is gone. With rings very much waits for room.
         ice_status status = exchange_wait_until(client, generation, writable, client, until_us);
         if (status == ICE_OK) {
             status = exchange_check(client, generation); // before the socket is touched again

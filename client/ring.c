@@ -19,6 +19,8 @@
 
 #define RING_DESCRIPTORS 3u
 #define RING_REPLY_ROOM  4096u // at first
+// Requests that wait for room, in all; the first of them always. What the daemon takes of a session's has this limit, too.
+#define RING_KEPT_BYTES_MAX (128ull << 20)
 
 // ---- making ----
 
@@ -146,6 +148,14 @@ ice_status ring_connect(const struct session *session, int wake_fd, uint64_t unt
     return ICE_OK;
 }
 
+void ring_close_forked(const struct client_ring *ring)
+{
+    if (ring != NULL) {
+        (void)close(ring->event_fd);
+        (void)close(ring->poll_fd); // the mapping is not in a child (MADV_DONTFORK)
+    }
+}
+
 // ---- requests ----
 
 static void wake_daemon(const struct client_ring *ring)
@@ -176,19 +186,31 @@ bool ring_flush(struct client_ring *ring)
     return true;
 }
 
-// The whole message as one run of bytes, of which ring_flush sends what there is room for.
+// The whole message as bytes behind those that wait, of which ring_flush sends what there is room for.
 static int keep(struct client_ring *ring, const struct ring_record *record, const void *header, const void *vectors)
 {
-    ring->rest_bytes = sizeof *record + record->header_bytes + record->vectors_bytes;
-    ring->rest = malloc(ring->rest_bytes);
-    if (ring->rest == NULL) {
+    const uint64_t bytes = sizeof *record + record->header_bytes + record->vectors_bytes;
+    const uint64_t left = ring->rest != NULL ? ring->rest_bytes - ring->rest_sent : 0;
+    if (left > 0 && left + bytes > RING_KEPT_BYTES_MAX) {
+        return EAGAIN;
+    }
+    if (ring->rest != NULL) {
+        memmove(ring->rest, ring->rest + ring->rest_sent, left);
+        ring->rest_bytes = left;
+        ring->rest_sent = 0;
+    }
+    uint8_t *rest = realloc(ring->rest, left + bytes);
+    if (rest == NULL) {
         return ENOMEM;
     }
-    memcpy(ring->rest, record, sizeof *record);
-    memcpy(ring->rest + sizeof *record, header, record->header_bytes);
+    uint8_t *at = rest + left;
+    memcpy(at, record, sizeof *record);
+    memcpy(at + sizeof *record, header, record->header_bytes);
     if (record->vectors_bytes > 0) {
-        memcpy(ring->rest + sizeof *record + record->header_bytes, vectors, record->vectors_bytes);
+        memcpy(at + sizeof *record + record->header_bytes, vectors, record->vectors_bytes);
     }
+    ring->rest = rest;
+    ring->rest_bytes = left + bytes;
     ring->rest_sent = 0;
     (void)ring_flush(ring);
     return 0;
@@ -199,14 +221,11 @@ int ring_submit(struct client_ring *ring, const void *header, size_t header_byte
 {
     const struct ring_record record = {(uint32_t)header_bytes, (uint32_t)vectors_bytes};
     uint64_t sent = 0;
-    if (!ring_flush(ring)) {
-        return EAGAIN;
-    }
-    if (ring_room(&ring->requests) < sizeof record + header_bytes + vectors_bytes) {
+    if (!ring_flush(ring) || ring_room(&ring->requests) < sizeof record + header_bytes + vectors_bytes) {
         return keep(ring, &record, header, vectors);
     }
     if (!ring_send(&ring->requests, &record, header, vectors, &sent)) {
-        return EAGAIN; // corrupt
+        return EAGAIN; // room that was there is gone: the daemon has spoilt the ring
     }
     if (ring_publish(&ring->requests)) {
         wake_daemon(ring);

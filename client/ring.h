@@ -19,7 +19,7 @@ struct client_ring {
     int event_fd; // wakes the daemon
     int poll_fd;  // an epoll: the daemon's wake-up, the control socket and what the client wakes its receiver by
     struct ring requests, replies;
-    uint8_t *rest; // of a request for which there was no room; NULL: none
+    uint8_t *rest; // of requests for which there was no room; NULL: none
     uint64_t rest_bytes, rest_sent;
     struct ring_inbox inbox;
     uint8_t *reply; // being put together, or taken out last; grows to the largest
@@ -30,10 +30,11 @@ struct client_ring {
 // session's ring to be had (the status says why, with a text). wake_fd: readable when the receiver is to look up.
 ICE_MUST_CHECK ice_status ring_connect(const struct session *session, int wake_fd, uint64_t until_us,
                                        struct client_ring **out);
-void ring_destroy(struct client_ring *ring); // accepts NULL
+void ring_destroy(struct client_ring *ring);                // accepts NULL
+void ring_close_forked(const struct client_ring *ring); // in a child of fork: its descriptors only; accepts NULL
 
-// Takes a message, whole: what there is no room for yet is kept and goes when the ring is looked at again. 0, EAGAIN (an
-// earlier one waits for room), ENOMEM.
+// Takes a message, whole: what there is no room for yet is kept and goes when the ring is looked at again. 0, EAGAIN (too
+// much waits for room), ENOMEM.
 int ring_submit(struct client_ring *ring, const void *header, size_t header_bytes, const void *vectors,
                 size_t vectors_bytes);
 // Goes on with a request that waits for room. True: none does any more.

@@ -556,7 +556,12 @@ class Ticket(_Handle):
 class Client:
     """One session with the daemon. Its calls may come from any thread, except close."""
 
-    def __init__(self, socket_directory=None, name=None, deadline_us=0, staging_bytes=0):
+    def __init__(
+        self, socket_directory=None, name=None, deadline_us=0, staging_bytes=0, transport="auto", ring_spin_us=0
+    ):
+        """transport: "auto", "zmq" or "ring" (ice_transport). ring_spin_us: how long a wait looks before it sleeps."""
+        if transport not in _library.TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(_library.TRANSPORTS)}")
         self._handle = None
         self._children = weakref.WeakSet()
         options = _library.ClientOptions(
@@ -564,6 +569,8 @@ class Client:
             None if name is None else name.encode(),
             deadline_us,
             staging_bytes,
+            _library.TRANSPORTS.index(transport),
+            ring_spin_us,
         )
         handle = c_void_p()
         _check(library().ice_client_connect(byref(options), byref(handle)))

@@ -58,12 +58,17 @@ SESSION_LOST = frozenset(
 )
 
 
+TRANSPORTS = ("auto", "zmq", "ring")  # as enum ice_transport
+
+
 class ClientOptions(ctypes.Structure):
     _fields_ = [
         ("socket_directory", c_char_p),
         ("name", c_char_p),
         ("deadline_us", c_uint64),
         ("staging_bytes", c_uint64),
+        ("transport", c_int),
+        ("ring_spin_us", c_uint32),
     ]
 
 

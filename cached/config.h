@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#define CONFIG_SHARDS_MAX 256u
+
 // clang-format off
 #define CONFIG_NUMBERS(X) \
     X(pool_bytes,            "pool-bytes",            SIZE,     1ull << 30,  2ull << 20, 1ull << 46, "memory for pages of K and V, taken at start") \
@@ -18,7 +20,7 @@
     X(prefix_evict,          "prefix-evict",          NUMBER,   1,           0,          1,          "1: where the spill file is full, sealed prefixes that nobody uses make room, the oldest use first") \
     X(hibernate_ms,          "hibernate-ms",          NUMBER,   300000,      0,          86400000,   "after so long without a request a sequence leaves memory for the disk; 0: only where memory is short") \
     X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings and staging") \
-    X(shards,                "shards",                NUMBER,   0,           0,          256,        "threads that own lanes; 0: cores less one, at most 8") \
+    X(shards,                "shards",                NUMBER,   0,           0,          CONFIG_SHARDS_MAX,      "threads that own lanes; 0: cores less one, at most 8") \
     X(page_tokens,           "page-tokens",           NUMBER,   16,          1,          256,        "tokens per page") \
     X(seed,                  "seed",                  NUMBER,   1,           0,          INT64_MAX,  "seed of the trees") \
     X(sessions_max,          "sessions-max",          NUMBER,   64,          1,          4096,       "workers connected at once") \

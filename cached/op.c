@@ -372,6 +372,28 @@ static void note_lengths(struct op *op)
     }
 }
 
+// A shard searches and copies one lane after the other, so what the op has taken is the sum over the lanes of the shard
+// that was at it longest; lanes wait for pages together.
+static void add_work(const struct op *op, struct op_totals *totals)
+{
+    struct work {
+        uint64_t search_ns, copy_ns;
+    } works[CONFIG_SHARDS_MAX];
+    const uint32_t shards = op->server->shard_count;
+    memset(works, 0, shards * sizeof *works);
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        struct work *work = &works[op->lanes[i].lane->shard];
+        work->search_ns += op->lanes[i].search_ns;
+        work->copy_ns += op->lanes[i].copy_ns;
+    }
+    for (uint32_t i = 0; i < shards; i++) {
+        if (works[i].search_ns + works[i].copy_ns > totals->search_ns + totals->copy_ns) {
+            totals->search_ns = works[i].search_ns;
+            totals->copy_ns = works[i].copy_ns;
+        }
+    }
+}
+
 struct op_totals op_totals(const struct op *op)
 {
     struct op_totals totals = {0};
@@ -379,12 +401,11 @@ struct op_totals op_totals(const struct op *op)
     for (uint32_t i = 0; i < op->lane_count; i++) {
         const struct op_lane *part = &op->lanes[i];
         begun_ns = part->begun_ns < begun_ns ? part->begun_ns : begun_ns;
-        totals.search_ns = part->search_ns > totals.search_ns ? part->search_ns : totals.search_ns;
         totals.fetch_ns = part->fetch_ns > totals.fetch_ns ? part->fetch_ns : totals.fetch_ns;
-        totals.copy_ns = part->copy_ns > totals.copy_ns ? part->copy_ns : totals.copy_ns;
         totals.partial |= part->partial;
         totals.bytes_moved += (uint64_t)part->moved * 2 * part->lane->sequence->row_bytes;
     }
+    add_work(op, &totals);
     totals.queue_ns = begun_ns - op->received_ns;
     totals.copy_ns += op->push_ns;
     return totals;

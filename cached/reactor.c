@@ -23,11 +23,17 @@ int reactor_watch(struct server *server, int fd, void *what)
     return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 }
 
+// For edges: each write to an eventfd is one event, and nobody needs to read it.
+static int watch_edges(struct server *server, int fd, void *what)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = what};
+    return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
 // Sessions are aligned: the lowest bit of what comes back says that it is the session's ring.
 int reactor_watch_ring(struct server *server, int fd, struct session *session)
 {
-    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = (char *)session + 1};
-    return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+    return watch_edges(server, fd, (char *)session + 1);
 }
 
 void reactor_unwatch(struct server *server, int fd)
@@ -91,7 +97,7 @@ int reactor_init(struct server *server)
     if (!error)
         error = reactor_watch(server, server->signal_fd, &server->signal_fd);
     if (!error)
-        error = reactor_watch(server, server->completions.event_fd, &server->completions);
+        error = watch_edges(server, server->completions.event_fd, &server->completions);
     if (!error)
         error = reactor_watch(server, server->env->bus_fd(server->env, server->bus), server->bus);
     if (error) {
@@ -192,7 +198,7 @@ static void one_round(struct server *server, bool *more)
     for (int i = 0; i < count; i++)
         handle_event(server, events[i].data.ptr);
     completion_run(&server->completions, server);
-    const bool rings = rings_run(server);    // before the bus: nothing may be sent there behind the last look at it
+    const bool rings = rings_run(server); // before the bus: nothing may be sent there behind the last look at it
     *more = receive_messages(server) || rings;
     session_bury(server);
 }

@@ -22,15 +22,20 @@ void task_queue_fini(struct task_queue *queue)
 
 void task_queue_push(struct task_queue *queue, enum task_class class, struct task *task)
 {
-    task->next = NULL;
+    task_queue_push_chain(queue, class, task, task);
+}
+
+void task_queue_push_chain(struct task_queue *queue, enum task_class class, struct task *first, struct task *last)
+{
+    last->next = NULL;
     pthread_mutex_lock(&queue->lock);
     if (queue->tail[class])
-        queue->tail[class]->next = task;
+        queue->tail[class]->next = first;
     else
-        queue->head[class] = task;
-    queue->tail[class] = task;
-    pthread_cond_signal(&queue->ready);
+        queue->head[class] = first;
+    queue->tail[class] = last;
     pthread_mutex_unlock(&queue->lock);
+    pthread_cond_signal(&queue->ready); // behind the lock, so that whoever wakes does not find it taken
 }
 
 static struct task *take(struct task_queue *queue)

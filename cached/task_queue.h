@@ -24,6 +24,8 @@ struct task_queue {
 void task_queue_init(struct task_queue *queue);
 void task_queue_fini(struct task_queue *queue);
 void task_queue_push(struct task_queue *queue, enum task_class class, struct task *task);
+// The same for tasks that are linked from first to last, in their order.
+void task_queue_push_chain(struct task_queue *queue, enum task_class class, struct task *first, struct task *last);
 // The next task, or NULL: at once where wait_ns is 0, after at most wait_ns, or when stopping and empty (*stopped set).
 struct task *task_queue_pop(struct task_queue *queue, uint64_t wait_ns, bool *stopped);
 // What is queued is still popped; then pop reports the stop.

@@ -1,8 +1,9 @@
 // The reactor: one thread, one epoll. It alone touches ZeroMQ, sessions, sequences' books and operations' beginnings
 // and ends; nothing it does waits for a disk, a copy or a lock held long.
 //
-// ZeroMQ's descriptor is edge-triggered in spirit: any send or receive may swallow its signal. So every round ends with
-// receiving until the bus says that it is empty, and nothing is sent between that and the next wait.
+// ZeroMQ's descriptor is edge-triggered in spirit: any send or receive may swallow its signal. So a round in which it was
+// readable, or something was sent, ends with receiving until the bus says that it is empty (bus_due), and nothing is sent
+// between that and the next wait. Other rounds leave the bus alone: to find it empty takes two system calls.
 #include "cached/log.h"
 #include "cached/server.h"
 
@@ -67,6 +68,7 @@ static int open_sockets(struct server *server)
     int error = env->unlink(env, server->control_path);
     if (!error)
         error = env->unlink(env, server->data_path);
+    server->bus_due = true;
     if (!error)
         error = env->bus_open(env, server->data_path, mode, &server->bus);
     if (!error)
@@ -151,7 +153,9 @@ static void handle_event(struct server *server, void *what)
         stop(server);
     else if (((uintptr_t)what & 1) != 0)
         rings_wake(server, (struct session *)(void *)((char *)what - 1));
-    else if (what != &server->completions && what != server->bus) // those two are looked at every round
+    else if (what == server->bus)
+        server->bus_due = true;
+    else if (what != &server->completions) // they are looked at every round
         session_readable(server, what);
 }
 
@@ -159,11 +163,15 @@ static void handle_event(struct server *server, void *what)
 static bool receive_messages(struct server *server)
 {
     struct env *env = server->env;
+    if (!server->bus_due)
+        return false;
     for (uint32_t i = 0; i < MESSAGES_PER_ROUND; i++) {
         struct env_message message;
         int error = env->bus_receive(env, server->bus, &message);
-        if (error == -EAGAIN)
+        if (error == -EAGAIN) {
+            server->bus_due = false;
             return false;
+        }
         if (error) {
             log_warn("receiving failed: %s", strerror(-error));
             return true;

@@ -37,6 +37,7 @@ static int send_bytes(struct server *server, struct session *session, const uint
     struct env *env = server->env;
     if (route_bytes == ENV_ROUTE_RING)
         return session ? ring_link_send(server, session, bytes, size) : -EHOSTUNREACH;
+    server->bus_due = true; // a send may swallow the signal of what has arrived
     return env->bus_send(env, server->bus, route, route_bytes, bytes, size);
 }
 

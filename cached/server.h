@@ -67,6 +67,7 @@ struct server {
     // Reactor only.
     int epoll_fd, listener_fd, lock_fd, signal_fd;
     struct env_bus *bus;
+    bool bus_due; // it is to be looked at, in this round or the next
     bool stopping;
     uint64_t stop_deadline_ns, farewell_ns;
     uint64_t accept_from_ns; // the listener is not watched until then; 0: it is

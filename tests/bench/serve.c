@@ -245,13 +245,13 @@ static void set_ratio(json_t *ratios, const char *key, double value)
 }
 
 // What a retrieve takes beside search, fetch and copy, over a message there and back.
-static double overhead(const struct serve *serve, const struct serve_set *set)
+static double overhead(const struct serve *serve, const struct serve_set *set, enum serve_base base)
 {
     struct samples beside = {0};
     for (uint32_t i = 0; i < set->wire.count; i++) {
         samples_add(&beside, set->wire.values[i] + set->queue.values[i]);
     }
-    return serve_median_ratio(&beside, &serve->base_sets[SERVE_ZMQ].p50);
+    return serve_median_ratio(&beside, &serve->base_sets[base].p50);
 }
 
 static void add_cap_ratios(const struct serve *serve, json_t *ratios)
@@ -303,16 +303,19 @@ static void report_place(const struct serve *serve, uint32_t order, json_t *rati
 {
     char key[256];
     json_t *of = json_object();
+    const uint32_t transport = serve->job.transport;
     const enum option_place place = first_set(serve, order)->place;
-    set_ratio(of, "overhead_over_raw_zmq", overhead(serve, first_set(serve, order)));
+    set_ratio(of, "overhead_over_raw_zmq", overhead(serve, first_set(serve, order), SERVE_ZMQ));
+    set_ratio(of, "overhead_over_ring", overhead(serve, first_set(serve, order), SERVE_RING));
     if (is_capped(serve)) {
         add_cap_ratios(serve, of);
     } else {
         add_worker_ratios(serve, order, of);
     }
-    (void)snprintf(key, sizeof key, "data=%s,tokens=%u,budget=%u%s%s", serve->data, serve->job.tokens,
+    (void)snprintf(key, sizeof key, "data=%s,tokens=%u,budget=%u%s%s%s%s", serve->data, serve->job.tokens,
                    serve->job.budget, place != PLACE_HOST ? ",place=" : "",
-                   place != PLACE_HOST ? option_place_names[place] : "");
+                   place != PLACE_HOST ? option_place_names[place] : "", transport != TRANSPORT_AUTO ? ",transport=" : "",
+                   transport != TRANSPORT_AUTO ? option_transport_names[transport] : "");
     (void)json_object_set_new(ratios, key, of);
 }
 
@@ -438,6 +441,7 @@ static int run_data(const struct options *options, const struct serve_job *job, 
     serve->options = options;
     serve->job = *job;
     serve->job.place_count = options->places.count;
+    serve->job.transport = options->transport;
     memcpy(serve->job.places, options->places.values, options->places.count * sizeof *serve->job.places);
     (void)snprintf(serve->data, sizeof serve->data, "%s", name);
     for (uint32_t i = 0; i < options->workers.count; i++) {

@@ -40,7 +40,10 @@ static inline struct ice_sequence_options sequence_options(void)
 
 static inline ice_client *connect_to(struct fake *fake, uint64_t deadline_us, uint64_t staging_bytes)
 {
-    struct ice_client_options options = {fake->directory, "test", deadline_us, staging_bytes};
+    struct ice_client_options options = {.socket_directory = fake->directory,
+                                         .name = "test",
+                                         .deadline_us = deadline_us,
+                                         .staging_bytes = staging_bytes};
     ice_client *client = NULL;
     ice_status status = ice_client_connect(&options, &client);
     if (status != ICE_OK) {

@@ -9,7 +9,7 @@ static void connect_and_refusals(void **state)
 {
     (void)state;
     struct fake *fake = fake_start();
-    struct ice_client_options options = {fake->directory, "test", 500000, 0};
+    struct ice_client_options options = {.socket_directory = fake->directory, .name = "test", .deadline_us = 500000};
     ice_client *client = NULL;
     assert_int_equal(ice_client_connect(&options, NULL), ICE_INVALID_ARGUMENT);
     assert_int_equal(ice_client_connect(&options, &client), ICE_OK);
@@ -60,7 +60,7 @@ static void silent_daemon_times_out(void **state)
     int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     assert_int_equal(bind(listener, (struct sockaddr *)&address, sizeof address), 0);
     assert_int_equal(listen(listener, 1), 0);
-    struct ice_client_options options = {directory, "test", 50000, 0};
+    struct ice_client_options options = {.socket_directory = directory, .name = "test", .deadline_us = 50000};
     ice_client *client = NULL;
     assert_int_equal(ice_client_connect(&options, &client), ICE_TIMEOUT);
     close(listener);

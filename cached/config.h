@@ -19,7 +19,7 @@
     X(spill_write_bytes_per_s,"spill-write-bytes-per-s",SIZE,   0,           0,          1ull << 40, "most bytes written to it in a second; 0: no limit") \
     X(prefix_evict,          "prefix-evict",          NUMBER,   1,           0,          1,          "1: where the spill file is full, sealed prefixes that nobody uses make room, the oldest use first") \
     X(hibernate_ms,          "hibernate-ms",          NUMBER,   300000,      0,          86400000,   "after so long without a request a sequence leaves memory for the disk; 0: only where memory is short") \
-    X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings and staging") \
+    X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings, staging and rings") \
     X(shards,                "shards",                NUMBER,   0,           0,          CONFIG_SHARDS_MAX,      "threads that own lanes; 0: cores less one, at most 8") \
     X(page_tokens,           "page-tokens",           NUMBER,   16,          1,          256,        "tokens per page") \
     X(seed,                  "seed",                  NUMBER,   1,           0,          INT64_MAX,  "seed of the trees") \

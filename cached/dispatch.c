@@ -1,5 +1,5 @@
-// Requests from the bus and the rings: decode, find the session, hand on. Reactor only. Nothing in a message is believed before
-// wire_request_decode has accepted it and the session token and the kernel's word on the sender agree.
+// Requests from the bus and the rings: decode, find the session, hand on. Reactor only. Nothing in a message is
+// believed before wire_request_decode has accepted it and the session token and the kernel's word on the sender agree.
 #include "cached/log.h"
 #include "cached/server.h"
 

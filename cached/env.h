@@ -63,7 +63,8 @@ typedef bool env_file_visitor(void *context, const char *name);
 
 struct env_bus;
 
-#define ENV_ROUTE_RING 256u // instead of a route's bytes: the message came over its session's ring, and so goes the reply
+#define ENV_ROUTE_RING                                                                                                 \
+    256u // instead of a route's bytes: the message came over its session's ring, and so goes the reply
 
 // A wake-up for another process that nothing it does can make wait. What is passed is not the eventfd itself, of which
 // the other could fill the count and change the flags, but an epoll that watches it for edges.
@@ -74,7 +75,7 @@ struct env_bell {
 
 // One message on the bus, received: frame 1 and, where there is one, frame 2. Owned by the receiver until bus_release.
 struct env_message {
-    uint8_t route[256];  // opaque address of the sender
+    uint8_t route[256]; // opaque address of the sender
     size_t route_bytes; // at most 255, or ENV_ROUTE_RING
     const void *header;
     size_t header_bytes;

@@ -1,9 +1,9 @@
 // The reactor: one thread, one epoll. It alone touches ZeroMQ, sessions, sequences' books and operations' beginnings
 // and ends; nothing it does waits for a disk, a copy or a lock held long.
 //
-// ZeroMQ's descriptor is edge-triggered in spirit: any send or receive may swallow its signal. So a round in which it was
-// readable, or something was sent, ends with receiving until the bus says that it is empty (bus_due), and nothing is sent
-// between that and the next wait. Other rounds leave the bus alone: to find it empty takes two system calls.
+// ZeroMQ's descriptor is edge-triggered in spirit: any send or receive may swallow its signal. So a round in which it
+// was readable, or something was sent, ends with receiving until the bus says that it is empty (bus_due), and nothing
+// is sent between that and the next wait. Other rounds leave the bus alone: to find it empty takes two system calls.
 #include "cached/log.h"
 #include "cached/server.h"
 

@@ -1,5 +1,5 @@
-// Replies. Reactor only. A reply that the worker does not take (its queue in ZeroMQ or behind its ring is full) ends the
-// worker's session: it harms only itself.
+// Replies. Reactor only. A reply that the worker does not take (its queue in ZeroMQ or behind its ring is full) ends
+// the worker's session: it harms only itself.
 #include "cached/log.h"
 #include "cached/server.h"
 #include "proto/limits.h"

@@ -1,7 +1,7 @@
 // Rings of sessions: making, the rounds, replies, the end.
 //
-// Whatever a worker writes into the mapping, at any moment, comes to one of these: messages, which are judged like those
-// from the bus, once they have been copied; or an index or a record that cannot be, which ends its session.
+// Whatever a worker writes into the mapping, at any moment, comes to one of these: messages, which are judged like
+// those from the bus, once they have been copied; or an index or a record that cannot be, which ends its session.
 #include "cached/rings.h"
 
 #include "cached/log.h"
@@ -319,8 +319,8 @@ static void ring_bell(struct server *server, struct ring_link *link)
     server->env->bell_ring(server->env, &link->bell);
 }
 
-// Replies that wait for room. A worker that makes room byte by byte has its turns like the others. False: the worker has
-// spoilt the ring.
+// Replies that wait for room. A worker that makes room byte by byte has its turns like the others. False: the worker
+// has spoilt the ring.
 static bool flush(struct server *server, struct session *session)
 {
     struct ring_link *link = &session->ring;

@@ -16,8 +16,8 @@ struct session;
 #define RINGS_MESSAGES_PER_TURN 4u
 #define RINGS_REPLIES_PER_TURN  64u
 #define RINGS_BYTES_PER_TURN    (256u << 10)
-#define RINGS_QUEUE_MAX         1024u        // replies that a session has not made room for, beyond which it ends,
-#define RINGS_QUEUE_BYTES_MAX   (32u << 20)  // and their bytes
+#define RINGS_QUEUE_MAX         1024u       // replies that a session has not made room for, beyond which it ends,
+#define RINGS_QUEUE_BYTES_MAX   (32u << 20) // and their bytes
 
 // A reply for which the ring had no room, or not enough.
 struct ring_reply {

@@ -80,8 +80,8 @@ ICE_API const char *ice_version(void);
 
 // ---- client ----
 
-// How requests and replies travel. Rings are shared memory with wake-ups by eventfd, for which the daemon must have room
-// (icecached --ring-bytes); they are an order of magnitude faster.
+// How requests and replies travel. Rings are shared memory with wake-ups by eventfd, for which the daemon must have
+// room (icecached --ring-bytes); they are an order of magnitude faster.
 typedef enum ice_transport {
     ICE_TRANSPORT_AUTO = 0, // $ICECACHE_TRANSPORT (auto, zmq or ring); else rings where they are to be had, else ZeroMQ
     ICE_TRANSPORT_ZMQ = 1,

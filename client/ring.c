@@ -19,7 +19,8 @@
 
 #define RING_DESCRIPTORS 3u
 #define RING_REPLY_ROOM  4096u // at first
-// Requests that wait for room, in all; the first of them always. What the daemon takes of a session's has this limit, too.
+// Requests that wait for room, in all; the first of them always. What the daemon takes of a session's has this limit,
+// too.
 #define RING_KEPT_BYTES_MAX (128ull << 20)
 
 // ---- making ----

@@ -1,5 +1,5 @@
-// The client's side of the fast lane: a pair of rings (proto/ring.h) for requests and replies instead of ZeroMQ. Guarded
-// by the client's lock, as the socket is; the receiver alone waits, with the lock released.
+// The client's side of the fast lane: a pair of rings (proto/ring.h) for requests and replies instead of ZeroMQ.
+// Guarded by the client's lock, as the socket is; the receiver alone waits, with the lock released.
 #ifndef ICECACHE_CLIENT_RING_H
 #define ICECACHE_CLIENT_RING_H
 
@@ -30,11 +30,11 @@ struct client_ring {
 // session's ring to be had (the status says why, with a text). wake_fd: readable when the receiver is to look up.
 ICE_MUST_CHECK ice_status ring_connect(const struct session *session, int wake_fd, uint64_t until_us,
                                        struct client_ring **out);
-void ring_destroy(struct client_ring *ring);                // accepts NULL
+void ring_destroy(struct client_ring *ring);            // accepts NULL
 void ring_close_forked(const struct client_ring *ring); // in a child of fork: its descriptors only; accepts NULL
 
-// Takes a message, whole: what there is no room for yet is kept and goes when the ring is looked at again. 0, EAGAIN (too
-// much waits for room), ENOMEM.
+// Takes a message, whole: what there is no room for yet is kept and goes when the ring is looked at again. 0, EAGAIN
+// (too much waits for room), ENOMEM.
 int ring_submit(struct client_ring *ring, const void *header, size_t header_bytes, const void *vectors,
                 size_t vectors_bytes);
 // Goes on with a request that waits for room. True: none does any more.

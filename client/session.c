@@ -163,7 +163,8 @@ static ice_status transport_connect(struct session *session, const struct sessio
     }
     if (options->transport != ICE_TRANSPORT_ZMQ && session->ring_bytes > 0) {
         const ice_status status = ring_connect(session, options->wake_fd, until_us, &session->ring);
-        if (status == ICE_OK || options->transport == ICE_TRANSPORT_RING || status_scope((int)status) != ICE_SCOPE_REQUEST) {
+        if (status == ICE_OK || options->transport == ICE_TRANSPORT_RING ||
+            status_scope((int)status) != ICE_SCOPE_REQUEST) {
             return status;
         }
         error_clear(); // the daemon has no memory for them, or we: the session itself is sound

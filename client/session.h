@@ -19,7 +19,7 @@ struct session {
     struct client_ring *ring; // owned; requests and replies go through it where there is one, else
     void *socket;             // ZeroMQ DEALER; NULL: none
     int socket_fd;            // its ZMQ_FD, edge-triggered
-    int control_fd; // -1: none
+    int control_fd;           // -1: none
 };
 
 // Now, on the monotonic clock.

@@ -1,10 +1,10 @@
 // Waiting without a thread of our own: leader and followers.
 //
 // One waiter at a time is the receiver: it polls the data socket's ZMQ_FD (or the ring's epoll), the control socket and
-// the wake-up eventfd with the lock released, so that submits of other threads go on. All others sleep on their own condition variable.
-// Whoever takes replies in (the receiver, or any thread that has just sent) wakes the waiters whose condition holds
-// now: by their condition variable, the receiver by the eventfd. Who leaves while nobody receives hands the role to
-// the next waiter.
+// the wake-up eventfd with the lock released, so that submits of other threads go on. All others sleep on their own
+// condition variable. Whoever takes replies in (the receiver, or any thread that has just sent) wakes the waiters whose
+// condition holds now: by their condition variable, the receiver by the eventfd. Who leaves while nobody receives hands
+// the role to the next waiter.
 //
 // ZMQ_FD is edge-triggered: its edge may be consumed by any call on the socket. Therefore the socket is always emptied
 // (exchange_pump) with the lock held before polling and after every send.

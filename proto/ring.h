@@ -1,18 +1,18 @@
-// The fast lane: two byte rings in one shared mapping, requests one way and replies the other. Each has one producer and
-// one consumer, in different processes that do not trust each other.
+// The fast lane: two byte rings in one shared mapping, requests one way and replies the other. Each has one producer
+// and one consumer, in different processes that do not trust each other.
 //
 // Mapping: the request ring, then the reply ring, each RING_CONTROL_BYTES of indices and flags and its data behind.
 // What flows through a ring is a stream of messages: struct ring_record, frame 1, frame 2; a message may be larger than
 // the ring, and then goes through it in parts.
 //
-// Trust. Capacity and each side's own index are kept in private memory and are never read back. The peer's index is read
-// once for each look and checked: one that says what cannot be is RING_CORRUPT, for good. Bytes are copied out before
-// anybody interprets them. So a peer can spoil its own messages and end its session, no more.
+// Trust. Capacity and each side's own index are kept in private memory and are never read back. The peer's index is
+// read once for each look and checked: one that says what cannot be is RING_CORRUPT, for good. Bytes are copied out
+// before anybody interprets them. So a peer can spoil its own messages and end its session, no more.
 //
 // Wake-ups. Whoever is about to sleep raises its flag, then looks once more at the other's index; whoever publishes
-// stores its index, then looks at the other's flag. All four are sequentially consistent, so they have one order: if the
-// sleeper's look does not find the news, it comes before the store of the index, the flag's raising before that, and so
-// the publisher's look finds the flag. It takes the flag down by an exchange and wakes. Nobody sleeps on news.
+// stores its index, then looks at the other's flag. All four are sequentially consistent, so they have one order: if
+// the sleeper's look does not find the news, it comes before the store of the index, the flag's raising before that,
+// and so the publisher's look finds the flag. It takes the flag down by an exchange and wakes. Nobody sleeps on news.
 //
 // No allocation, no system call, no clock. A struct ring belongs to one thread at a time.
 #ifndef ICECACHE_PROTO_RING_H
@@ -27,15 +27,15 @@
 #include <stdint.h>
 
 #define RING_CONTROL_BYTES 4096u
-#define RING_BYTES_MIN     4096u        // of one ring's data; a power of two, as all sizes of rings
+#define RING_BYTES_MIN     4096u // of one ring's data; a power of two, as all sizes of rings
 #define RING_BYTES_MAX     (16u << 20)
 
 // At the start of each ring.
 struct ring_shared {
-    _Alignas(128) _Atomic uint64_t head;           // bytes ever written; by the producer
-    _Atomic uint32_t producer_waits;               // for room; raised by the producer, taken down by the consumer
-    _Alignas(128) _Atomic uint64_t tail;           // bytes ever read; by the consumer
-    _Atomic uint32_t consumer_waits;               // for bytes; raised by the consumer, taken down by the producer
+    _Alignas(128) _Atomic uint64_t head; // bytes ever written; by the producer
+    _Atomic uint32_t producer_waits;     // for room; raised by the producer, taken down by the consumer
+    _Alignas(128) _Atomic uint64_t tail; // bytes ever read; by the consumer
+    _Atomic uint32_t consumer_waits;     // for bytes; raised by the consumer, taken down by the producer
 };
 _Static_assert(sizeof(struct ring_shared) <= RING_CONTROL_BYTES, "the data lies behind");
 

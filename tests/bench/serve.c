@@ -314,7 +314,8 @@ static void report_place(const struct serve *serve, uint32_t order, json_t *rati
     }
     (void)snprintf(key, sizeof key, "data=%s,tokens=%u,budget=%u%s%s%s%s", serve->data, serve->job.tokens,
                    serve->job.budget, place != PLACE_HOST ? ",place=" : "",
-                   place != PLACE_HOST ? option_place_names[place] : "", transport != TRANSPORT_AUTO ? ",transport=" : "",
+                   place != PLACE_HOST ? option_place_names[place] : "",
+                   transport != TRANSPORT_AUTO ? ",transport=" : "",
                    transport != TRANSPORT_AUTO ? option_transport_names[transport] : "");
     (void)json_object_set_new(ratios, key, of);
 }

@@ -66,8 +66,8 @@ static ice_status fast_open(struct fast *fast, struct worker *worker)
         fast->capacity = reply->ring->bytes;
         fast->event_fd = descriptors.fds[1];
         fast->poll_fd = descriptors.fds[2];
-        fast->mapping = mmap(NULL, ring_mapping_bytes(fast->capacity), PROT_READ | PROT_WRITE, MAP_SHARED,
-                             descriptors.fds[0], 0);
+        fast->mapping =
+            mmap(NULL, ring_mapping_bytes(fast->capacity), PROT_READ | PROT_WRITE, MAP_SHARED, descriptors.fds[0], 0);
         assert_true(fast->mapping != MAP_FAILED);
         close(descriptors.fds[0]);
         ring_requests(&fast->requests, fast->mapping, fast->capacity);
@@ -247,7 +247,7 @@ static void test_session(void **state)
     (void)state;
     struct daemon *daemon = serve(NULL);
     struct worker worker, other;
-    struct fast lane, again;
+    struct fast fast, again;
     begin(&worker, &fast, daemon);
     worker_init(&other);
     assert_int_equal(worker_hello(&other, daemon->sockets), ICE_OK);
@@ -427,8 +427,8 @@ int main(void)
 {
     daemon_block_signals();
     const struct CMUnitTest tests[] = {
-        DAEMON_TEST(test_faults), DAEMON_TEST(test_session), DAEMON_TEST(test_off),  DAEMON_TEST(test_spoilt),
-        DAEMON_TEST(test_anything), DAEMON_TEST(test_deaf),  DAEMON_TEST(test_flood),
+        DAEMON_TEST(test_faults),   DAEMON_TEST(test_session), DAEMON_TEST(test_off),   DAEMON_TEST(test_spoilt),
+        DAEMON_TEST(test_anything), DAEMON_TEST(test_deaf),    DAEMON_TEST(test_flood),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

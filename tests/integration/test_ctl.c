@@ -170,10 +170,26 @@ static void check_sequence(const json_t *sequence, const struct ice_sequence_inf
 
 static void check_totals(const json_t *stats, const struct ice_sequence_info *info)
 {
-    static const char *const keys[] = {
-        "version",   "uptime_seconds",    "shards",  "huge_pages", "sessions", "sequences",          "tokens", "pages",
-        "retrieves", "retrieves_partial", "appends", "reads",      "errors",   "sessions_reclaimed", "bytes",  "phases",
-        "gpu",       "sequence",          NULL};
+    static const char *const keys[] = {"version",
+                                       "uptime_seconds",
+                                       "shards",
+                                       "huge_pages",
+                                       "sessions",
+                                       "ring_sessions",
+                                       "sequences",
+                                       "tokens",
+                                       "pages",
+                                       "retrieves",
+                                       "retrieves_partial",
+                                       "appends",
+                                       "reads",
+                                       "errors",
+                                       "sessions_reclaimed",
+                                       "bytes",
+                                       "phases",
+                                       "gpu",
+                                       "sequence",
+                                       NULL};
     static const char *const kinds[] = {"moved",          "pool",   "pool_capacity",   "pool_huge", "index",
                                         "index_capacity", "shared", "shared_capacity", NULL};
     check_keys(stats, keys);

@@ -373,7 +373,7 @@ static void note_lengths(struct op *op)
 }
 
 // A shard searches and copies one lane after the other, so what the op has taken is the sum over the lanes of the shard
-// that was at it longest; lanes wait for pages together.
+// that was at it longest.
 static void add_work(const struct op *op, struct op_totals *totals)
 {
     struct work {
@@ -397,15 +397,21 @@ static void add_work(const struct op *op, struct op_totals *totals)
 struct op_totals op_totals(const struct op *op)
 {
     struct op_totals totals = {0};
-    uint64_t begun_ns = UINT64_MAX;
+    uint64_t begun_ns = UINT64_MAX, ended_ns = 0;
     for (uint32_t i = 0; i < op->lane_count; i++) {
         const struct op_lane *part = &op->lanes[i];
+        const uint64_t end_ns = part->searched_ns + part->copy_ns + part->fetch_ns; // it has one of the two
         begun_ns = part->begun_ns < begun_ns ? part->begun_ns : begun_ns;
+        ended_ns = end_ns > ended_ns ? end_ns : ended_ns;
         totals.fetch_ns = part->fetch_ns > totals.fetch_ns ? part->fetch_ns : totals.fetch_ns;
         totals.partial |= part->partial;
         totals.bytes_moved += (uint64_t)part->moved * 2 * part->lane->sequence->row_bytes;
     }
     add_work(op, &totals);
+    // While a lane waits for pages its shard is at others: that is not counted twice.
+    const uint64_t worked_ns = totals.search_ns + totals.copy_ns;
+    const uint64_t rest_ns = ended_ns > begun_ns + worked_ns ? ended_ns - begun_ns - worked_ns : 0;
+    totals.fetch_ns = totals.fetch_ns < rest_ns ? totals.fetch_ns : rest_ns;
     totals.queue_ns = begun_ns - op->received_ns;
     totals.copy_ns += op->push_ns;
     return totals;

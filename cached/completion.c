@@ -1,5 +1,5 @@
 // Completions: posted under a lock by any thread, taken as a whole by the reactor. The eventfd is written only when the
-// list was empty: one wake-up per batch.
+// list was empty, one wake-up per batch, and never read: it is watched for edges.
 #include "cached/completion.h"
 
 #include <errno.h>
@@ -50,9 +50,6 @@ bool completion_list_is_empty(struct completion_list *list)
 
 unsigned completion_run(struct completion_list *list, struct server *server)
 {
-    uint64_t count;
-    ssize_t ignored = read(list->event_fd, &count, sizeof count);
-    (void)ignored;
     pthread_mutex_lock(&list->lock);
     struct completion *next = list->head;
     list->head = list->tail = NULL;

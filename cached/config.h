@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#define CONFIG_SHARDS_MAX 256u
+
 // clang-format off
 #define CONFIG_NUMBERS(X) \
     X(pool_bytes,            "pool-bytes",            SIZE,     1ull << 30,  2ull << 20, 1ull << 46, "memory for pages of K and V, taken at start") \
@@ -20,8 +22,8 @@
     X(prefix_evict,          "prefix-evict",          NUMBER,   1,           0,          1,          "1: where the spill file is full, sealed prefixes that nobody uses make room, cold ones that are cheap to compute again first") \
     X(prefix_ttl_s,          "prefix-ttl-s",          NUMBER,   0,           0,          315360000,  "seconds after which a sealed prefix that nobody uses is removed; 0: never") \
     X(hibernate_ms,          "hibernate-ms",          NUMBER,   300000,      0,          86400000,   "after so long without a request a sequence leaves memory for the disk; 0: only where memory is short") \
-    X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings and staging") \
-    X(shards,                "shards",                NUMBER,   0,           0,          256,        "threads that own lanes; 0: cores less one, at most 8") \
+    X(shared_bytes,          "shared-bytes",          SIZE,     1ull << 30,  1ull << 20, 1ull << 46, "most memory for landings, staging and rings") \
+    X(shards,                "shards",                NUMBER,   0,           0,          CONFIG_SHARDS_MAX,      "threads that own lanes; 0: cores less one, at most 8") \
     X(page_tokens,           "page-tokens",           NUMBER,   16,          1,          256,        "tokens per page") \
     X(seed,                  "seed",                  NUMBER,   1,           0,          INT64_MAX,  "seed of the trees") \
     X(sessions_max,          "sessions-max",          NUMBER,   64,          1,          4096,       "workers connected at once") \
@@ -32,6 +34,7 @@
     X(decode_queue_max,      "decode-queue-max",      NUMBER,   4096,        1,          1u << 20,   "retrieves in flight, of all sessions; one below its share of them is never refused") \
     X(bulk_queue_max,        "bulk-queue-max",        NUMBER,   1024,        1,          1u << 20,   "appends, reads and seals in flight, likewise") \
     X(tokens_max,            "tokens-max",            NUMBER,   1u << 20,    1,          1u << 24,   "positions per sequence") \
+    X(ring_bytes,            "ring-bytes",            SIZE,     256ull << 10,0,          16ull << 20, "size of each of a session's two rings, a part of --shared-bytes; 0: workers use ZeroMQ") \
     X(staging_bytes_max,     "staging-bytes-max",     SIZE,     256ull << 20,1u << 12,   1ull << 40, "largest staging area of a session") \
     X(retrieve_deadline_ms,  "retrieve-deadline-ms",  NUMBER,   1000,        1,          600000,     "deadline of a retrieve that names none") \
     X(drain_ms,              "drain-ms",              NUMBER,   5000,        0,          600000,     "how long SIGTERM waits for requests in flight") \

@@ -22,7 +22,8 @@
     X(ended_deaf)         /* did not read their replies */                                                             \
     X(ended_deaf_control) /* did not read their control socket */                                                      \
     X(ended_flood)        /* had INTAKE_REFUSALS_PER_S requests refused within a second */                             \
-    X(ended_bad_control)  /* sent a packet on the control socket that cannot be received */
+    X(ended_bad_control)  /* sent a packet on the control socket that cannot be received */                            \
+    X(ended_spoilt_ring)  /* wrote what cannot be into its ring */
 
 struct counts {
 #define COUNT_FIELD(name) uint64_t name;

@@ -76,8 +76,8 @@ static void print_totals(const Icecache__Wire__StatsReply *stats)
            (double)stats->uptime_us / 1e6, stats->shards, stats->huge_pages,
            size_text(stats->huge_page_bytes, text, sizeof text),
            size_text(stats->pool_capacity_bytes, whole, sizeof whole));
-    printf("sessions %u  sequences %u  tokens %" PRIu64 "  pages %" PRIu64 "\n", stats->sessions, stats->sequences,
-           stats->tokens, stats->pages);
+    printf("sessions %u (%u by rings)  sequences %u  tokens %" PRIu64 "  pages %" PRIu64 "\n", stats->sessions,
+           stats->ring_sessions, stats->sequences, stats->tokens, stats->pages);
     printf("retrieves %" PRIu64 " (%" PRIu64 " partial)  appends %" PRIu64 "  reads %" PRIu64 "  errors %" PRIu64
            "  moved %s\n",
            stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->errors,
@@ -148,8 +148,8 @@ static void json_totals(const Icecache__Wire__StatsReply *stats)
     json_string("version", stats->version);
     printf(",\"uptime_seconds\":%.3f,\"shards\":%u,", (double)stats->uptime_us / 1e6, stats->shards);
     json_string("huge_pages", stats->huge_pages);
-    printf(",\"sessions\":%u,\"sequences\":%u,\"tokens\":%" PRIu64 ",\"pages\":%" PRIu64, stats->sessions,
-           stats->sequences, stats->tokens, stats->pages);
+    printf(",\"sessions\":%u,\"ring_sessions\":%u,\"sequences\":%u,\"tokens\":%" PRIu64 ",\"pages\":%" PRIu64,
+           stats->sessions, stats->ring_sessions, stats->sequences, stats->tokens, stats->pages);
     printf(",\"retrieves\":%" PRIu64 ",\"retrieves_partial\":%" PRIu64 ",\"appends\":%" PRIu64 ",\"reads\":%" PRIu64
            ",\"errors\":%" PRIu64 ",\"sessions_reclaimed\":%" PRIu64,
            stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->errors,

@@ -136,11 +136,11 @@ void dispatch_request(struct server *server, struct session *session, const Icec
         server->stats.errors++;
         op_signal_refused(session, request);
         reply_error(server, session, message, request->request_id, status, text);
-        server->env->bus_release(server->env, message);
+        rings_release(server, message);
         return;
     }
     if (dispatch_simple(server, session, request, message)) {
-        server->env->bus_release(server->env, message);
+        rings_release(server, message);
         return;
     }
     struct op *op = op_create(server, session, request, message);

@@ -63,10 +63,20 @@ typedef bool env_file_visitor(void *context, const char *name);
 
 struct env_bus;
 
+#define ENV_ROUTE_RING                                                                                                 \
+    256u // instead of a route's bytes: the message came over its session's ring, and so goes the reply
+
+// A wake-up for another process that nothing it does can make wait. What is passed is not the eventfd itself, of which
+// the other could fill the count and change the flags, but an epoll that watches it for edges.
+struct env_bell {
+    int raised_fd; // ours alone
+    int heard_fd;  // to be passed; -1 after bell_passed
+};
+
 // One message on the bus, received: frame 1 and, where there is one, frame 2. Owned by the receiver until bus_release.
 struct env_message {
     uint8_t route[256]; // opaque address of the sender
-    size_t route_bytes;
+    size_t route_bytes; // at most 255, or ENV_ROUTE_RING
     const void *header;
     size_t header_bytes;
     const void *vectors;
@@ -154,9 +164,18 @@ struct env {
     // Control sockets, non-blocking.
     int (*listen)(struct env *env, const char *path, mode_t mode, int *fd_out);
     int (*accept)(struct env *env, int listener, int *fd_out); // -EAGAIN: none waiting
-    ice_status (*control_send)(struct env *env, int socket, const void *bytes, size_t size, int fd);
+    ice_status (*control_send)(struct env *env, int socket, const void *bytes, size_t size, const int *fds,
+                               uint32_t count);
     ice_status (*control_receive)(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out,
                                   struct control_descriptors *descriptors); // the caller's on ICE_OK, else none
+
+    // Wake-ups between processes. An eventfd for the other to write, non-blocking, to be watched for edges and never
+    // read; and the way back, of which only the opening can fail: bell_ring never waits.
+    int (*event_open)(struct env *env, int *fd_out);
+    int (*bell_open)(struct env *env, struct env_bell *out);
+    void (*bell_ring)(struct env *env, const struct env_bell *bell);
+    void (*bell_passed)(struct env *env, struct env_bell *bell); // closes what has been passed
+    void (*bell_close)(struct env *env, struct env_bell *bell);
 
     // The data bus. One thread only (the reactor).
     int (*bus_open)(struct env *env, const char *path, mode_t mode, struct env_bus **out);

@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/random.h>
@@ -190,10 +192,11 @@ static int accept_control(struct env *env, int listener, int *fd_out)
     return 0;
 }
 
-static ice_status send_control(struct env *env, int socket, const void *bytes, size_t size, int fd)
+static ice_status send_control(struct env *env, int socket, const void *bytes, size_t size, const int *fds,
+                               uint32_t count)
 {
     (void)env;
-    return control_send(socket, bytes, size, fd, 0);
+    return control_send_all(socket, bytes, size, fds, count, 0);
 }
 
 static ice_status receive_control(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out,
@@ -201,6 +204,52 @@ static ice_status receive_control(struct env *env, int socket, void *bytes, size
 {
     (void)env;
     return control_receive_all(socket, bytes, capacity, size_out, descriptors, 0);
+}
+
+static int open_event(struct env *env, int *fd_out)
+{
+    (void)env;
+    int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (fd < 0)
+        return -errno;
+    *fd_out = fd;
+    return 0;
+}
+
+static void pass_bell(struct env *env, struct env_bell *bell)
+{
+    close_fd(env, bell->heard_fd);
+    bell->heard_fd = -1;
+}
+
+static void close_bell(struct env *env, struct env_bell *bell)
+{
+    pass_bell(env, bell);
+    close_fd(env, bell->raised_fd);
+    bell->raised_fd = -1;
+}
+
+static int open_bell(struct env *env, struct env_bell *out)
+{
+    struct env_bell bell = {.raised_fd = -1, .heard_fd = epoll_create1(EPOLL_CLOEXEC)};
+    struct epoll_event edges = {.events = EPOLLIN | EPOLLET};
+    int error = bell.heard_fd < 0 ? -errno : open_event(env, &bell.raised_fd);
+    if (!error && epoll_ctl(bell.heard_fd, EPOLL_CTL_ADD, bell.raised_fd, &edges))
+        error = -errno;
+    if (error) {
+        close_bell(env, &bell);
+        return error;
+    }
+    *out = bell;
+    return 0;
+}
+
+static void ring_bell(struct env *env, const struct env_bell *bell)
+{
+    (void)env;
+    const uint64_t one = 1; // 2^64 of them do not happen, so there is room for each
+    ssize_t written = write(bell->raised_fd, &one, sizeof one);
+    (void)written;
 }
 
 void *env_acquire_zeroed(struct env *env, size_t bytes)
@@ -240,6 +289,11 @@ void env_linux_init(struct env *env)
         .accept = accept_control,
         .control_send = send_control,
         .control_receive = receive_control,
+        .event_open = open_event,
+        .bell_open = open_bell,
+        .bell_ring = ring_bell,
+        .bell_passed = pass_bell,
+        .bell_close = close_bell,
     };
     env_memory_init(env);
     env_numa_init(env);

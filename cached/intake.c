@@ -47,12 +47,14 @@ static enum fair_class class_of(const Icecache__Wire__Request *request)
 // ---- what is refused at once ----
 
 // An answer to what belongs to no session. Nobody can be made to pay for these, so there is a rate.
-static void answer_stranger(struct server *server, struct env_message *message, uint64_t request_id, ice_status status,
-                            const char *text)
+static void answer_stranger(struct server *server, struct session *ring, struct env_message *message,
+                            uint64_t request_id, ice_status status, const char *text)
 {
     struct intake *intake = &server->intake;
     const uint64_t now_ns = message->received_ns;
-    if (intake_rate_add(&intake->strangers, now_ns) <= INTAKE_STRANGERS_PER_S) {
+    if (ring) { // its sender is known, and is answered as long as he reads
+        reply_error(server, ring, message, request_id, status, text);
+    } else if (intake_rate_add(&intake->strangers, now_ns) <= INTAKE_STRANGERS_PER_S) {
         reply_error(server, NULL, message, request_id, status, text);
     } else {
         server->counts.dropped_messages++;
@@ -60,7 +62,7 @@ static void answer_stranger(struct server *server, struct env_message *message, 
             log_warn("more than %u messages a second of no session, pid=%d sends some: they are dropped",
                      INTAKE_STRANGERS_PER_S, (int)message->peer_pid);
     }
-    server->env->bus_release(server->env, message);
+    rings_release(server, message);
 }
 
 static void refuse(struct server *server, struct session *session, const Icecache__Wire__Request *request,
@@ -73,7 +75,7 @@ static void refuse(struct server *server, struct session *session, const Icecach
     reply_error(server, session, message, request->request_id, status, NULL);
     if (intake_rate_add(refused, message->received_ns) == INTAKE_REFUSALS_PER_S)
         session_end(server, session, SESSION_FLOODS);
-    server->env->bus_release(server->env, message);
+    rings_release(server, message);
 }
 
 // What it returns lives until the next call.
@@ -92,13 +94,13 @@ static Icecache__Wire__Request *decode(const struct env_message *message, uint64
     return *status == ICE_OK ? request : NULL;
 }
 
-static struct session *sender_of(struct server *server, const Icecache__Wire__Request *request,
-                                 const struct env_message *message)
+static struct session *sender_of(struct server *server, const struct session *ring,
+                                 const Icecache__Wire__Request *request, const struct env_message *message)
 {
     struct session *session = session_find(server, request->session_id, request->session_token.data);
     bool foreign =
         session && message->peer_pid != 0 && (message->peer_pid != session->pid || message->peer_uid != session->uid);
-    return foreign ? NULL : session;
+    return foreign || (ring && ring != session) ? NULL : session; // a ring is its own session's
 }
 
 // ---- lines ----
@@ -158,14 +160,14 @@ uint32_t intake_forget(struct server *server, struct session *session)
     uint32_t count = 0;
     if (intake->has_alone && intake->alone_session == session) {
         intake->has_alone = false;
-        server->env->bus_release(server->env, &intake->alone);
+        rings_release(server, &intake->alone);
         count++;
     }
     if (line->head)
         fair_queue_remove(&intake->lines, line->class, session->slot, &line->node);
     for (struct intake_message *queued = line->head, *next; queued; queued = next, count++) {
         next = queued->next;
-        server->env->bus_release(server->env, &queued->message);
+        rings_release(server, &queued->message);
         server->env->release(server->env, queued, sizeof *queued);
     }
     *line = (struct intake_line){.refused = line->refused};
@@ -185,7 +187,7 @@ static void queue_alone(struct server *server)
         refuse(server, intake->alone_session, intake->alone_request, &intake->alone, ICE_NO_MEMORY);
 }
 
-void intake_take(struct server *server, struct env_message *message)
+void intake_take(struct server *server, struct session *ring, struct env_message *message)
 {
     struct intake *intake = &server->intake;
     struct wire_error error = {0};
@@ -197,13 +199,13 @@ void intake_take(struct server *server, struct env_message *message)
     if (!request) {
         server->stats.errors++;
         server->counts.refused_messages++;
-        answer_stranger(server, message, request_id, status, error.text);
+        answer_stranger(server, ring, message, request_id, status, error.text);
         return;
     }
-    struct session *session = sender_of(server, request, message);
+    struct session *session = sender_of(server, ring, request, message);
     if (!session) {
         server->counts.refused_strangers++;
-        answer_stranger(server, message, request_id, ICE_UNKNOWN_SESSION, NULL);
+        answer_stranger(server, ring, message, request_id, ICE_UNKNOWN_SESSION, NULL);
         return;
     }
     if (!line_has_room(server, session)) {
@@ -241,7 +243,7 @@ bool intake_serve(struct server *server)
         dispatch_request(server, line->session, request, &message);
     } else { // it was decoded when it came
         reply_error(server, line->session, &message, request_id, status, error.text);
-        server->env->bus_release(server->env, &message);
+        rings_release(server, &message);
     }
     return true;
 }

@@ -51,8 +51,9 @@ struct intake {
     struct intake_rate strangers, dropped;
 };
 
-// Takes a message, which is the intake's from now on: refuses it or has it wait for intake_serve.
-void intake_take(struct server *server, struct env_message *message);
+// Takes a message, from the bus or, where `ring` is not NULL, from that session's ring, which is the intake's from now
+// on: refuses it or has it wait for intake_serve.
+void intake_take(struct server *server, struct session *ring, struct env_message *message);
 // Dispatches the message whose turn it is. False: none waits.
 bool intake_serve(struct server *server);
 bool intake_is_empty(const struct server *server);

@@ -544,19 +544,46 @@ static void note_lengths(struct op *op)
     }
 }
 
+// A shard searches and copies one lane after the other, so what the op has taken is the sum over the lanes of the shard
+// that was at it longest.
+static void add_work(const struct op *op, struct op_totals *totals)
+{
+    struct work {
+        uint64_t search_ns, copy_ns;
+    } works[CONFIG_SHARDS_MAX];
+    const uint32_t shards = op->server->shard_count;
+    memset(works, 0, shards * sizeof *works);
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        struct work *work = &works[op->lanes[i].lane->shard];
+        work->search_ns += op->lanes[i].search_ns;
+        work->copy_ns += op->lanes[i].copy_ns;
+    }
+    for (uint32_t i = 0; i < shards; i++) {
+        if (works[i].search_ns + works[i].copy_ns > totals->search_ns + totals->copy_ns) {
+            totals->search_ns = works[i].search_ns;
+            totals->copy_ns = works[i].copy_ns;
+        }
+    }
+}
+
 struct op_totals op_totals(const struct op *op)
 {
     struct op_totals totals = {0};
-    uint64_t begun_ns = UINT64_MAX;
+    uint64_t begun_ns = UINT64_MAX, ended_ns = 0;
     for (uint32_t i = 0; i < op->lane_count; i++) {
         const struct op_lane *part = &op->lanes[i];
+        const uint64_t end_ns = part->searched_ns + part->copy_ns + part->fetch_ns; // it has one of the two
         begun_ns = part->begun_ns < begun_ns ? part->begun_ns : begun_ns;
-        totals.search_ns = part->search_ns > totals.search_ns ? part->search_ns : totals.search_ns;
+        ended_ns = end_ns > ended_ns ? end_ns : ended_ns;
         totals.fetch_ns = part->fetch_ns > totals.fetch_ns ? part->fetch_ns : totals.fetch_ns;
-        totals.copy_ns = part->copy_ns > totals.copy_ns ? part->copy_ns : totals.copy_ns;
         totals.partial |= part->partial;
         totals.bytes_moved += (uint64_t)part->moved * 2 * part->lane->stem->row_bytes;
     }
+    add_work(op, &totals);
+    // While a lane waits for pages its shard is at others: that is not counted twice.
+    const uint64_t worked_ns = totals.search_ns + totals.copy_ns;
+    const uint64_t rest_ns = ended_ns > begun_ns + worked_ns ? ended_ns - begun_ns - worked_ns : 0;
+    totals.fetch_ns = totals.fetch_ns < rest_ns ? totals.fetch_ns : rest_ns;
     totals.queue_ns = begun_ns - op->received_ns;
     totals.copy_ns += op->push_ns;
     return totals;
@@ -627,7 +654,7 @@ static void release_memory(struct op *op)
         landing_release(server, op->landing);
     if (op->kind == OP_APPEND || op->kind == OP_READ)
         staging_release(server, op->session);
-    server->env->bus_release(server->env, &op->message);
+    rings_release(server, &op->message);
 }
 
 static void op_free(struct op *op)

@@ -384,7 +384,7 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
         server->stats.errors++;
         op_signal_refused(session, request);
         reply_error(server, session, message, request->request_id, refusal.status, refusal.text);
-        server->env->bus_release(server->env, message);
+        rings_release(server, message);
         return NULL;
     }
     op->held_bytes = op->bytes + op->positions_bytes + message->vectors_bytes;

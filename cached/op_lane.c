@@ -748,16 +748,31 @@ static enum task_class class_of(const struct op *op)
     return op->kind == OP_RETRIEVE ? TASK_DECODE : TASK_BULK;
 }
 
+// Each shard gets all of its lanes at once: it is woken once, and does not meet us at its queue's lock.
 void op_start_phase(struct op *op, enum op_phase phase)
 {
     struct server *server = op->server;
     op->phase = phase;
     atomic_store_explicit(&op->lanes_left, op->lane_count, memory_order_release);
-    enum task_class class = class_of(op);
-    uint32_t count = op->lane_count; // the op may be gone when the last task has been pushed
-    struct op_lane *lanes = op->lanes;
-    for (uint32_t i = 0; i < count; i++)
-        task_queue_push(&server->shards[lanes[i].lane->shard].queue, class, &lanes[i].task);
+    const enum task_class class = class_of(op);
+    struct chain {
+        struct task *head, *tail;
+    } chains[CONFIG_SHARDS_MAX];
+    const uint32_t shards = server->shard_count;
+    memset(chains, 0, shards * sizeof *chains);
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        struct chain *chain = &chains[op->lanes[i].lane->shard];
+        struct task *task = &op->lanes[i].task;
+        if (chain->head)
+            chain->tail->node.next = &task->node;
+        else
+            chain->head = task;
+        chain->tail = task;
+    }
+    for (uint32_t i = 0; i < shards; i++) { // the op may be gone with the last one
+        if (chains[i].head)
+            task_queue_push_chain(&server->shards[i].queue, class, chains[i].head, chains[i].tail);
+    }
 }
 
 // A part that was cut goes on when other sessions have had their turn, before what else its session has waiting.

@@ -1,8 +1,9 @@
 // The reactor: one thread, one epoll. It alone touches ZeroMQ, sessions, sequences' books and operations' beginnings
 // and ends; nothing it does waits for a disk, a copy or a lock held long.
 //
-// ZeroMQ's descriptor is edge-triggered in spirit: any send or receive may swallow its signal. So every round ends with
-// receiving until the bus says that it is empty, and nothing is sent between that and the next wait.
+// ZeroMQ's descriptor is edge-triggered in spirit: any send or receive may swallow its signal. So a round in which it
+// was readable, or something was sent, ends with receiving until the bus says that it is empty (bus_due), and nothing
+// is sent between that and the next wait. Other rounds leave the bus alone: to find it empty takes two system calls.
 #include "cached/log.h"
 #include "cached/server.h"
 
@@ -20,6 +21,19 @@ int reactor_watch(struct server *server, int fd, void *what)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = what};
     return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+// For edges: each write to an eventfd is one event, and nobody needs to read it.
+static int watch_edges(struct server *server, int fd, void *what)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = what};
+    return epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+// Sessions are aligned: the lowest bit of what comes back says that it is the session's ring.
+int reactor_watch_ring(struct server *server, int fd, struct session *session)
+{
+    return watch_edges(server, fd, (char *)session + 1);
 }
 
 void reactor_unwatch(struct server *server, int fd)
@@ -53,6 +67,7 @@ static int open_sockets(struct server *server)
     int error = env->unlink(env, server->control_path);
     if (!error)
         error = env->unlink(env, server->data_path);
+    server->bus_due = true;
     if (!error)
         error = env->bus_open(env, server->data_path, mode, &server->bus);
     if (!error)
@@ -83,7 +98,7 @@ int reactor_init(struct server *server)
     if (!error)
         error = reactor_watch(server, server->signal_fd, &server->signal_fd);
     if (!error)
-        error = reactor_watch(server, server->completions.event_fd, &server->completions);
+        error = watch_edges(server, server->completions.event_fd, &server->completions);
     if (!error)
         error = reactor_watch(server, server->env->bus_fd(server->env, server->bus), server->bus);
     if (error) {
@@ -135,7 +150,11 @@ static void handle_event(struct server *server, void *what)
         session_accept(server);
     else if (what == &server->signal_fd)
         stop(server);
-    else if (what != &server->completions && what != server->bus) // those two are looked at every round
+    else if (((uintptr_t)what & 1) != 0)
+        rings_wake(server, (struct session *)(void *)((char *)what - 1));
+    else if (what == server->bus)
+        server->bus_due = true;
+    else if (what != &server->completions) // they are looked at every round
         session_readable(server, what);
 }
 
@@ -143,16 +162,20 @@ static void handle_event(struct server *server, void *what)
 static bool receive_messages(struct server *server)
 {
     struct env *env = server->env;
+    if (!server->bus_due)
+        return false;
     for (uint32_t i = 0; i < INTAKE_RECEIVED_PER_TURN; i++) {
         struct env_message message;
         int error = env->bus_receive(env, server->bus, &message);
-        if (error == -EAGAIN)
+        if (error == -EAGAIN) {
+            server->bus_due = false;
             return false;
+        }
         if (error) {
             log_warn("receiving failed: %s", strerror(-error));
             return true;
         }
-        intake_take(server, &message);
+        intake_take(server, NULL, &message);
     }
     return true;
 }
@@ -196,7 +219,8 @@ static void one_round(struct server *server, bool *more)
     for (int i = 0; i < count; i++)
         handle_event(server, events[i].data.ptr);
     completion_run(&server->completions, server);
-    *more = serve_messages(server);
+    const bool rings = rings_run(server); // before the bus: nothing may be sent there behind the last look at it
+    *more = serve_messages(server) || rings;
     session_bury(server);
 }
 

@@ -1,5 +1,5 @@
-// Replies. Reactor only. A reply that the worker does not take (its queue in ZeroMQ is full) ends the worker's session:
-// it harms only itself.
+// Replies. Reactor only. A reply that the worker does not take (its queue in ZeroMQ or behind its ring is full) ends
+// the worker's session: it harms only itself.
 #include "cached/log.h"
 #include "cached/server.h"
 #include "proto/limits.h"
@@ -31,6 +31,17 @@ static uint8_t *pack(struct env *env, const Icecache__Wire__Reply *reply, size_t
     return bytes;
 }
 
+// Back on the way that the request came.
+static int send_bytes(struct server *server, struct session *session, const uint8_t *route, size_t route_bytes,
+                      const uint8_t *bytes, size_t size)
+{
+    struct env *env = server->env;
+    if (route_bytes == ENV_ROUTE_RING)
+        return session ? ring_link_send(server, session, bytes, size) : -EHOSTUNREACH;
+    server->bus_due = true; // a send may swallow the signal of what has arrived
+    return env->bus_send(env, server->bus, route, route_bytes, bytes, size);
+}
+
 void reply_send(struct server *server, struct session *session, const uint8_t *route, size_t route_bytes,
                 Icecache__Wire__Reply *reply)
 {
@@ -46,11 +57,13 @@ void reply_send(struct server *server, struct session *session, const uint8_t *r
         size = icecache__wire__reply__get_packed_size(&refusal);
         bytes = pack(env, &refusal, size, small, sizeof small); // fits: the text is ours
     }
-    int error = bytes ? env->bus_send(env, server->bus, route, route_bytes, bytes, size) : -ENOMEM;
+    int error = bytes ? send_bytes(server, session, route, route_bytes, bytes, size) : -ENOMEM;
     if (bytes && bytes != small)
         env->release(env, bytes, size);
     if (error == -EAGAIN && session)
         session_end(server, session, SESSION_DEAF);
+    else if (error == -EPROTO && session)
+        session_end(server, session, SESSION_SPOILT_RING);
     else if (error && error != -EHOSTUNREACH && server->counts.dropped_replies++ % DROPPED_PER_LINE == 0)
         log_warn("reply dropped: %s (one line for %u)", strerror(-error), DROPPED_PER_LINE);
 }

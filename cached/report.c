@@ -221,8 +221,10 @@ static void fill_totals(struct server *server, Icecache__Wire__StatsReply *body)
     pool_usage(server->pool, &pool);
     body->version = (char *)ICECACHE_VERSION;
     body->uptime_us = (env_now_ns(server->env) - server->started_ns) / 1000;
-    for (const struct session *session = server->sessions; session; session = session->next)
+    for (const struct session *session = server->sessions; session; session = session->next) {
         body->sessions += session->greeted && !session->admin && !session->dead;
+        body->ring_sessions += session->ring.open;
+    }
     body->sequences = server->sequence_count;
     body->pages = pool.used_frames;
     body->pool_bytes = pool.used_bytes;

@@ -75,6 +75,7 @@ struct server {
     // Reactor only.
     int epoll_fd, listener_fd, lock_fd, signal_fd;
     struct env_bus *bus;
+    bool bus_due; // it is to be looked at, in this round or the next
     bool stopping;
     uint64_t stop_deadline_ns, farewell_ns;
     uint64_t accept_from_ns; // the listener is not watched until then; 0: it is
@@ -83,6 +84,7 @@ struct server {
     uint32_t sequence_count, ops;
     uint64_t next_id;
     struct session *sessions, *graveyard;
+    struct session *rings_ready, *rings_ready_tail; // with rings that have something to do (rings.c)
     struct sequence *sequences[SERVER_HASH_BUCKETS];
     struct prefixes prefixes;
     struct tenants tenants;
@@ -118,6 +120,8 @@ void reactor_run(struct server *server); // until SIGTERM has drained
 void reactor_fini(struct server *server);
 // Watches a descriptor for reading; `what` comes back with it (NULL-free). 0 or -errno.
 int reactor_watch(struct server *server, int fd, void *what);
+// The same for a session's ring, for edges.
+int reactor_watch_ring(struct server *server, int fd, struct session *session);
 void reactor_unwatch(struct server *server, int fd);
 void reactor_pause_accepting(struct server *server); // for SERVER_ACCEPT_PAUSE_NS
 

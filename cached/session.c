@@ -21,12 +21,18 @@ static const char session_limit_text[] = "as many workers are connected as --ses
 
 void control_reply(struct server *server, struct session *session, Icecache__Wire__ControlReply *reply, int fd)
 {
+    control_reply_all(server, session, reply, &fd, fd >= 0 ? 1 : 0);
+}
+
+void control_reply_all(struct server *server, struct session *session, Icecache__Wire__ControlReply *reply,
+                       const int *fds, uint32_t count)
+{
     uint8_t bytes[WIRE_CONTROL_BYTES_MAX];
     size_t size = icecache__wire__control_reply__get_packed_size(reply);
     if (session->dead || size > sizeof bytes)
         return;
     icecache__wire__control_reply__pack(reply, bytes);
-    ice_status status = server->env->control_send(server->env, session->control_fd, bytes, size, fd);
+    ice_status status = server->env->control_send(server->env, session->control_fd, bytes, size, fds, count);
     if (status != ICE_OK)
         session_end(server, session, SESSION_DEAF_CONTROL);
 }
@@ -122,7 +128,7 @@ static void refuse_connection(struct server *server, int fd, ice_status status)
     reply.status = status;
     reply.text = (char *)(status == ICE_LIMIT ? session_limit_text : status_text((int)status));
     size_t size = icecache__wire__control_reply__pack(&reply, bytes);
-    ice_status sent = env->control_send(env, fd, bytes, size, -1);
+    ice_status sent = env->control_send(env, fd, bytes, size, NULL, 0);
     log_warn("connection refused: %s%s", reply.text, sent == ICE_OK ? "" : " (and it did not listen)");
     // The hello is taken out first: closing over unread data would reset the connection before the reason is read.
     struct control_descriptors descriptors;
@@ -205,6 +211,7 @@ static void hello(struct server *server, struct session *session, uint64_t reque
     body.daemon_version = (char *)ICECACHE_VERSION;
     body.inflight_max = (uint32_t)server->config->inflight_max;
     body.vectors_bytes_max = WIRE_VECTORS_BYTES_MAX;
+    body.ring_bytes = session->admin ? 0 : ring_capacity(server->config->ring_bytes);
     if (session->admin)
         log_debug("admin session id=%llu pid=%d", (unsigned long long)session->id, (int)session->pid);
     else
@@ -241,6 +248,8 @@ static void control_request(struct server *server, struct session *session,
         staging_open(server, session, id, request->staging_open->bytes);
     } else if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN) {
         landing_open(server, session, id, request->landing_open, descriptors);
+    } else if (request->body_case == ICECACHE__WIRE__CONTROL_REQUEST__BODY_RING_OPEN) {
+        ring_link_open(server, session, id);
     } else {
         close_named_landing(server, session, id, request->landing_close->landing_id);
     }
@@ -288,6 +297,7 @@ static void note_ending(struct server *server, const struct session *session, en
         [SESSION_DEAF_CONTROL] = "does not read its control socket",
         [SESSION_FLOODS] = "keeps sending requests beyond --inflight-max",
         [SESSION_BAD_CONTROL] = "sent a packet on its control socket that cannot be received",
+        [SESSION_SPOILT_RING] = "has spoilt its ring",
         [SESSION_STOPPED] = "the daemon stops",
     };
     struct counts *counts = &server->counts;
@@ -300,6 +310,7 @@ static void note_ending(struct server *server, const struct session *session, en
     counts->ended_deaf_control += ending == SESSION_DEAF_CONTROL;
     counts->ended_flood += ending == SESSION_FLOODS;
     counts->ended_bad_control += ending == SESSION_BAD_CONTROL;
+    counts->ended_spoilt_ring += ending == SESSION_SPOILT_RING;
     if (is_worker) {
         log_info("session ended id=%llu pid=%d sequences=%u landings=%u requests=%u: %s",
                  (unsigned long long)session->id, (int)session->pid, session->sequence_count, session->landing_count,
@@ -330,6 +341,7 @@ void session_end(struct server *server, struct session *session, enum session_en
         landing_close(server, landing);
     }
     staging_close(server, session);
+    ring_link_close(server, session);
     session_release(server, session); // the socket's
 }
 

@@ -9,6 +9,7 @@
 #include "cached/completion.h"
 #include "cached/env.h"
 #include "cached/intake.h"
+#include "cached/rings.h"
 #include "cached/task_queue.h"
 #include "gpu/landing.h"
 #include "proto/control.h"
@@ -62,6 +63,7 @@ enum session_ending {
     SESSION_DEAF_CONTROL,
     SESSION_FLOODS,
     SESSION_BAD_CONTROL,
+    SESSION_SPOILT_RING,
     SESSION_STOPPED,
 };
 
@@ -90,6 +92,7 @@ struct session {
     struct admission_load load;
     struct staging staging;
     bool staging_pending;
+    struct ring_link ring;
     struct session *previous, *next;
 };
 
@@ -104,8 +107,10 @@ struct session *session_find(struct server *server, uint64_t id, const uint8_t *
 // Closes connections that have not said hello in time. Returns the next time to look, or UINT64_MAX.
 uint64_t session_expire(struct server *server, uint64_t now_ns);
 
-// Replies on the control socket; fd is borrowed, -1: none.
+// Replies on the control socket; descriptors are borrowed, fd -1: none.
 void control_reply(struct server *server, struct session *session, Icecache__Wire__ControlReply *reply, int fd);
+void control_reply_all(struct server *server, struct session *session, Icecache__Wire__ControlReply *reply,
+                       const int *fds, uint32_t count);
 void control_error(struct server *server, struct session *session, uint64_t request_id, ice_status status,
                    const char *text);
 

@@ -22,10 +22,20 @@ void task_queue_fini(struct task_queue *queue)
 
 void task_queue_push(struct task_queue *queue, enum task_class class, struct task *task)
 {
+    task_queue_push_chain(queue, class, task, task);
+}
+
+void task_queue_push_chain(struct task_queue *queue, enum task_class class, struct task *first, struct task *last)
+{
     pthread_mutex_lock(&queue->lock);
-    fair_queue_push(&queue->waiting, (enum fair_class) class, task->flow, &task->node);
-    pthread_cond_signal(&queue->ready);
+    for (struct task *task = first, *next;; task = next) {
+        next = (struct task *)task->node.next; // the node is the task's first member
+        fair_queue_push(&queue->waiting, (enum fair_class) class, task->flow, &task->node);
+        if (task == last)
+            break;
+    }
     pthread_mutex_unlock(&queue->lock);
+    pthread_cond_signal(&queue->ready); // behind the lock, so that whoever wakes does not find it taken
 }
 
 void task_queue_push_front(struct task_queue *queue, enum task_class class, struct task *task)

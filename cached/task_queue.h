@@ -27,6 +27,8 @@ struct task_queue {
 void task_queue_init(struct task_queue *queue);
 void task_queue_fini(struct task_queue *queue);
 void task_queue_push(struct task_queue *queue, enum task_class class, struct task *task);
+// The same for tasks that are linked by their nodes from first to last, in their order.
+void task_queue_push_chain(struct task_queue *queue, enum task_class class, struct task *first, struct task *last);
 // The owner: a task that has done a slice of its work goes on when the other sessions have had their turn.
 void task_queue_push_front(struct task_queue *queue, enum task_class class, struct task *task);
 bool task_queue_is_empty(struct task_queue *queue);

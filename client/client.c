@@ -5,6 +5,7 @@
 #include "client/error.h"
 #include "client/exchange.h"
 #include "client/handles.h"
+#include "client/ring.h"
 #include "client/staging.h"
 #include "client/vectors.h"
 
@@ -17,6 +18,7 @@
 
 #define DEADLINE_DEFAULT_US   5000000u
 #define STAGING_DEFAULT_BYTES (64u << 20)
+#define RING_SPIN_US_MAX      1000u
 #define CONTEXT_SOCKETS_MAX   64 // one, and old ones that ZeroMQ's reaper has not closed yet
 
 void handle_list_init(struct handle *head)
@@ -99,6 +101,28 @@ static void name_from_program(char *name, size_t capacity)
     }
 }
 
+static ice_status transport_apply(ice_client *client, const struct ice_client_options *given)
+{
+    client->transport = given->transport;
+    client->ring_spin_us = given->ring_spin_us;
+    if (given->transport > ICE_TRANSPORT_RING) {
+        return error_set(ICE_INVALID_ARGUMENT, "transport is %u; take one of enum ice_transport",
+                         (unsigned)given->transport);
+    }
+    if (given->ring_spin_us > RING_SPIN_US_MAX) {
+        return error_set(ICE_TOO_LARGE, "ring_spin_us is %u, the limit is %u", given->ring_spin_us, RING_SPIN_US_MAX);
+    }
+    const char *named = getenv("ICECACHE_TRANSPORT");
+    if (given->transport != ICE_TRANSPORT_AUTO || named == NULL || *named == '\0' || strcmp(named, "auto") == 0) {
+        return ICE_OK;
+    }
+    if (strcmp(named, "zmq") != 0 && strcmp(named, "ring") != 0) {
+        return error_set(ICE_INVALID_ARGUMENT, "$ICECACHE_TRANSPORT is %.32s; it may be auto, zmq or ring", named);
+    }
+    client->transport = strcmp(named, "zmq") == 0 ? ICE_TRANSPORT_ZMQ : ICE_TRANSPORT_RING;
+    return ICE_OK;
+}
+
 static ice_status options_apply(ice_client *client, const struct ice_client_options *options)
 {
     static const struct ice_client_options none;
@@ -106,6 +130,10 @@ static ice_status options_apply(ice_client *client, const struct ice_client_opti
     client->deadline_us = given->deadline_us != 0 ? given->deadline_us : DEADLINE_DEFAULT_US;
     client->staging_bytes = given->staging_bytes != 0 ? given->staging_bytes : STAGING_DEFAULT_BYTES;
 
+    ice_status status = transport_apply(client, given);
+    if (status != ICE_OK) {
+        return status;
+    }
     if (given->name == NULL) {
         name_from_program(client->name, sizeof client->name);
     } else if (strlen(given->name) > WIRE_NAME_BYTES_MAX) {
@@ -123,7 +151,7 @@ static ice_status options_apply(ice_client *client, const struct ice_client_opti
     }
 
     if (given->socket_directory == NULL) {
-        ice_status status = control_default_directory(client->directory, sizeof client->directory);
+        status = control_default_directory(client->directory, sizeof client->directory);
         if (status != ICE_OK) {
             return error_set(status, "the default socket directory ($ICECACHE_SOCKET_DIR) is too long");
         }
@@ -175,6 +203,13 @@ static void context_destroy(void *context)
     }
 }
 
+static ice_status connect_now(const ice_client *client, struct session *session)
+{
+    const struct session_options options = {client->context,    client->directory, client->name,
+                                            client->name_space, client->transport, client->wake_fd};
+    return session_connect(session, &options, client_until(client, 0));
+}
+
 static ice_status client_init(ice_client *client, const struct ice_client_options *options)
 {
     client->pid = getpid();
@@ -199,8 +234,7 @@ static ice_status client_init(ice_client *client, const struct ice_client_option
     if (status != ICE_OK) {
         goto no_context;
     }
-    status = session_connect(&client->session, client->context, client->directory, client->name, client->name_space,
-                             client_until(client, 0));
+    status = connect_now(client, &client->session);
     if (status != ICE_OK) {
         goto no_session;
     }
@@ -247,6 +281,7 @@ static void close_forked(ice_client *client)
     if (client->session.control_fd >= 0) {
         (void)close(client->session.control_fd);
     }
+    ring_close_forked(client->session.ring);
     (void)close(client->wake_fd);
     watchdog_close_forked(&client->watchdog);
     free(client); // the staging area is not mapped in a child (MADV_DONTFORK)
@@ -319,8 +354,7 @@ ice_status ice_client_reconnect(ice_client *client)
     }
     watchdog_session(&client->watchdog, -1);
     session_close(&session);
-    status = session_connect(&session, client->context, client->directory, client->name, client->name_space,
-                             client_until(client, 0));
+    status = connect_now(client, &session);
 
     (void)pthread_mutex_lock(&client->lock);
     client->reconnecting = false;

@@ -12,6 +12,7 @@
 
 #include "client/error.h"
 #include "client/handles.h"
+#include "client/ring.h"
 #include "client/staging.h"
 
 #include <errno.h>
@@ -235,9 +236,31 @@ static bool socket_readable(ice_client *client)
     return (events & ZMQ_POLLIN) != 0;
 }
 
+// The same for rings. True: something was received.
+static bool pump_ring(ice_client *client)
+{
+    const void *bytes;
+    size_t size;
+    bool received = false;
+    while (!client->dead && ring_receive(client->session.ring, &bytes, &size)) {
+        take_reply(client, bytes, size);
+        received = true;
+    }
+    if (!client->dead) {
+        client->writable = ring_flush(client->session.ring);
+        if (ring_is_corrupt(client->session.ring)) {
+            exchange_die(client, "the daemon has spoilt the rings; connect again");
+        }
+    }
+    return received;
+}
+
 void exchange_pump(ice_client *client)
 {
     bool was_writable = client->writable, received = false;
+    if (client->session.ring != NULL) {
+        received = pump_ring(client);
+    }
     while (socket_readable(client)) {
         receive_message(client);
         received = true;
@@ -395,8 +418,12 @@ static ice_status header_pack(const Icecache__Wire__Request *request, zmq_msg_t 
 }
 
 // 0, or an errno. The frames stay the caller's: a send that fails after the first frame has rolled that one back.
-static int send_frames(void *socket, zmq_msg_t *header, zmq_msg_t *vectors)
+static int send_frames(const struct session *session, zmq_msg_t *header, zmq_msg_t *vectors)
 {
+    if (session->ring != NULL) {
+        return ring_submit(session->ring, zmq_msg_data(header), zmq_msg_size(header),
+                           vectors != NULL ? zmq_msg_data(vectors) : NULL, vectors != NULL ? zmq_msg_size(vectors) : 0);
+    }
     zmq_msg_t *frames[] = {header, vectors};
     size_t count = vectors != NULL ? 2 : 1;
     for (size_t i = 0; i < count; i++) {
@@ -405,7 +432,7 @@ static int send_frames(void *socket, zmq_msg_t *header, zmq_msg_t *vectors)
             return ENOMEM;
         }
         int flags = ZMQ_DONTWAIT | (i + 1 < count ? ZMQ_SNDMORE : 0);
-        while (zmq_msg_send(&copy, socket, flags) < 0) {
+        while (zmq_msg_send(&copy, session->socket, flags) < 0) {
             if (errno != EINTR) {
                 int error = errno;
                 (void)zmq_msg_close(&copy);
@@ -426,7 +453,7 @@ static ice_status send_waiting(ice_client *client, uint64_t generation, zmq_msg_
                                uint64_t until_us)
 {
     for (;;) {
-        int error = send_frames(client->session.socket, header, vectors);
+        int error = send_frames(&client->session, header, vectors);
         client->writable = error != EAGAIN;
         // Also a failed send may have consumed the edge of ZMQ_FD that the receiver waits for.
         exchange_pump(client);
@@ -437,8 +464,8 @@ static ice_status send_waiting(ice_client *client, uint64_t generation, zmq_msg_
             return error_set(error == ENOMEM ? ICE_NO_MEMORY : ICE_SYSTEM, "sending a request: %s",
                              zmq_strerror(error));
         }
-        // Only a lost connection stops a send (the marks are above the table's size): it comes back, or the control
-        // socket says that the daemon is gone.
+        // With ZeroMQ only a lost connection stops a send (the marks are above the table's size): it comes back, or the
+        // control socket says that the daemon is gone. With rings very much waits for room.
         ice_status status = exchange_wait_until(client, generation, writable, client, until_us);
         if (status == ICE_OK) {
             status = exchange_check(client, generation); // before the socket is touched again
@@ -480,7 +507,7 @@ static void send_forgotten(ice_client *client, Icecache__Wire__Request *request)
     zmq_msg_t header;
     error_hold();
     if (header_pack(request, &header) == ICE_OK) {
-        (void)send_frames(client->session.socket, &header, NULL);
+        (void)send_frames(&client->session, &header, NULL);
         (void)zmq_msg_close(&header);
     }
     error_let_go();

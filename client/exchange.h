@@ -65,6 +65,8 @@ struct ice_client {
     char name[WIRE_NAME_BYTES_MAX + 1];
     char name_space[WIRE_NAME_BYTES_MAX + 1]; // empty: any
     uint64_t deadline_us, staging_bytes;
+    enum ice_transport transport;
+    uint64_t ring_spin_us;
     void *context; // ZeroMQ's
     int wake_fd;   // eventfd: ends the receiver's poll
     _Atomic uint64_t boot_token;
@@ -75,7 +77,7 @@ struct ice_client {
     struct session session;
     uint64_t generation; // of the session; handles carry the one that they were made in
     bool dead, reconnecting;
-    bool writable; // the data socket took messages when its events were last read
+    bool writable; // the data socket, or the ring, took messages when it was last looked at
     char dead_text[256];
 
     struct waiter *waiters;

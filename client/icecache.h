@@ -82,6 +82,14 @@ ICE_API const char *ice_version(void);
 
 // ---- client ----
 
+// How requests and replies travel. Rings are shared memory with wake-ups by eventfd, for which the daemon must have
+// room (icecached --ring-bytes); they are an order of magnitude faster.
+typedef enum ice_transport {
+    ICE_TRANSPORT_AUTO = 0, // $ICECACHE_TRANSPORT (auto, zmq or ring); else rings where they are to be had, else ZeroMQ
+    ICE_TRANSPORT_ZMQ = 1,
+    ICE_TRANSPORT_RING = 2, // or no connection
+} ice_transport;
+
 struct ice_client_options {
     const char *socket_directory; // NULL: $ICECACHE_SOCKET_DIR, /run/icecache for root, else the user's runtime folder
     const char *name;             // shown in logs and statistics; NULL: the program's name
@@ -90,6 +98,10 @@ struct ice_client_options {
     // NULL: the client may use any namespace. Else its sequences and prefixes are of this one where their options name
     // none, and the daemon refuses it any other (ICE_PERMISSION): for programs whose requests come from elsewhere.
     const char *name_space;
+    ice_transport transport;
+    // With rings, how long a call that waits looks at memory before it sleeps. That saves a wake-up where a core is to
+    // spare. 0: not at all; at most 1000.
+    uint32_t ring_spin_us;
 };
 
 // options may be NULL. *out is owned by the caller, written on success only.

@@ -6,6 +6,7 @@
 
 #include "client/error.h"
 #include "client/exchange.h"
+#include "client/ring.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -19,6 +20,7 @@ void session_init(struct session *session)
 
 void session_close(struct session *session)
 {
+    ring_destroy(session->ring);
     if (session->socket != NULL) {
         (void)zmq_close(session->socket);
     }
@@ -47,6 +49,7 @@ static ice_status hello_accept(struct session *session, const Icecache__Wire__Co
     session->vectors_bytes_max = hello->vectors_bytes_max > 0 && hello->vectors_bytes_max < WIRE_VECTORS_BYTES_MAX
                                      ? hello->vectors_bytes_max
                                      : WIRE_VECTORS_BYTES_MAX;
+    session->ring_bytes = hello->ring_bytes;
     memcpy(session->token, hello->session_token.data, WIRE_SESSION_TOKEN_BYTES);
     memcpy(session->endpoint, hello->endpoint, strlen(hello->endpoint) + 1);
     return ICE_OK;
@@ -153,9 +156,26 @@ static ice_status data_connect(struct session *session, void *context, uint64_t 
     return data_wait(session, until_us);
 }
 
-ice_status session_connect(struct session *session, void *context, const char *directory, const char *name,
-                           const char *name_space, uint64_t until_us)
+// Rings where they are wanted and to be had, else ZeroMQ.
+static ice_status transport_connect(struct session *session, const struct session_options *options, uint64_t until_us)
 {
+    if (options->transport == ICE_TRANSPORT_RING && session->ring_bytes == 0) {
+        return error_set(ICE_NOT_SUPPORTED, "the daemon offers no rings (--ring-bytes 0); use another transport");
+    }
+    if (options->transport != ICE_TRANSPORT_ZMQ && session->ring_bytes > 0) {
+        const ice_status status = ring_connect(session, options->wake_fd, until_us, &session->ring);
+        if (status == ICE_OK || options->transport == ICE_TRANSPORT_RING ||
+            status_scope((int)status) != ICE_SCOPE_REQUEST) {
+            return status;
+        }
+        error_clear(); // the daemon has no memory for them, or we: the session itself is sound
+    }
+    return data_connect(session, options->context, until_us);
+}
+
+ice_status session_connect(struct session *session, const struct session_options *options, uint64_t until_us)
+{
+    const char *directory = options->directory;
     char path[108];
     ice_status status = control_path(path, sizeof path, directory, CONTROL_SOCKET_NAME);
     if (status != ICE_OK) {
@@ -168,9 +188,9 @@ ice_status session_connect(struct session *session, void *context, const char *d
         fresh.control_fd = -1;
         return error_set(status, "%s: %s", path, status_text((int)status));
     }
-    status = hello_exchange(&fresh, name, name_space, until_us);
+    status = hello_exchange(&fresh, options->name, options->name_space, until_us);
     if (status == ICE_OK) {
-        status = data_connect(&fresh, context, until_us);
+        status = transport_connect(&fresh, options, until_us);
     }
     if (status != ICE_OK) {
         session_close(&fresh);

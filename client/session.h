@@ -9,13 +9,17 @@
 #include <stdint.h>
 #include <time.h>
 
+struct client_ring;
+
 struct session {
     uint64_t id, boot_token, vectors_bytes_max;
     uint8_t token[WIRE_SESSION_TOKEN_BYTES];
     char endpoint[128];
-    void *socket;   // ZeroMQ DEALER; NULL: none
-    int socket_fd;  // its ZMQ_FD, edge-triggered
-    int control_fd; // -1: none
+    uint64_t ring_bytes;      // of the rings that the daemon offers; 0: none
+    struct client_ring *ring; // owned; requests and replies go through it where there is one, else
+    void *socket;             // ZeroMQ DEALER; NULL: none
+    int socket_fd;            // its ZMQ_FD, edge-triggered
+    int control_fd;           // -1: none
 };
 
 // Now, on the monotonic clock.
@@ -36,10 +40,19 @@ static inline int clock_left_ms(uint64_t until_us)
 
 // An empty session, which session_close accepts.
 void session_init(struct session *session);
-// Says hello on the control socket in the directory and connects the data socket; returns when it can be written to.
-// name_space: the only one that the session may use, empty: any. Written on success only.
-ICE_MUST_CHECK ice_status session_connect(struct session *session, void *context, const char *directory,
-                                          const char *name, const char *name_space, uint64_t until_us);
+struct session_options {
+    void *context; // ZeroMQ's
+    const char *directory, *name;
+    const char *name_space; // the only one that the session may use, empty: any
+    enum ice_transport transport;
+    int wake_fd; // that ends the receiver's wait
+};
+
+// Says hello on the control socket in the directory, then has rings made or connects the data socket; returns when
+// requests can be sent.
+// Written on success only.
+ICE_MUST_CHECK ice_status session_connect(struct session *session, const struct session_options *options,
+                                          uint64_t until_us);
 // Closes both sockets; the daemon frees what the session held.
 void session_close(struct session *session);
 

@@ -1,10 +1,10 @@
 // Waiting without a thread of our own: leader and followers.
 //
-// One waiter at a time is the receiver: it polls the data socket's ZMQ_FD, the control socket and the wake-up eventfd
-// with the lock released, so that submits of other threads go on. All others sleep on their own condition variable.
-// Whoever takes replies in (the receiver, or any thread that has just sent) wakes the waiters whose condition holds
-// now: by their condition variable, the receiver by the eventfd. Who leaves while nobody receives hands the role to
-// the next waiter.
+// One waiter at a time is the receiver: it polls the data socket's ZMQ_FD (or the ring's epoll), the control socket and
+// the wake-up eventfd with the lock released, so that submits of other threads go on. All others sleep on their own
+// condition variable. Whoever takes replies in (the receiver, or any thread that has just sent) wakes the waiters whose
+// condition holds now: by their condition variable, the receiver by the eventfd. Who leaves while nobody receives hands
+// the role to the next waiter.
 //
 // ZMQ_FD is edge-triggered: its edge may be consumed by any call on the socket. Therefore the socket is always emptied
 // (exchange_pump) with the lock held before polling and after every send.
@@ -14,6 +14,7 @@
 #include "client/exchange.h"
 
 #include "client/error.h"
+#include "client/ring.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -70,6 +71,36 @@ static void waiter_remove(ice_client *client, struct waiter *waiter)
     }
 }
 
+// Both with the lock held on both sides of the wait; an error or a signal is one more turn.
+static void wait_for_socket(ice_client *client, uint64_t until_us)
+{
+    struct pollfd polled[] = {
+        {.fd = client->session.socket_fd, .events = POLLIN},
+        {.fd = client->session.control_fd, .events = POLLIN},
+        {.fd = client->wake_fd, .events = POLLIN},
+    };
+    (void)pthread_mutex_unlock(&client->lock);
+    (void)poll(polled, 3, clock_left_ms(until_us));
+    (void)pthread_mutex_lock(&client->lock);
+}
+
+static void wait_for_ring(ice_client *client, uint64_t until_us)
+{
+    struct client_ring *ring = client->session.ring; // reconnect replaces it only when nobody receives
+    if (client->ring_spin_us > 0) {
+        const uint64_t seen = ring->replies.peer;
+        (void)pthread_mutex_unlock(&client->lock);
+        ring_spin(ring, seen, client->ring_spin_us);
+        (void)pthread_mutex_lock(&client->lock);
+    }
+    if (!ring_may_wait(ring)) {
+        return;
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+    ring_wait(ring, clock_left_ms(until_us));
+    (void)pthread_mutex_lock(&client->lock);
+}
+
 // One turn as the receiver: empty the socket, poll with the lock released, take in what came.
 static void receive_turn(ice_client *client, struct waiter *self, uint64_t until_us)
 {
@@ -77,15 +108,12 @@ static void receive_turn(ice_client *client, struct waiter *self, uint64_t until
     if (lost(client, self) || self->ready(self->argument)) {
         return;
     }
-    struct pollfd polled[] = {
-        {.fd = client->session.socket_fd, .events = POLLIN},
-        {.fd = client->session.control_fd, .events = POLLIN},
-        {.fd = client->wake_fd, .events = POLLIN},
-    };
     client->receiver = self;
-    (void)pthread_mutex_unlock(&client->lock);
-    (void)poll(polled, 3, clock_left_ms(until_us)); // an error or a signal is one more turn
-    (void)pthread_mutex_lock(&client->lock);
+    if (client->session.ring != NULL) {
+        wait_for_ring(client, until_us);
+    } else {
+        wait_for_socket(client, until_us);
+    }
     client->receiver = NULL;
     (void)pthread_cond_signal(&client->receiver_left);
     uint64_t count;

@@ -251,7 +251,8 @@ ice_status wire_check_control_request(const Icecache__Wire__ControlRequest *requ
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN:
         return check_landing_open(request->landing_open, error);
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_CLOSE:
-        return ICE_OK; // an id only
+    case ICECACHE__WIRE__CONTROL_REQUEST__BODY_RING_OPEN:
+        return ICE_OK; // an id at most
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY__NOT_SET:
     default:
         return wire_refuse(error, ICE_BAD_MESSAGE,

@@ -66,6 +66,7 @@ static const char help[] =
     "push, "
     "pull\n"
     "                      and host that there is; one only with --ram-cap (host)\n"
+    "  --transport NAME    serve: zmq, ring (or it fails), or auto: a ring where it is to be had (auto)\n"
     "  --ram-cap LIST      serve: shares of the pages, from 0.01 to 1, that memory has room for; all: "
     "1,0.5,0.25,0.1,0.05\n"
     "  --daemon PATH       serve: the daemon to start (icecached beside this program)\n"
@@ -110,6 +111,7 @@ enum {
     WORKERS,
     STEPS,
     PLACE,
+    TRANSPORT,
     RAM_CAP,
     DAEMON,
     BUILD_TOKENS,
@@ -149,6 +151,7 @@ static const struct {
     {WORKERS, "serve"},
     {STEPS, "serve"},
     {PLACE, "serve"},
+    {TRANSPORT, "serve"},
     {RAM_CAP, "serve"},
     {DAEMON, "serve"},
     {BUILD_TOKENS, "serve"},
@@ -187,6 +190,7 @@ static const struct option long_options[] = {
     {"workers", required_argument, NULL, WORKERS},
     {"steps", required_argument, NULL, STEPS},
     {"place", required_argument, NULL, PLACE},
+    {"transport", required_argument, NULL, TRANSPORT},
     {"ram-cap", required_argument, NULL, RAM_CAP},
     {"daemon", required_argument, NULL, DAEMON},
     {"build-tokens", required_argument, NULL, BUILD_TOKENS},
@@ -235,6 +239,19 @@ static bool parse_list(const char *text, uint32_t least, uint32_t most, struct o
     }
     *out = list;
     return true;
+}
+
+const char *const option_transport_names[TRANSPORTS] = {"auto", "zmq", "ring"};
+
+static bool set_transport(struct options *options, const char *text)
+{
+    for (options->transport = 0; options->transport < TRANSPORTS; options->transport++) {
+        if (strcmp(text, option_transport_names[options->transport]) == 0) {
+            return true;
+        }
+    }
+    (void)fprintf(stderr, "icecache-bench: --transport %s: auto, zmq and ring are known\n", text);
+    return false;
 }
 
 const char *const option_place_names[PLACES] = {"host", "pull", "push", "auto"};
@@ -441,6 +458,8 @@ static bool set(struct options *options, int option, const char *text)
         return parse_u32(text, 1, 4096, &options->steps);
     case PLACE:
         return set_places(options, text);
+    case TRANSPORT:
+        return set_transport(options, text);
     case RAM_CAP:
         return set_ram_caps(options, text);
     case DAEMON:

@@ -22,6 +22,10 @@ struct option_list {
 enum option_place { PLACE_HOST, PLACE_PULL, PLACE_PUSH, PLACE_AUTO, PLACES };
 extern const char *const option_place_names[PLACES];
 
+// How workers of serve and the daemon talk, as enum ice_transport.
+enum option_transport { TRANSPORT_AUTO, TRANSPORT_ZMQ, TRANSPORT_RING, TRANSPORTS };
+extern const char *const option_transport_names[TRANSPORTS];
+
 struct option_shares {
     uint32_t count;
     double values[OPTIONS_LIST_MAX + 1];
@@ -53,6 +57,7 @@ struct options {
     struct option_list depths;
     struct option_list workers; // serve: processes
     struct option_list places;  // serve: each once
+    uint32_t transport;         // serve: enum option_transport
     uint32_t steps;             // serve: of a round; 0: as many as the seconds allow
     uint32_t build_tokens;      // serve: of a sequence of the builder; 0: the default
     uint32_t mix_workers;       // serve: 0: none

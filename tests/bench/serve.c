@@ -420,8 +420,10 @@ static void report_place(const struct serve *serve, uint32_t order, json_t *rati
 {
     char key[256];
     json_t *of = json_object();
+    const uint32_t transport = serve->job.transport;
     const enum option_place place = first_set(serve, order)->place;
     set_ratio(of, "overhead_over_raw_zmq", overhead(first_set(serve, order), &serve->base_sets[SERVE_ZMQ].p50));
+    set_ratio(of, "overhead_over_ring", overhead(first_set(serve, order), &serve->base_sets[SERVE_RING].p50));
     set_ratio(of, "overhead_over_raw_zmq_working", overhead(first_set(serve, order), &serve->zmq_beside_work));
     set_ratio(of, "moved_over_turnover", samples_median(&first_set(serve, order)->moved_over_turnover));
     if (is_capped(serve)) {
@@ -429,9 +431,11 @@ static void report_place(const struct serve *serve, uint32_t order, json_t *rati
     } else {
         add_worker_ratios(serve, order, of);
     }
-    (void)snprintf(key, sizeof key, "data=%s,tokens=%u,budget=%u%s%s", serve->data, serve->job.tokens,
+    (void)snprintf(key, sizeof key, "data=%s,tokens=%u,budget=%u%s%s%s%s", serve->data, serve->job.tokens,
                    serve->job.budget, place != PLACE_HOST ? ",place=" : "",
-                   place != PLACE_HOST ? option_place_names[place] : "");
+                   place != PLACE_HOST ? option_place_names[place] : "",
+                   transport != TRANSPORT_AUTO ? ",transport=" : "",
+                   transport != TRANSPORT_AUTO ? option_transport_names[transport] : "");
     (void)json_object_set_new(ratios, key, of);
 }
 
@@ -613,6 +617,7 @@ static int run_data(const struct options *options, const struct serve_job *job, 
     serve->options = options;
     serve->job = *job;
     serve->job.place_count = options->places.count;
+    serve->job.transport = options->transport;
     memcpy(serve->job.places, options->places.values, options->places.count * sizeof *serve->job.places);
     (void)snprintf(serve->data, sizeof serve->data, "%s", name);
     for (uint32_t i = 0; i < options->workers.count; i++) {

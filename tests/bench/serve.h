@@ -52,6 +52,7 @@ struct serve_job {
     uint32_t budget, sinks, window;
     uint32_t places[PLACES]; // enum option_place of its landings
     uint32_t place_count;
+    uint32_t transport; // enum option_transport
     uint64_t seed;
 };
 size_t serve_row_bytes(const struct serve_job *job);

@@ -62,7 +62,8 @@ static bool open_all(struct worker *worker)
     const uint32_t places = job->builds ? 0 : job->place_count;
     const struct ice_client_options options = {.socket_directory = job->sockets,
                                                .name = job->builds ? "bench-builder" : "bench-worker",
-                                               .staging_bytes = STAGING_BYTES};
+                                               .staging_bytes = STAGING_BYTES,
+                                               .transport = (ice_transport)job->transport};
     const ice_status status = ice_client_connect(&options, &worker->client);
     if (status != ICE_OK) {
         return failed("connect", status);

@@ -177,11 +177,12 @@ static int accept_one(struct env *env, int listener, int *fd_out)
     return fails(env, FAULT_ACCEPT) ? error_of(env) : real->accept(real, listener, fd_out);
 }
 
-static ice_status control_send_one(struct env *env, int socket, const void *bytes, size_t size, int fd)
+static ice_status control_send_one(struct env *env, int socket, const void *bytes, size_t size, const int *fds,
+                                   uint32_t count)
 {
     struct env *real = &faulty_of(env)->real;
     return fails(env, FAULT_CONTROL_SEND) ? (ice_status)error_of(env)
-                                          : real->control_send(real, socket, bytes, size, fd);
+                                          : real->control_send(real, socket, bytes, size, fds, count);
 }
 
 static ice_status control_receive_one(struct env *env, int socket, void *bytes, size_t capacity, size_t *size_out,
@@ -192,6 +193,36 @@ static ice_status control_receive_one(struct env *env, int socket, void *bytes, 
     return fails(env, FAULT_CONTROL_RECEIVE)
                ? (ice_status)error_of(env)
                : real->control_receive(real, socket, bytes, capacity, size_out, descriptors);
+}
+
+static int event_open(struct env *env, int *fd_out)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_EVENT) ? error_of(env) : real->event_open(real, fd_out);
+}
+
+static int bell_open(struct env *env, struct env_bell *out)
+{
+    struct env *real = &faulty_of(env)->real;
+    return fails(env, FAULT_BELL) ? error_of(env) : real->bell_open(real, out);
+}
+
+static void bell_ring(struct env *env, const struct env_bell *bell)
+{
+    struct env *real = &faulty_of(env)->real;
+    real->bell_ring(real, bell);
+}
+
+static void bell_passed(struct env *env, struct env_bell *bell)
+{
+    struct env *real = &faulty_of(env)->real;
+    real->bell_passed(real, bell);
+}
+
+static void bell_close(struct env *env, struct env_bell *bell)
+{
+    struct env *real = &faulty_of(env)->real;
+    real->bell_close(real, bell);
 }
 
 static int bus_open(struct env *env, const char *path, mode_t mode, struct env_bus **out)
@@ -373,6 +404,11 @@ void faulty_init(struct faulty *faulty)
         .bus_fd = bus_fd,
         .bus_receive = bus_receive,
         .bus_release = bus_release,
+        .event_open = event_open,
+        .bell_open = bell_open,
+        .bell_ring = bell_ring,
+        .bell_passed = bell_passed,
+        .bell_close = bell_close,
         .bus_send = bus_send,
     };
 }

@@ -13,6 +13,7 @@
     X(ACQUIRE, "acquire") X(RANDOM, "random") X(MAP_REGION, "map_region") X(MEMFD, "memfd_create") \
     X(MAP_SHARED, "map_shared") X(DIRECTORY, "make_directory") X(LOCK, "lock_file") X(UNLINK, "unlink") \
     X(LISTEN, "listen") X(ACCEPT, "accept") X(CONTROL_SEND, "control_send") X(CONTROL_RECEIVE, "control_receive") \
+    X(EVENT, "event_open") X(BELL, "bell_open") \
     X(BUS_OPEN, "bus_open") X(BUS_RECEIVE, "bus_receive") X(BUS_SEND, "bus_send") X(READ_SYSTEM, "read_system") \
     X(OPEN_FOLDER, "open_directory") X(OPEN_FILE, "open_data_file") X(FILE_BYTES, "file_bytes") \
     X(CHECK_FILE, "check_file") X(RESIZE_FILE, "resize_file") X(PREALLOCATE, "preallocate") X(PREAD, "pread") \

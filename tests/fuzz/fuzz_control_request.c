@@ -61,6 +61,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
         check_landing(request->landing_open);
         break;
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_CLOSE:
+    case ICECACHE__WIRE__CONTROL_REQUEST__BODY_RING_OPEN:
         break;
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY__NOT_SET:
     default:

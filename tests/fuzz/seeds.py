@@ -127,6 +127,7 @@ SEEDS = {
         "landing_gpu_twice": u(1, 3) + b(4, LANDING + u(7, 2) + b(8, GPU + packed(3, [1])) + b(8, b(2, bytes(64)))),
         "landing_huge": u(1, 3) + b(4, u(1, 4096) + u(2, 512) + u(3, 32) + u(4, 1 << 24) + u(5, 256) + u(6, 3)),
         "landing_close": u(1, 4) + b(5, u(1, 8)),
+        "ring_open": u(1, 5) + b(6, b""),
         "no_body": u(1, 5),
     },
     "reply": {
@@ -160,7 +161,18 @@ SEEDS = {
         "hello_then_staging": u(1, 1) + b(4, b(3, TOKEN)) + b(5, u(1, 4096)),
         "staging": u(1, 2) + b(5, u(1, 4096)),
         "landing": u(1, 3) + b(6, u(1, 1) + u(2, 12288)),
+        "ring": u(1, 2) + b(7, u(1, 1 << 18)),
         "error": u(1, 4) + u(2, 16) + b(3, "the memory for landings is used up"),
+    },
+    # Scripts of what is written into a ring: a record (below 64), its indices on (below 128, 160), a reply (below 192), a
+    # look (from 192).
+    "ring": {
+        "message": bytes([0]) + struct.pack("<II", 40, 100) + bytes([64, 13, 200, 1, 64, 20, 200, 1]),
+        "no_header": bytes([0]) + struct.pack("<II", 0, 100) + bytes([64, 13, 200, 1]),
+        "huge": bytes([0]) + struct.pack("<II", 2**32 - 1, 2**32 - 1) + bytes([64, 13, 200, 1]),
+        "head_anywhere": bytes([64, 255]) + struct.pack("<Q", 2**63 + 5) + bytes([200, 1]),
+        "replies": bytes([170, 255, 0, 128, 13, 170, 255, 15, 128, 200, 170, 3, 0]),
+        "tail_anywhere": bytes([170, 9, 0, 128, 255]) + struct.pack("<Q", 2**64 - 1) + bytes([170, 9, 0]),
     },
     # Each image as it is; in its header, in its places and in its last bytes a word that is another one.
     "index_image": {

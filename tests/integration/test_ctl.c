@@ -174,16 +174,46 @@ static void check_sequence(const json_t *sequence, const struct ice_sequence_inf
 
 static void check_totals(const json_t *stats, const struct ice_sequence_info *info)
 {
-    static const char *const keys[] = {
-        "version",   "uptime_seconds",    "shards",  "huge_pages", "sessions", "sequences",          "tokens", "pages",
-        "retrieves", "retrieves_partial", "appends", "reads",      "errors",   "sessions_reclaimed", "bytes",  "phases",
-        "gpu",       "sequence",          "service", NULL};
-    static const char *const counts[] = {"refused_inflight",   "refused_overload",  "refused_deadline",
-                                         "refused_messages",   "refused_strangers", "dropped_messages",
-                                         "dropped_replies",    "retrieves_late",    "deadlines_missed",
-                                         "requests_abandoned", "ended_closed",      "ended_mid_request",
-                                         "ended_no_hello",     "ended_deaf",        "ended_deaf_control",
-                                         "ended_flood",        "ended_bad_control", NULL};
+    static const char *const keys[] = {"version",
+                                       "uptime_seconds",
+                                       "shards",
+                                       "huge_pages",
+                                       "sessions",
+                                       "ring_sessions",
+                                       "sequences",
+                                       "tokens",
+                                       "pages",
+                                       "retrieves",
+                                       "retrieves_partial",
+                                       "appends",
+                                       "reads",
+                                       "errors",
+                                       "sessions_reclaimed",
+                                       "bytes",
+                                       "phases",
+                                       "gpu",
+                                       "sequence",
+                                       "service",
+                                       NULL};
+    static const char *const counts[] = {"refused_inflight",
+                                         "refused_overload",
+                                         "refused_deadline",
+                                         "refused_messages",
+                                         "refused_strangers",
+                                         "dropped_messages",
+                                         "dropped_replies",
+                                         "retrieves_late",
+                                         "deadlines_missed",
+                                         "requests_abandoned",
+                                         "ended_closed",
+                                         "ended_mid_request",
+                                         "ended_no_hello",
+                                         "ended_deaf",
+                                         "ended_deaf_control",
+                                         "ended_flood",
+                                         "ended_bad_control",
+                                         "ended_spoilt_ring",
+                                         NULL};
     static const char *const kinds[] = {"moved",          "pool",   "pool_capacity",   "pool_huge", "index",
                                         "index_capacity", "shared", "shared_capacity", NULL};
     check_keys(stats, keys);

@@ -576,9 +576,21 @@ class Client:
     """One session with the daemon. Its calls may come from any thread, except close.
 
     name_space: the only namespace that it may use, and that of all sequences that name none.
+    transport: "auto", "zmq" or "ring" (ice_transport). ring_spin_us: how long a wait looks before it sleeps.
     """
 
-    def __init__(self, socket_directory=None, name=None, deadline_us=0, staging_bytes=0, name_space=None):
+    def __init__(
+        self,
+        socket_directory=None,
+        name=None,
+        deadline_us=0,
+        staging_bytes=0,
+        name_space=None,
+        transport="auto",
+        ring_spin_us=0,
+    ):
+        if transport not in _library.TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(_library.TRANSPORTS)}")
         self._handle = None
         self._children = weakref.WeakSet()
         options = _library.ClientOptions(
@@ -587,6 +599,8 @@ class Client:
             deadline_us,
             staging_bytes,
             None if name_space is None else name_space.encode(),
+            _library.TRANSPORTS.index(transport),
+            ring_spin_us,
         )
         handle = c_void_p()
         _check(library().ice_client_connect(byref(options), byref(handle)))

@@ -60,6 +60,9 @@ SESSION_LOST = frozenset(
 )
 
 
+TRANSPORTS = ("auto", "zmq", "ring")  # as enum ice_transport
+
+
 class ClientOptions(ctypes.Structure):
     _fields_ = [
         ("socket_directory", c_char_p),
@@ -67,6 +70,8 @@ class ClientOptions(ctypes.Structure):
         ("deadline_us", c_uint64),
         ("staging_bytes", c_uint64),
         ("name_space", c_char_p),
+        ("transport", c_int),
+        ("ring_spin_us", c_uint32),
     ]
 
 

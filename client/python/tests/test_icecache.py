@@ -106,7 +106,8 @@ class HeaderTest(unittest.TestCase):
             "ice_retrieve_options": _library.RetrieveOptions,
             "ice_retrieve_result": _library.RetrieveResult,
         }
-        sizes = {"uint32_t": 4, "float": 4, "bool": 1, "ice_dtype": 4, "uint64_t": 8, "size_t": 8, "int": 4, "char": 1}
+        sizes = {"uint32_t": 4, "float": 4, "bool": 1, "ice_dtype": 4, "ice_transport": 4}
+        sizes |= {"uint64_t": 8, "size_t": 8, "int": 4, "char": 1}
         for name, structure in structures.items():
             body = re.search(r"struct %s \{\n(.*?)\n\};" % name, self.header, re.S).group(1)
             body = re.sub(r"//.*", "", body)

@@ -183,10 +183,15 @@ struct op_followed {
     uint32_t count;
 };
 struct op_followed op_follow(const struct op *op, uint32_t i, const struct record_cell *anchor);
-// Shards (op_lane.c).
+// Shards (op_phase.c).
 void op_lane_run(struct task *task, void *shard);
 // Goes on with every part of the shard that waits for pages or room. Returns when the next one's time is up.
 uint64_t op_lane_run_parked(struct shard *shard, uint64_t now_ns);
+// What a dead session has in flight is only finished as far as the lane needs it: nobody waits for the answer, but the
+// session's memory waits for its requests. LANE_WAITS: a prepare is to be tried again, or a gather finishes the part.
+ICE_MUST_CHECK ice_status op_lane_phase(struct op_lane *part, struct shard *shard);
+// The selection is in its slots: the worker may see it. *spent_ns: what it has taken since it was known.
+void op_lane_end_copy(struct op_lane *part, uint64_t *spent_ns);
 // Ends a part whose gather is over.
 void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status);
 void op_start_phase(struct op *op, enum op_phase phase);

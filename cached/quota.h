@@ -1,6 +1,6 @@
 // What a stem takes, counted for itself and for its namespace, and what a sequence may take. The counting is for any
-// thread that owns what it counts, the rest is the reactor's. All counting of pages and trees is done here: what several
-// sequences share is counted once.
+// thread that owns what it counts, the rest is the reactor's. All counting of pages and trees is done here: what
+// several sequences share is counted once.
 #ifndef ICECACHE_CACHED_QUOTA_H
 #define ICECACHE_CACHED_QUOTA_H
 

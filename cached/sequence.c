@@ -322,8 +322,7 @@ ice_status sequence_fork(struct sequence *parent, uint64_t tokens, char *text, s
 {
     struct server *server = parent->server;
     struct sequence *child;
-    ice_status status =
-        allocate(server, parent->tenant, parent->shape.layers, parent->shape.kv_heads, text, &child);
+    ice_status status = allocate(server, parent->tenant, parent->shape.layers, parent->shape.kv_heads, text, &child);
     if (status != ICE_OK)
         return status;
     child->identity = parent->identity;

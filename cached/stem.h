@@ -35,11 +35,11 @@ struct stem {
     // Immutable.
     struct server *server;
     struct tenant *tenant; // its sequences' namespace; NULL: it is not counted
-    uint64_t sequence_id; // that it was made for: for the log
-    uint64_t root;        // its lanes' shards are a function of it, the same for all stems of a chain
-    uint64_t seed;        // of its trees, likewise
-    uint64_t first;       // where it begins in its sequences
-    uint32_t depth;       // stems before it
+    uint64_t sequence_id;  // that it was made for: for the log
+    uint64_t root;         // its lanes' shards are a function of it, the same for all stems of a chain
+    uint64_t seed;         // of its trees, likewise
+    uint64_t first;        // where it begins in its sequences
+    uint32_t depth;        // stems before it
     struct wire_shape shape;
     size_t row_bytes;     // one K or V row
     uint64_t frame_bytes; // a page in memory and, with a disk, in its extent: then a multiple of DISK_ALIGN

@@ -56,7 +56,7 @@ void world_init(struct world *world, const struct world_shape *shape, uint64_t s
                                        .seed = 1,
                                        .sequences_max = WORLD_SEQUENCES,
                                        .tokens_max = WORLD_TOKENS,
-                                          .namespaces_max = 1}};
+                                       .namespaces_max = 1}};
     struct server *server = &world->server;
     world_now_ns = 1000000000u;
     env_linux_init(&world->env);

@@ -10,6 +10,7 @@ from typing import List
 
 from . import _library
 from ._buffers import Buffer, kv_layout
+from ._gpu import gpu_layout, gpu_memory, is_on_gpu
 from ._library import SESSION_LOST, Status, library
 
 __all__ = [
@@ -279,56 +280,10 @@ class GpuArray:
         }
 
 
-def _is_on_gpu(array):
-    """A torch tensor says so itself: not every dtype of it has the interface."""
-    is_cuda = getattr(array, "is_cuda", None)
-    return is_cuda if isinstance(is_cuda, bool) else hasattr(array, "__cuda_array_interface__")
-
-
 def _vectors_on_gpu(queries, keys):
     """Where a retrieve's vectors are; a layer that follows an anchor has no queries."""
     first = keys if queries is None else queries
-    return first is not None and _is_on_gpu(first)
-
-
-def _gpu_memory(memory, name="the GPU memory of a landing"):
-    """(address, bytes) of a contiguous array on a GPU."""
-    interface = getattr(memory, "__cuda_array_interface__", None) if not hasattr(memory, "data_ptr") else None
-    if interface is not None:
-        if interface.get("strides") is not None:
-            raise ValueError(f"{name} must be contiguous")
-        nbytes = int(interface["typestr"][2:])
-        for count in interface["shape"]:
-            nbytes *= count
-        return interface["data"][0], nbytes
-    if not memory.is_contiguous():
-        raise ValueError(f"{name} must be contiguous")
-    return memory.data_ptr(), memory.numel() * memory.element_size()
-
-
-def _gpu_layout(array, dtype):
-    """(address, shape, strides in bytes) of an array on a GPU, whose elements must be of this dtype.
-
-    Where they have as many bytes and are integers they are taken for bit patterns.
-    """
-    name = str(array.dtype) if hasattr(array, "data_ptr") else array.__cuda_array_interface__["typestr"]
-    names = {
-        "bf16": ("torch.bfloat16", "torch.int16", "torch.uint16", "<i2", "<u2", "<V2"),
-        "fp16": ("torch.float16", "torch.int16", "torch.uint16", "<f2", "<i2", "<u2"),
-        "fp32": ("torch.float32", "torch.int32", "torch.uint32", "<f4", "<i4", "<u4"),
-    }
-    if name not in names[dtype]:
-        raise ValueError(f"elements are {name}, the sequence's are {dtype}")
-    if hasattr(array, "data_ptr"):
-        size = array.element_size()
-        return array.data_ptr(), tuple(array.shape), tuple(stride * size for stride in array.stride())
-    interface = array.__cuda_array_interface__
-    shape, strides = tuple(interface["shape"]), interface.get("strides")
-    if strides is None:
-        strides = [int(interface["typestr"][2:])]
-        for count in reversed(shape[1:]):
-            strides.insert(0, strides[0] * count)
-    return interface["data"][0], shape, tuple(strides)
+    return first is not None and is_on_gpu(first)
 
 
 class GpuLanding(_Handle):
@@ -450,7 +405,7 @@ class Sequence(_Handle):
         """
         handle = self._open()
         length = c_uint64()
-        layouts = [_gpu_layout(array, self.dtype) for array in (keys, values)]
+        layouts = [gpu_layout(array, self.dtype) for array in (keys, values)]
         if layouts[0][1:] != layouts[1][1:]:
             raise ValueError("keys and values must have the same shape and strides")
         _, shape, strides = layouts[0]
@@ -538,10 +493,10 @@ def _selection(result):
 
 def _packed(stack, name, array, nbytes, on_gpu):
     """The address of a packed array of this size; in host memory it is borrowed until the stack's end."""
-    if _is_on_gpu(array) != on_gpu:
+    if is_on_gpu(array) != on_gpu:
         raise ValueError("queries, keys and values must all be in host memory or all in GPU memory")
     if on_gpu:
-        address, found = _gpu_memory(array, name)
+        address, found = gpu_memory(array, name)
     else:
         buffer = stack.enter_context(Buffer(array))
         address, found = buffer.address, buffer.nbytes if buffer.is_packed() else None
@@ -665,7 +620,7 @@ class Client:
             if copy not in _COPIES:
                 raise ValueError(f"copy {copy!r} is none of {', '.join(_COPIES)}")
             number = isinstance(gpu, int)
-            address, nbytes = (0, 0) if number else _gpu_memory(gpu)
+            address, nbytes = (0, 0) if number else gpu_memory(gpu)
             options = _library.GpuOptions(address, nbytes, gpu if number else 0, _MODES[mode], _COPIES[copy])
             _check(library().ice_landing_open_gpu(self._open(), byref(shape), byref(options), deadline_us, byref(handle)))
             return GpuLanding(self, handle, shape, dtype, None if number else gpu)

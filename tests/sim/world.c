@@ -175,7 +175,7 @@ static void copy_content(const struct member *member, uint8_t *keys, uint8_t *va
                          const uint8_t *from_values, uint64_t tokens)
 {
     for (uint32_t head = 0; head < WORLD_HEADS; head++) {
-        const size_t at = (size_t)(model_row(NULL, member, head, 0) - (uint8_t *)NULL);
+        const size_t at = (size_t)head * WORLD_TOKENS * member_row_bytes(member);
         memcpy(keys + at, from_keys + at, tokens * member_row_bytes(member));
         memcpy(values + at, from_values + at, tokens * member_row_bytes(member));
     }

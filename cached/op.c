@@ -381,8 +381,10 @@ static bool take_stems(struct op *op)
     uint32_t count = 0;
     for (uint32_t i = 0; i <= sequence->chain_count; i++)
         count += concerns(op, sequence_stem(sequence, i)) ? sequence->own->lane_count : 0;
-    op->lanes = count > 0 ? env_acquire_zeroed(env, count * sizeof *op->lanes) : NULL;
-    if (count > 0 && !op->lanes)
+    if (count == 0)
+        return true;
+    op->lanes = env_acquire_zeroed(env, count * sizeof *op->lanes);
+    if (!op->lanes)
         return false;
     op->lanes_bytes = count * sizeof *op->lanes;
     for (uint32_t i = 0; i <= sequence->chain_count; i++) {

@@ -24,7 +24,7 @@
 #define SERVER_BUILD_UNITS        8000u // work units of a clustering slice, while which a decode task may wait: 0.05 to 0.2 ms
 #define SERVER_PLAN_PAGES         128u         // pages that a slice of a plan gives frames to
 #define SERVER_MOVE_BYTES         65536u       // K and V that a slice of a plan copies
-#define SERVER_APPEND_SLICE_BYTES (256u << 10) // K and V that a slice of an append or read copies: 0.1 to 0.3 ms
+#define SERVER_APPEND_SLICE_BYTES (256u << 10) // K and V that a slice of an append or read copies: below 1 ms
 #define SERVER_WAITING_SLICE_NS   300000u      // going on with appends that waited, until others have their turn
 #define SERVER_BUILD_AFTER        64u          // tasks, while a lane waits for clustering: then a slice of it is next
 #define SERVER_SPARE_CHUNK_BYTES  (6ull << 20) // of index memory for each shard, beyond --index-bytes, that lies idle

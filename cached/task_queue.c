@@ -28,11 +28,9 @@ void task_queue_push(struct task_queue *queue, enum task_class class, struct tas
 void task_queue_push_chain(struct task_queue *queue, enum task_class class, struct task *first, struct task *last)
 {
     pthread_mutex_lock(&queue->lock);
-    for (struct task *task = first, *next;; task = next) {
-        next = (struct task *)task->node.next; // the node is the task's first member
+    for (struct task *task = first, *next; task; task = next) {
+        next = task == last ? NULL : (struct task *)task->node.next; // the node is the task's first member
         fair_queue_push(&queue->waiting, (enum fair_class) class, task->flow, &task->node);
-        if (task == last)
-            break;
     }
     pthread_mutex_unlock(&queue->lock);
     pthread_cond_signal(&queue->ready); // behind the lock, so that whoever wakes does not find it taken

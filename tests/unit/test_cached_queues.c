@@ -29,7 +29,7 @@ static void test_classes(void **state)
 {
     (void)state;
     struct task_queue queue;
-    struct task tasks[9];
+    struct task tasks[9] = {0};
     bool stopped;
     task_queue_init(&queue);
     for (int i = 0; i < 9; i++)

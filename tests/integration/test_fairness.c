@@ -211,8 +211,7 @@ static int run_deaf(int argc, char **argv)
     for (uint32_t i = 0; !input_ended(); i++) {
         if (i < 20000)
             send_stats(&hostile.raw);
-        if (i % 32 == 0) // not so fast that it would be a flood
-            sleep_us(1000);
+        sleep_us(1000); // not so fast that it would be a flood, also where all are refused
     }
     raw_close(&hostile.raw);
     return 0;
@@ -519,7 +518,7 @@ static void a_deaf_worker(void **state)
     start(&child, daemon, "deaf", NULL, NULL);
     expect_served(&good, "a worker that does not read");
     const uint64_t until = now_us() + TEST_DEADLINE_US;
-    while (count_of(daemon, "ended_deaf") == 0)
+    for (; count_of(daemon, "ended_deaf") == 0; sleep_us(20000))
         assert_true(now_us() < until);
     expect_logged(daemon, "does not read its replies");
     stats_wait(daemon, &good.held, GIVEN_BACK_US);

@@ -69,7 +69,7 @@ struct lane_input {
 // No status of the protocol: pages are on their way, or room is being made; try again after the shard's next wake-up.
 #define LANE_WAITS ((ice_status)0x7fff)
 
-// Neither: as much as a slice of work does has been done (SERVER_MOVE_BYTES), call again when others had their turn.
+// Neither: a slice's worth of work is done (SERVER_APPEND_SLICE_BYTES); call again when others had their turn.
 #define LANE_CUT ((ice_status)0x7ffe)
 
 // Do the stored tokens input->first .. first+tokens-1 equal the input's first rows, byte for byte? ICE_CONFLICT where

@@ -1,4 +1,4 @@
-// Quotas of sequences, see quota.h. Estimates are of what tokens take on the whole: pages as if they were full, of a
+// Quotas, see quota.h. Estimates are of what tokens take on the whole: pages as if they were full, of a
 // tree the codes and places of its tokens. So a step of one token needs a token's worth, and not a new page in each
 // lane; the pages that clustering leaves half empty are counted when they are there.
 #include "cached/quota.h"

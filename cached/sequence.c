@@ -143,7 +143,7 @@ static const uint32_t *anchors_of(const Icecache__Wire__SequenceOpen *message)
     return message->n_anchor_layers > 0 ? message->anchor_layers : NULL;
 }
 
-// The tokens below `end` of what a chain has become no more than that; the rest of the chain is let go of.
+// Cuts the chain at token `end`: stems that begin there or later are released, and none is used beyond it.
 static void let_go_from(struct sequence *sequence, uint64_t end)
 {
     uint32_t count = sequence->chain_count;

@@ -95,7 +95,7 @@ void stem_hold(struct stem *stem);
 // One chain less. True where it was the last one: then its lanes are destroyed, and `told` hears of its end by
 // sequence_stem_gone.
 bool stem_release(struct stem *stem, struct sequence *told);
-// No appends come any more.
+// Other chains may hold it now, and no appends come any more.
 void stem_share(struct stem *stem, const struct sequence *by);
 
 // Room for `pages` that appends will make: extents where there is a disk, which pages can then leave for, frames of the

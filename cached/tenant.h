@@ -4,8 +4,8 @@
 // reactor owns the table; shards count what their lanes take through the functions at the end of this file, and only
 // these.
 //
-// Every sequence and every sealed prefix counts all that it names: what two of them share counts for both. So what a
-// sequence costs its namespace does not change when another one goes.
+// Pages and trees of sequences are counted once, by the stem that they stand in (quota.h), however many sequences
+// share it. A sealed prefix counts all that it names besides, whether sequences use it or not.
 //
 // RAM is pages in memory and trees. Where there is a disk, pages of a namespace over its quota leave for it (tier.c)
 // and its idle sequences fall asleep (idle.c), so only trees are refused for. An append is refused for what it brings;

@@ -202,7 +202,7 @@ static void after_deadlines(void **state)
         struct ice_landing_view view;
         const bool hurried = i % 2 == 0;
         retrieve_init(&retrieve, &worker, &history, 0, LENGTH - 1 - random_below(&random, 600), 1);
-        retrieve.options.deadline_us = hurried ? 100 + random_below(&random, 400) : 0;
+        retrieve.options.deadline_us = hurried ? (8 + random_below(&random, 8)) << random_below(&random, 6) : 0;
         if (i % 4 > 1)
             retrieve.options.keep = (uint32_t)random_below(&random, retrieve.options.budget + 1);
         ice_status status = ice_retrieve(worker.client, &retrieve.options, &result);

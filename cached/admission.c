@@ -9,7 +9,8 @@
 
 static bool is_counted(const struct op *op)
 {
-    return op->kind == OP_RETRIEVE || op->kind == OP_APPEND || op->kind == OP_READ || op->kind == OP_SEAL;
+    return op->kind == OP_RETRIEVE || op->kind == OP_APPEND || op->kind == OP_READ || op->kind == OP_SEAL ||
+           op->kind == OP_HINT;
 }
 
 static enum admission_class class_of(const struct op *op)

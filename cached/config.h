@@ -32,7 +32,7 @@
     X(landings_max,          "landings-max",          NUMBER,   64,          1,          4096,       "landings per session") \
     X(inflight_max,          "inflight-max",          NUMBER,   256,         1,          1024,       "requests in flight per session") \
     X(decode_queue_max,      "decode-queue-max",      NUMBER,   4096,        1,          1u << 20,   "retrieves in flight, of all sessions; one below its share of them is never refused") \
-    X(bulk_queue_max,        "bulk-queue-max",        NUMBER,   1024,        1,          1u << 20,   "appends, reads and seals in flight, likewise") \
+    X(bulk_queue_max,        "bulk-queue-max",        NUMBER,   1024,        1,          1u << 20,   "appends, reads, seals and hints in flight, likewise") \
     X(tokens_max,            "tokens-max",            NUMBER,   1u << 20,    1,          1u << 24,   "positions per sequence") \
     X(ring_bytes,            "ring-bytes",            SIZE,     256ull << 10,0,          16ull << 20, "size of each of a session's two rings, a part of --shared-bytes; 0: workers use ZeroMQ") \
     X(staging_bytes_max,     "staging-bytes-max",     SIZE,     256ull << 20,1u << 12,   1ull << 40, "largest staging area of a session") \

@@ -14,6 +14,7 @@
     X(dropped_messages)   /* of those two kinds, beyond INTAKE_STRANGERS_PER_S: not answered */                        \
     X(dropped_replies)    /* to those two kinds, which nobody took */                                                  \
     X(retrieves_late)     /* answered without a search, their deadline had passed when their turn came */              \
+    X(hints_late)         /* given up, their deadline had passed when their turn came */                               \
     X(deadlines_missed)   /* retrieves answered after their deadline */                                                \
     X(requests_abandoned) /* in flight or queued when their session ended */                                           \
     X(ended_closed)       /* sessions that their workers closed with nothing in flight, or that died so */             \

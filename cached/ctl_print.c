@@ -42,6 +42,12 @@ static void print_spill(const Icecache__Wire__SpillStats *spill)
            spill->prefixes_expired);
     printf("  ahead    read %" PRIu64 "  used %" PRIu64 "  wasted %" PRIu64 "\n", spill->ahead, spill->ahead_used,
            spill->ahead_wasted);
+    const uint64_t known = spill->hinted_used + spill->hinted_wasted;
+    printf("  hinted   read %" PRIu64 "  used %" PRIu64 "  wasted %" PRIu64 "  late %" PRIu64 "  dropped %" PRIu64,
+           spill->hinted, spill->hinted_used, spill->hinted_wasted, spill->hinted_late, spill->hinted_dropped);
+    if (known > 0)
+        printf("  (%.1f %% useful)", 100.0 * (double)spill->hinted_used / (double)known);
+    printf("\n");
 }
 
 static void print_gpu(const Icecache__Wire__GpuStats *gpu)
@@ -78,9 +84,9 @@ static void print_totals(const Icecache__Wire__StatsReply *stats)
            size_text(stats->pool_capacity_bytes, whole, sizeof whole));
     printf("sessions %u (%u by rings)  sequences %u  tokens %" PRIu64 "  pages %" PRIu64 "\n", stats->sessions,
            stats->ring_sessions, stats->sequences, stats->tokens, stats->pages);
-    printf("retrieves %" PRIu64 " (%" PRIu64 " partial)  appends %" PRIu64 "  reads %" PRIu64 "  errors %" PRIu64
-           "  moved %s\n",
-           stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->errors,
+    printf("retrieves %" PRIu64 " (%" PRIu64 " partial)  appends %" PRIu64 "  reads %" PRIu64 "  hints %" PRIu64
+           "  errors %" PRIu64 "  moved %s\n",
+           stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->hints, stats->errors,
            size_text(stats->bytes_moved, text, sizeof text));
     print_service(stats);
     printf("memory\n");
@@ -151,8 +157,8 @@ static void json_totals(const Icecache__Wire__StatsReply *stats)
     printf(",\"sessions\":%u,\"ring_sessions\":%u,\"sequences\":%u,\"tokens\":%" PRIu64 ",\"pages\":%" PRIu64,
            stats->sessions, stats->ring_sessions, stats->sequences, stats->tokens, stats->pages);
     printf(",\"retrieves\":%" PRIu64 ",\"retrieves_partial\":%" PRIu64 ",\"appends\":%" PRIu64 ",\"reads\":%" PRIu64
-           ",\"errors\":%" PRIu64 ",\"sessions_reclaimed\":%" PRIu64,
-           stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->errors,
+           ",\"hints\":%" PRIu64 ",\"errors\":%" PRIu64 ",\"sessions_reclaimed\":%" PRIu64,
+           stats->retrieves, stats->retrieves_partial, stats->appends, stats->reads, stats->hints, stats->errors,
            stats->sessions_reclaimed);
     printf(",\"bytes\":{\"moved\":%" PRIu64 ",\"pool\":%" PRIu64 ",\"pool_capacity\":%" PRIu64 ",\"pool_huge\":%" PRIu64
            ",\"index\":%" PRIu64 ",\"index_capacity\":%" PRIu64 ",\"shared\":%" PRIu64 ",\"shared_capacity\":%" PRIu64
@@ -194,6 +200,9 @@ static void json_spill(const Icecache__Wire__SpillStats *spill)
            ",\"ahead_used\":%" PRIu64 ",\"ahead_wasted\":%" PRIu64,
            spill->in_flight, spill->waiting, spill->prefixes, spill->hibernated, spill->ahead, spill->ahead_used,
            spill->ahead_wasted);
+    printf(",\"hinted\":%" PRIu64 ",\"hinted_used\":%" PRIu64 ",\"hinted_wasted\":%" PRIu64 ",\"hinted_late\":%" PRIu64
+           ",\"hinted_dropped\":%" PRIu64,
+           spill->hinted, spill->hinted_used, spill->hinted_wasted, spill->hinted_late, spill->hinted_dropped);
     printf(",\"prefixes_evicted\":%" PRIu64 ",\"prefixes_expired\":%" PRIu64 "}", spill->prefixes_evicted,
            spill->prefixes_expired);
 }

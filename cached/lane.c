@@ -172,10 +172,12 @@ ice_status lane_page_make(struct lane *lane, struct shard *shard, uint32_t page,
             return ICE_SPILL_FULL;
     }
     lane->pages[page] = (struct page){.extent = extent, .flags = PAGE_USED};
+    lane->absent++;
     if (!tier_take_frame(shard, lane, page, promised ? &stem->frames_promised : NULL)) {
         if (extent != EXTENT_NONE)
             extents_release(server->extents, &extent, 1);
         lane->pages[page] = (struct page){0};
+        lane->absent--;
         lane->lacks_room = true;
         return tier_serves(server) ? LANE_WAITS : ICE_POOL_FULL;
     }
@@ -456,7 +458,7 @@ static void free_tables(struct lane *lane)
     index_release(lane, lane->fresh_pages, lane->fresh_capacity * sizeof *lane->fresh_pages);
     lane->pages = NULL;
     lane->fresh_pages = NULL;
-    lane->page_capacity = lane->fresh_capacity = 0;
+    lane->page_capacity = lane->fresh_capacity = lane->absent = 0;
 }
 
 ice_status lane_need(struct lane *lane, struct shard *shard)
@@ -483,6 +485,7 @@ ice_status lane_need(struct lane *lane, struct shard *shard)
 void lane_fall_asleep(struct lane *lane, struct shard *shard, struct image *image)
 {
     shard_lane_forget(shard, lane);
+    tier_forget_wishes(shard, lane);
     lane_release_rows(lane);
     index_destroy(lane->index);
     lane->index = NULL;
@@ -542,6 +545,7 @@ ice_status lane_load_page(struct lane *lane, uint32_t page, uint32_t extent, uin
     if (!ensure_page_table(lane, page))
         return ICE_INDEX_FULL;
     lane->pages[page] = (struct page){.checksum = checksum, .extent = extent, .flags = PAGE_USED | PAGE_CLEAN};
+    lane->absent++;
     if (lane->image_is_prefix)
         extents_hold(lane_server(lane)->extents, &extent, 1);
     return ICE_OK;
@@ -613,6 +617,7 @@ void lane_woken(struct lane *lane, struct shard *shard, ice_status status)
 
 static void destroy_awake(struct lane *lane, struct shard *shard)
 {
+    tier_forget_wishes(shard, lane);
     lane_release_rows(lane);
     index_destroy(lane->index);
     lane->index = NULL;

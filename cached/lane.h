@@ -41,7 +41,9 @@ struct lane {
     struct index *index;     // made at the first append
     struct page *pages;      // by the index's number
     uint32_t page_capacity;
-    uint32_t *fresh_pages; // pages made by the prepared append
+    uint32_t absent;        // of its pages, not in memory
+    struct tier_bets hints; // pages that hints brought
+    uint32_t *fresh_pages;  // pages made by the prepared append
     uint32_t fresh_count, fresh_capacity;
     uint32_t prepared_tokens;         // that the index has taken in, of which
     uint32_t stored_tokens;           // so many have their rows: fewer while the append waits for pages or room
@@ -95,13 +97,13 @@ uint64_t lane_length(const struct lane *lane);
 void lane_read(const struct lane *lane, uint64_t first, uint32_t tokens, uint8_t *keys, uint8_t *values);
 // One token's K row and, right behind it, its V row, which counts as a use of its page; NULL, which does not, where the
 // page is not in memory. Borrowed until the shard's next task.
-static inline const uint8_t *lane_token(const struct lane *lane, struct index_place place, size_t token_bytes)
+static inline const uint8_t *lane_token(struct lane *lane, struct index_place place, size_t token_bytes)
 {
     struct page *page = &lane->pages[place.page];
     if (!page->memory)
         return NULL;
-    if (page->flags & PAGE_AHEAD)
-        tier_ahead_used(lane, page);
+    if (page->flags & (PAGE_AHEAD | PAGE_HINTED))
+        tier_early_used(lane, page);
     if (!page->visited) // mostly it is: then its cache line stays shared
         page->visited = 1;
     return page->memory + place.row * token_bytes;

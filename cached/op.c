@@ -19,13 +19,24 @@
 
 static bool admit(struct sequence *sequence, const struct admission *admission)
 {
-    if (sequence->writer || (admission->exclusive && sequence->readers > 0))
-        return false;
-    if (admission->exclusive)
-        sequence->writer = true;
-    else
+    switch (admission->mode) {
+    case ADMIT_READ:
+        if (sequence->writer)
+            return false;
         sequence->readers++;
-    return true;
+        return true;
+    case ADMIT_HINT:
+        if (sequence->is_alone)
+            return false;
+        sequence->hints++;
+        return true;
+    default:
+        if (sequence->writer || sequence->readers > 0 || (admission->mode == ADMIT_ALONE && sequence->hints > 0))
+            return false;
+        sequence->writer = true;
+        sequence->is_alone = admission->mode == ADMIT_ALONE;
+        return true;
+    }
 }
 
 static void op_begin(struct op *op);
@@ -58,10 +69,17 @@ static void admission_enter(struct admission *admission)
 static void admission_leave(struct admission *admission)
 {
     struct sequence *sequence = admission->sequence;
-    if (admission->exclusive)
-        sequence->writer = false;
-    else
+    switch (admission->mode) {
+    case ADMIT_READ:
         sequence->readers--;
+        return;
+    case ADMIT_HINT:
+        sequence->hints--;
+        return;
+    default:
+        sequence->writer = sequence->is_alone = false;
+        return;
+    }
 }
 
 // Starts what may start now that something has left the sequence.
@@ -442,6 +460,8 @@ static enum op_phase first_phase(const struct op *op)
         return PHASE_SAVE;
     case OP_WAKE:
         return PHASE_WAKE;
+    case OP_HINT:
+        return PHASE_HINT;
     default:
         return op->append ? PHASE_PREPARE : PHASE_SEARCH;
     }
@@ -471,6 +491,10 @@ static void op_begin(struct op *op)
         quota_note_refused(op);
     if (status != ICE_OK) {
         op_finish(op, status, text);
+        return;
+    }
+    if (op->kind == OP_HINT && !tier_serves(op->server)) {
+        op_finish(op, ICE_OK, NULL); // all that there is is in memory
         return;
     }
     if (op->kind == OP_SEAL && op_seal_is_known(op)) {
@@ -604,6 +628,15 @@ static void note_deadline(struct op *op, uint64_t now_ns)
         admission_learn(op->server, op);
 }
 
+static void note_hint(const struct op *op)
+{
+    bool late = false;
+    for (uint32_t i = 0; i < op->lane_count; i++)
+        late |= op->lanes[i].late;
+    op->server->stats.hints++;
+    op->server->counts.hints_late += late;
+}
+
 static void note_stats(struct op *op, ice_status status)
 {
     struct server_stats *stats = &op->server->stats;
@@ -629,6 +662,8 @@ static void note_stats(struct op *op, ice_status status)
         histogram_add(&stats->read, now - op->received_ns);
         return;
     }
+    if (op->kind == OP_HINT)
+        note_hint(op);
     if (op->kind != OP_RETRIEVE)
         return;
     const struct op_totals totals = op_totals(op);

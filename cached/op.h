@@ -4,9 +4,9 @@
 //   (reactor)
 //
 // Phases: APPEND and TRUNCATE = prepare, then commit or drop; RETRIEVE = search, or prepare, then commit and search, or
-// drop; READ = read; SEAL and SLEEP = save; WAKE = wake; FORK has none. The shard that finishes a phase last starts the
-// next one; the last phase's last shard hands the op to the reactor, or to the copier of a GPU, which does so when the
-// selections are there.
+// drop; READ = read; SEAL and SLEEP = save; WAKE = wake; HINT = hint; FORK has none. The shard that finishes a phase
+// last starts the next one; the last phase's last shard hands the op to the reactor, or to the copier of a GPU, which
+// does so when the selections are there.
 #ifndef ICECACHE_CACHED_OP_H
 #define ICECACHE_CACHED_OP_H
 
@@ -20,8 +20,8 @@
 #include "gpu/record.h"
 #include "proto/wire.h"
 
-enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP, OP_WAKE, OP_FORK, OP_TRUNCATE };
-enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ, PHASE_SAVE, PHASE_WAKE };
+enum op_kind { OP_APPEND, OP_RETRIEVE, OP_READ, OP_CLOSE, OP_SEAL, OP_SLEEP, OP_WAKE, OP_FORK, OP_TRUNCATE, OP_HINT };
+enum op_phase { PHASE_PREPARE, PHASE_COMMIT, PHASE_DROP, PHASE_SEARCH, PHASE_READ, PHASE_SAVE, PHASE_WAKE, PHASE_HINT };
 
 // One lane's part of an op, and what came of it. Written by the lane's shard, read by the reactor when the op is done.
 struct op_lane {
@@ -37,7 +37,8 @@ struct op_lane {
     struct lane *awaited; // the lane that it waits for while that wakes
     bool partial;
     bool searched;       // not where the last selection is kept as it is, or an anchor's is taken
-    bool late;           // the deadline had passed before the search: the last selection is given again
+    bool late;           // the deadline had passed before the search: the last selection is given again, a hint is none
+    uint32_t wished;     // of a hint: pages that it has asked for
     uint32_t read;       // tokens of a read that are in the staging
     uint32_t count;      // slots filled
     uint32_t changed;    // tokens that the landing did not hold before
@@ -63,7 +64,7 @@ struct op {
     uint8_t route[256];
     size_t route_bytes;
     uint64_t received_ns, deadline_ns;
-    struct env_message message; // frame 2 of a retrieve, held until the op is done
+    struct env_message message; // frame 2 of a retrieve or hint, held until the op is done
     uint32_t layer, layers;
     uint64_t first; // append, read; fork, truncate: where to cut
     uint32_t tokens;

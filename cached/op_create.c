@@ -99,7 +99,8 @@ static struct op *create_ranged(struct server *server, struct session *session, 
         refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
         return NULL;
     }
-    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = kind == OP_APPEND};
+    op->admissions[0] =
+        (struct admission){.op = op, .sequence = sequence, .mode = kind == OP_APPEND ? ADMIT_APPEND : ADMIT_READ};
     op->layer = layer;
     op->layers = layers;
     op->tokens = tokens;
@@ -153,7 +154,7 @@ static struct op *create_seal(struct server *server, struct session *session, co
         refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
         return NULL;
     }
-    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .mode = ADMIT_ALONE};
     op->layers = sequence->shape.layers;
     op->blocks = blocks;
     return op;
@@ -171,7 +172,7 @@ static struct op *create_cut(struct server *server, struct session *session, enu
         refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
         return NULL;
     }
-    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .mode = ADMIT_ALONE};
     op->layers = sequence->shape.layers;
     op->first = tokens;
     return op;
@@ -236,10 +237,8 @@ static bool check_sequences(struct server *server, struct session *session, cons
     return true;
 }
 
-static bool check_vectors(const Icecache__Wire__Retrieve *message, const struct sequence *sequence,
-                          const struct env_message *frames, struct refusal *refusal)
+static bool check_vectors(uint64_t bytes, const struct env_message *frames, struct refusal *refusal)
 {
-    uint64_t bytes = wire_retrieve_vectors_bytes(message, &sequence->shape);
     if (bytes != frames->vectors_bytes)
         return refuse(
             refusal, ICE_SHAPE_MISMATCH,
@@ -269,7 +268,8 @@ static void fill_retrieve(struct op *op, const Icecache__Wire__Retrieve *message
     op->coverage = message->coverage;
     op->signal = message->signal;
     for (uint32_t i = 0; i < op->sequence_count; i++) {
-        op->admissions[i] = (struct admission){.op = op, .sequence = sequences[i], .exclusive = message->append};
+        op->admissions[i] =
+            (struct admission){.op = op, .sequence = sequences[i], .mode = message->append ? ADMIT_APPEND : ADMIT_READ};
         op->rows[i] = message->rows[i];
         op->first_queries[i] = message->first_queries[i];
         landing->rows[op->rows[i]].busy = true;
@@ -306,7 +306,7 @@ static struct op *create_retrieve(struct server *server, struct session *session
         return NULL;
     }
     if (!check_sequences(server, session, landing, message, sequences, refusal) ||
-        !check_vectors(message, sequences[0], frames, refusal))
+        !check_vectors(wire_retrieve_vectors_bytes(message, &sequences[0]->shape), frames, refusal))
         return NULL;
     uint32_t count = (uint32_t)message->n_sequence_ids;
     struct op *op = allocate(server, OP_RETRIEVE, count, count * sequences[0]->shape.kv_heads);
@@ -318,6 +318,49 @@ static struct op *create_retrieve(struct server *server, struct session *session
         return NULL;
     }
     fill_retrieve(op, message, sequences, landing);
+    return op;
+}
+
+// All sequences of a hint, equal in shape.
+static bool check_hinted(struct server *server, struct session *session, const Icecache__Wire__Hint *message,
+                         struct sequence **sequences, struct refusal *refusal)
+{
+    for (size_t i = 0; i < message->n_sequence_ids; i++) {
+        struct sequence *sequence = find_sequence(server, session, message->sequence_ids[i], refusal);
+        if (!sequence || !check_layers(sequence, message->layer, 1, refusal))
+            return false;
+        sequences[i] = sequence;
+        if (memcmp(&sequence->shape, &sequences[0]->shape, sizeof sequence->shape) != 0)
+            return refuse(refusal, ICE_SHAPE_MISMATCH, "the sequences of one hint differ in shape");
+        if (sequence_follows(sequence, message->layer))
+            return refuse(refusal, ICE_SHAPE_MISMATCH, "layer %u follows an anchor layer: hint at that one",
+                          message->layer);
+    }
+    return true;
+}
+
+static struct op *create_hint(struct server *server, struct session *session, const Icecache__Wire__Hint *message,
+                              const struct env_message *frames, struct refusal *refusal)
+{
+    struct sequence *sequences[WIRE_SEQUENCES_PER_RETRIEVE_MAX];
+    if (!check_hinted(server, session, message, sequences, refusal) ||
+        !check_vectors(wire_hint_vectors_bytes(message, &sequences[0]->shape), frames, refusal))
+        return NULL;
+    const uint32_t count = (uint32_t)message->n_sequence_ids;
+    struct op *op = allocate(server, OP_HINT, count, count * sequences[0]->shape.kv_heads);
+    if (!op) {
+        refuse(refusal, ICE_NO_MEMORY, "no memory for the request");
+        return NULL;
+    }
+    op->layer = message->layer;
+    op->layers = 1;
+    op->queries = message->queries;
+    op->query_dtype = message->query_dtype;
+    op->budget = message->budget;
+    op->sinks = message->sinks;
+    op->window = message->window;
+    for (uint32_t i = 0; i < count; i++)
+        op->admissions[i] = (struct admission){.op = op, .sequence = sequences[i], .mode = ADMIT_HINT};
     return op;
 }
 
@@ -374,6 +417,9 @@ struct op *op_create(struct server *server, struct session *session, const Iceca
     } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_SEQUENCE_TRUNCATE) {
         op = create_cut(server, session, OP_TRUNCATE, request->sequence_truncate->sequence_id,
                         request->sequence_truncate->tokens, &refusal);
+    } else if (request->body_case == ICECACHE__WIRE__REQUEST__BODY_HINT) {
+        op = create_hint(server, session, request->hint, message, &refusal);
+        deadline_us = request->hint->deadline_us ? request->hint->deadline_us : deadline_us;
     } else {
         op = create_retrieve(server, session, request->retrieve, message, &refusal);
         deadline_us = request->retrieve->deadline_us ? request->retrieve->deadline_us : deadline_us;
@@ -401,7 +447,7 @@ void op_close_sequence(struct server *server, struct sequence *sequence, const I
     op->kind = OP_CLOSE;
     op->server = server;
     op->sequence_count = 1;
-    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = true};
+    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .mode = ADMIT_ALONE};
     if (request) {
         set_sender(op, sequence->session, request->request_id, message);
     } else {
@@ -416,7 +462,8 @@ static bool submit_own(struct server *server, struct sequence *sequence, enum op
     struct op *op = allocate(server, kind, 1, 0);
     if (!op)
         return false;
-    op->admissions[0] = (struct admission){.op = op, .sequence = sequence, .exclusive = kind == OP_SLEEP};
+    op->admissions[0] =
+        (struct admission){.op = op, .sequence = sequence, .mode = kind == OP_SLEEP ? ADMIT_ALONE : ADMIT_READ};
     op->layers = sequence->shape.layers;
     op->held_bytes = op->bytes;
     op->idle_ns = idle_ns;

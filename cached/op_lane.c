@@ -241,7 +241,7 @@ static ice_status run_read(struct op_lane *part, struct shard *shard)
     return part->read < op->tokens ? LANE_CUT : ICE_OK;
 }
 
-static struct index_query make_query(const struct op_lane *part, const float *queries)
+static struct index_query make_query(const struct op_lane *part, const float *queries, uint64_t first_query)
 {
     const struct op *op = part->op;
     const struct sequence *sequence = part->admission->sequence;
@@ -249,7 +249,7 @@ static struct index_query make_query(const struct op_lane *part, const float *qu
         .queries = queries,
         .query_count = op->queries,
         .head_count = sequence->shape.query_heads / sequence->shape.kv_heads,
-        .first_position = op->first_queries[part->sequence_index],
+        .first_position = first_query,
         .scale = sequence->scale,
         .budget = op->budget,
         .sinks = op->sinks,
@@ -314,13 +314,18 @@ struct ends {
     uint64_t visible, sinks, window;
 };
 
-static struct ends ends_of(const struct op *op, uint32_t i)
+static struct ends ends_below(const struct op *op, uint64_t visible)
 {
-    struct ends ends = {.visible = op->first_queries[i] + op->queries};
+    struct ends ends = {.visible = visible};
     ends.sinks = op->sinks < ends.visible ? op->sinks : ends.visible;
     ends.window = op->window < ends.visible ? ends.visible - op->window : 0;
     ends.window = ends.window > ends.sinks ? ends.window : ends.sinks;
     return ends;
+}
+
+static struct ends ends_of(const struct op *op, uint32_t i)
+{
+    return ends_below(op, op->first_queries[i] + op->queries);
 }
 
 // What goes to the landing: sinks, selection and window, each to a slot of its own.
@@ -494,14 +499,14 @@ static bool out_of_time(const struct op *op, uint64_t now_ns)
     return atomic_load_explicit(&op->cancelled, memory_order_relaxed) || now_ns >= op->deadline_ns;
 }
 
-static ice_status begin_search(struct op_lane *part, struct shard *shard)
+static ice_status begin_search(struct op_lane *part, struct shard *shard, uint64_t first_query)
 {
     const float *queries = gather_queries(part, shard);
     if (!queries)
         return ICE_NO_MEMORY;
     struct index_part parts[INDEX_PARTS_MAX];
     const uint32_t count = parts_of(part, parts);
-    struct index_query query = make_query(part, queries);
+    struct index_query query = make_query(part, queries, first_query);
     enum index_status status = index_search_reserve(shard->now.search, parts, count, &query);
     if (status == INDEX_OK)
         status = index_search_begin(shard->now.search, parts, count, &query);
@@ -582,7 +587,7 @@ static ice_status search(struct op_lane *part, struct shard *shard, struct gathe
     if (status == ICE_OK && part->cut.search)
         shard_search_resume(shard, part);
     else if (status == ICE_OK)
-        status = begin_search(part, shard);
+        status = begin_search(part, shard, op->first_queries[part->sequence_index]);
     if (status == ICE_OK)
         status = run_steps(part, shard);
     if (status != ICE_OK)
@@ -659,6 +664,73 @@ static ice_status run_search(struct op_lane *part, struct shard *shard)
     return ICE_OK;
 }
 
+// ---- hints ----
+
+// Is something of what the part looks at on the disk, of a lane where hints pay?
+static bool hint_is_worth_it(const struct op_lane *part)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        struct lane *lane = op_lane_in(part, sequence_stem(sequence, i));
+        if (lane->absent > 0 && tier_hints_pay(lane))
+            return true;
+    }
+    return false;
+}
+
+// Searches until all is seen, decode work has waited for a slice, or the time is up. It is not cut: the lane's tokens
+// may be others when its turn comes again.
+static void hint_steps(const struct op_lane *part, struct shard *shard)
+{
+    struct env *env = part->op->server->env;
+    const uint64_t begun_ns = env_now_ns(env);
+    for (;;) {
+        const uint64_t now_ns = env_now_ns(env), spent_ns = now_ns - begun_ns;
+        if (out_of_time(part->op, now_ns) || spent_ns >= SERVER_HINT_NS ||
+            (spent_ns >= SERVER_SEARCH_SLICE_NS && task_queue_has(&shard->queue, TASK_DECODE)))
+            return;
+        if (index_search_step(shard->now.search, SERVER_SEARCH_UNITS))
+            return;
+    }
+}
+
+static void wish_for(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
+{
+    struct gather_token tokens[64];
+    for (uint32_t number = 0, n; (n = gather_next(part, plan, &number, 64, tokens)) > 0;)
+        for (uint32_t i = 0; i < n; i++)
+            part->wished += tier_wish(shard, tokens[i].lane, tokens[i].place.page);
+    tier_grant(shard);
+}
+
+// Names the pages of what the queries would select, and waits for none of them.
+static ice_status run_hint(struct op_lane *part, struct shard *shard)
+{
+    const struct op *op = part->op;
+    struct index_part parts[INDEX_PARTS_MAX];
+    const uint32_t count = parts_of(part, parts);
+    const uint64_t visible = count > 0 ? parts[count - 1].end : 0;
+    part->late = env_now_ns(op->server->env) >= op->deadline_ns;
+    if (visible < op->queries || part->late || !hint_is_worth_it(part))
+        return ICE_OK;
+    const ice_status status = begin_search(part, shard, visible - op->queries);
+    if (status != ICE_OK)
+        return status;
+    hint_steps(part, shard);
+    struct index_selection selection;
+    const struct index_selected *tokens;
+    index_search_finish(shard->now.search, &selection, &tokens);
+    const struct ends ends = ends_below(op, visible);
+    const struct gather_plan plan = {.sinks = (uint32_t)ends.sinks,
+                                     .selected_count = selection.count,
+                                     .selected = tokens,
+                                     .window_from = ends.window,
+                                     .window = (uint32_t)(visible - ends.window)};
+    part->searched = true;
+    wish_for(part, shard, &plan);
+    return ICE_OK;
+}
+
 ice_status op_lane_phase(struct op_lane *part, struct shard *shard)
 {
     bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
@@ -684,6 +756,8 @@ ice_status op_lane_phase(struct op_lane *part, struct shard *shard)
         return ICE_OK;
     case PHASE_SEARCH:
         return run_search(part, shard);
+    case PHASE_HINT:
+        return run_hint(part, shard);
     case PHASE_WAKE:
         return ICE_OK;
     case PHASE_SAVE:

@@ -144,7 +144,7 @@ static void range_of(const struct op_lane *part, uint64_t *from, uint64_t *until
 {
     const struct op *op = part->op;
     *from = op->kind == OP_APPEND || op->kind == OP_READ ? op->first : 0;
-    *until = op->kind == OP_RETRIEVE                        ? UINT64_MAX
+    *until = op->kind == OP_RETRIEVE || op->kind == OP_HINT ? UINT64_MAX
              : op->kind == OP_APPEND || op->kind == OP_READ ? op->first + op->tokens
                                                             : 0;
 }
@@ -183,7 +183,7 @@ static void run_part(struct op_lane *part, struct shard *shard, uint64_t now_ns)
         queue_again(part, shard);
         return;
     }
-    if (phase == PHASE_WAKE)
+    if (phase == PHASE_WAKE || (phase == PHASE_HINT && status == LANE_WAITS))
         status = ICE_OK; // it has begun to wake: that was all
     const bool cancelled = atomic_load_explicit(&part->op->cancelled, memory_order_relaxed);
     if (status == LANE_WAITS && !cancelled && (part->parked_until_ns == 0 || now_ns < part->parked_until_ns)) {

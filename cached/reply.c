@@ -227,6 +227,14 @@ static void reply_retrieve(struct op *op)
     env->release(env, arrays.indexed, arrays.bytes);
 }
 
+static void fill_hint(const struct op *op, Icecache__Wire__HintReply *body)
+{
+    for (uint32_t i = 0; i < op->lane_count; i++) {
+        body->pages += op->lanes[i].wished;
+        body->lanes += op->lanes[i].searched;
+    }
+}
+
 void reply_op(struct op *op, ice_status status, const char *text)
 {
     Icecache__Wire__Reply reply;
@@ -234,6 +242,7 @@ void reply_op(struct op *op, ice_status status, const char *text)
     Icecache__Wire__ReadReply read = ICECACHE__WIRE__READ_REPLY__INIT;
     Icecache__Wire__SealReply seal = ICECACHE__WIRE__SEAL_REPLY__INIT;
     Icecache__Wire__SequenceForkReply fork = ICECACHE__WIRE__SEQUENCE_FORK_REPLY__INIT;
+    Icecache__Wire__HintReply hint = ICECACHE__WIRE__HINT_REPLY__INIT;
     if (op->kind == OP_RETRIEVE && status == ICE_OK) {
         reply_retrieve(op);
         return;
@@ -258,6 +267,10 @@ void reply_op(struct op *op, ice_status status, const char *text)
         fork.tokens = op->first;
         reply.body_case = ICECACHE__WIRE__REPLY__BODY_SEQUENCE_FORK;
         reply.sequence_fork = &fork;
+    } else if (op->kind == OP_HINT && status == ICE_OK) {
+        fill_hint(op, &hint);
+        reply.body_case = ICECACHE__WIRE__REPLY__BODY_HINT;
+        reply.hint = &hint;
     }
     reply_send(op->server, op->session, op->route, op->route_bytes, &reply);
 }

@@ -125,6 +125,11 @@ static void fill_spill(struct server *server, Icecache__Wire__SpillStats *body)
     body->ahead = atomic_load_explicit(&stats->ahead, memory_order_relaxed);
     body->ahead_used = atomic_load_explicit(&stats->ahead_used, memory_order_relaxed);
     body->ahead_wasted = atomic_load_explicit(&stats->ahead_wasted, memory_order_relaxed);
+    body->hinted = atomic_load_explicit(&stats->hinted, memory_order_relaxed);
+    body->hinted_used = atomic_load_explicit(&stats->hinted_used, memory_order_relaxed);
+    body->hinted_wasted = atomic_load_explicit(&stats->hinted_wasted, memory_order_relaxed);
+    body->hinted_late = atomic_load_explicit(&stats->hinted_late, memory_order_relaxed);
+    body->hinted_dropped = atomic_load_explicit(&stats->hinted_dropped, memory_order_relaxed);
     body->hibernated = atomic_load_explicit(&stats->asleep, memory_order_relaxed);
 }
 
@@ -237,6 +242,7 @@ static void fill_totals(struct server *server, Icecache__Wire__StatsReply *body)
     body->retrieves_partial = stats->retrieves_partial;
     body->appends = stats->appends;
     body->reads = stats->reads;
+    body->hints = stats->hints;
     body->errors = stats->errors;
     body->bytes_moved = stats->bytes_moved;
     body->huge_pages = (char *)pool_huge_name(pool.kind);

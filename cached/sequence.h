@@ -21,11 +21,20 @@ struct server;
 struct session;
 
 // One request's place in a sequence's order.
+// Beside whom an operation may work on a sequence. A hint looks at the lanes within one task of their shards and at no
+// lengths, so it minds neither readers nor appends.
+enum admission_mode {
+    ADMIT_READ,   // others that read, and hints
+    ADMIT_APPEND, // hints
+    ADMIT_ALONE,  // nobody: the chain of stems changes
+    ADMIT_HINT,   // all but those that must be alone
+};
+
 struct admission {
     struct op *op;
     struct sequence *sequence;
     struct admission *next; // among the waiting
-    bool exclusive;
+    enum admission_mode mode;
 };
 
 // What a sequence sees of a stem: positions stem->first .. end-1.
@@ -56,9 +65,10 @@ struct sequence {
     uint64_t *lengths; // per layer, what has been committed
     uint64_t binding;  // what landings' rows are bound to: another one after a truncation
     bool closing;
-    uint32_t leaving; // stems that are being destroyed for it
-    uint32_t readers;
-    bool writer;
+    uint32_t leaving;        // stems that are being destroyed for it
+    uint32_t readers, hints; // at work, as the next two
+    bool writer;             // an append, or who is
+    bool is_alone;
     struct admission *waiting, *waiting_tail;
     uint64_t retrieves, appended_tokens;
     struct sequence *hash_next, *session_next;

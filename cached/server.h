@@ -19,8 +19,9 @@
 #include "cached/tenant.h"
 
 #define SERVER_HASH_BUCKETS       4096u
-#define SERVER_SEARCH_UNITS       20000u  // work units between two looks at the deadline: 0.05 to 0.3 ms
-#define SERVER_SEARCH_SLICE_NS    300000u // of a lane's search, until other sessions have had their turn
+#define SERVER_SEARCH_UNITS       20000u   // work units between two looks at the deadline: 0.05 to 0.3 ms
+#define SERVER_SEARCH_SLICE_NS    300000u  // of a lane's search, until other sessions have had their turn
+#define SERVER_HINT_NS            2000000u // of a lane's search for a hint, which bulk work may wait for
 #define SERVER_BUILD_UNITS        8000u // work units of a clustering slice, while which a decode task may wait: 0.05 to 0.2 ms
 #define SERVER_PLAN_PAGES         128u         // pages that a slice of a plan gives frames to
 #define SERVER_MOVE_BYTES         65536u       // K and V that a slice of a plan copies
@@ -43,7 +44,7 @@
 
 // Counters and latencies of requests. Reactor only.
 struct server_stats {
-    uint64_t retrieves, retrieves_partial, appends, reads, errors, bytes_moved, sessions_reclaimed;
+    uint64_t retrieves, retrieves_partial, appends, reads, hints, errors, bytes_moved, sessions_reclaimed;
     struct histogram queue, search, fetch, copy, total, append, read;
 };
 

@@ -219,6 +219,7 @@ bool shard_round(struct shard *shard, bool may_wait)
     go_on_with_waiting(shard); // first: what has come must not be pushed out again
     bool sweeps = tier_balance(shard);
     go_on_with_images(shard);
+    tier_grant(shard);
     tier_submit(shard);
     if (build && shard->tasks_since_slice >= SERVER_BUILD_AFTER) {
         build_slice(shard);

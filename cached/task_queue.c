@@ -51,6 +51,14 @@ bool task_queue_is_empty(struct task_queue *queue)
     return is_empty;
 }
 
+bool task_queue_has(struct task_queue *queue, enum task_class class)
+{
+    pthread_mutex_lock(&queue->lock);
+    const bool has = queue->waiting.active[class] != 0;
+    pthread_mutex_unlock(&queue->lock);
+    return has;
+}
+
 static struct task *take(struct task_queue *queue)
 {
     enum fair_class class;

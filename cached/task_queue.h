@@ -32,6 +32,7 @@ void task_queue_push_chain(struct task_queue *queue, enum task_class class, stru
 // The owner: a task that has done a slice of its work goes on when the other sessions have had their turn.
 void task_queue_push_front(struct task_queue *queue, enum task_class class, struct task *task);
 bool task_queue_is_empty(struct task_queue *queue);
+bool task_queue_has(struct task_queue *queue, enum task_class class);
 // The next task, or NULL: at once where wait_ns is 0, after at most wait_ns, or when stopping and empty (*stopped set).
 struct task *task_queue_pop(struct task_queue *queue, uint64_t wait_ns, bool *stopped);
 // What is queued is still popped; then pop reports the stop.

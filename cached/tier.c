@@ -84,18 +84,49 @@ static void order_leave(struct shard *shard, const uint8_t *memory)
     atomic_fetch_sub_explicit(&shard->server->tier_stats.resident, 1, memory_order_relaxed);
 }
 
-#define AHEAD_LEARNS 64u   // pages from which on the past is looked at
-#define AHEAD_MEMORY 1024u // pages after which it fades
-#define AHEAD_TRIES  16u   // while it does not pay, it is tried once in so many times
+#define BETS_LEARN  64u   // pages from which on the past is looked at
+#define BETS_MEMORY 1024u // pages after which it fades
+#define BETS_TRIES  16u   // while it does not pay, it is tried once in so many times
 
-static void ahead_note(struct tier *tier, bool used)
+static void bets_note(struct tier_bets *bets, bool used)
 {
-    tier->ahead_used += used;
-    tier->ahead_wasted += !used;
-    if (tier->ahead_used + tier->ahead_wasted >= AHEAD_MEMORY) {
-        tier->ahead_used /= 2;
-        tier->ahead_wasted /= 2;
+    bets->used = (uint16_t)(bets->used + used);
+    bets->wasted = (uint16_t)(bets->wasted + !used);
+    if (bets->used + bets->wasted >= (int)BETS_MEMORY) {
+        bets->used /= 2;
+        bets->wasted /= 2;
     }
+}
+
+// One page in four asked for is worth it: a page more in a batch costs less than a page alone.
+static bool bets_pay(struct tier_bets *bets)
+{
+    if ((uint32_t)bets->used + bets->wasted < BETS_LEARN || bets->used * 3 >= bets->wasted)
+        return true;
+    return ++bets->skipped % BETS_TRIES == 0;
+}
+
+// A page of the lane has come into memory, or left it.
+static void count_resident(struct lane *lane, int pages)
+{
+    lane->absent -= (uint32_t)pages;
+    quota_count_resident(lane->stem, pages);
+}
+
+// What was read early has been asked for, or goes unused.
+static void end_bet(struct lane *lane, struct page *page, bool used)
+{
+    struct server *server = lane->stem->server;
+    struct tier_stats *stats = &server->tier_stats;
+    if (page->flags & PAGE_AHEAD) {
+        bets_note(&server->shards[lane->shard].tier.ahead, used);
+        atomic_fetch_add_explicit(used ? &stats->ahead_used : &stats->ahead_wasted, 1, memory_order_relaxed);
+    }
+    if (page->flags & PAGE_HINTED) {
+        bets_note(&lane->hints, used);
+        atomic_fetch_add_explicit(used ? &stats->hinted_used : &stats->hinted_wasted, 1, memory_order_relaxed);
+    }
+    page->flags &= (uint16_t) ~(PAGE_AHEAD | PAGE_HINTED);
 }
 
 static void drop_memory(struct shard *shard, struct lane *lane, struct page *page)
@@ -103,12 +134,8 @@ static void drop_memory(struct shard *shard, struct lane *lane, struct page *pag
     order_leave(shard, page->memory);
     pool_release(shard->server->pool, page->memory);
     page->memory = NULL;
-    if (page->flags & PAGE_AHEAD) {
-        page->flags &= (uint8_t)~PAGE_AHEAD;
-        ahead_note(&shard->tier, false);
-        atomic_fetch_add_explicit(&shard->server->tier_stats.ahead_wasted, 1, memory_order_relaxed);
-    }
-    quota_count_resident(lane->stem, -1);
+    end_bet(lane, page, false);
+    count_resident(lane, -1);
 }
 
 // ---- I/O ----
@@ -178,11 +205,11 @@ static void read_ended(struct page_io *io, struct page *page)
 {
     struct shard *shard = io->shard;
     struct server *server = shard->server;
-    page->flags &= (uint8_t)~PAGE_READING;
+    page->flags &= (uint16_t)~PAGE_READING;
     if (io->request.result == 0 && io->matches) {
         page->memory = io->request.memory;
         order_enter(shard, io->lane, io->page); // as visited as those that asked for it have made it
-        quota_count_resident(io->lane->stem, 1);
+        count_resident(io->lane, 1);
         atomic_fetch_add_explicit(&server->tier_stats.pages_read, 1, memory_order_relaxed);
         return;
     }
@@ -219,7 +246,7 @@ static void write_ended(struct page_io *io, struct page *page)
 {
     struct server *server = io->shard->server;
     const bool changed = page->flags & PAGE_CHANGED;
-    page->flags &= (uint8_t) ~(PAGE_WRITING | PAGE_CHANGED);
+    page->flags &= (uint16_t) ~(PAGE_WRITING | PAGE_CHANGED);
     if (io->request.result) {
         io->lane->write_failed = true;
         if (atomic_fetch_add_explicit(&server->tier_stats.write_errors, 1, memory_order_relaxed) == 0)
@@ -281,6 +308,10 @@ bool tier_read(struct shard *shard, struct lane *lane, uint32_t number)
     struct page *page = page_of(lane, number);
     if (page->flags & PAGE_READING || page->memory)
         return true;
+    if (page->flags & PAGE_WISHED) { // asked for sooner than it was brought
+        page->flags &= (uint16_t)~PAGE_WISHED;
+        atomic_fetch_add_explicit(&shard->server->tier_stats.hinted_late, 1, memory_order_relaxed);
+    }
     assert(page->flags & PAGE_CLEAN);
     struct page_io *io = io_take(tier); // first: what makes room may write
     uint8_t *memory = io ? tier_take_memory(shard, frame_bytes_of(lane), NULL) : NULL;
@@ -308,31 +339,20 @@ bool tier_write(struct shard *shard, struct lane *lane, uint32_t number)
     return io != NULL;
 }
 
-// ---- reading ahead ----
+// ---- reading before anybody asks ----
 
-void tier_ahead_used(const struct lane *lane, struct page *page)
+void tier_early_used(struct lane *lane, struct page *page)
 {
-    struct server *server = lane->stem->server;
-    page->flags &= (uint8_t)~PAGE_AHEAD;
-    ahead_note(&server->shards[lane->shard].tier, true);
-    atomic_fetch_add_explicit(&server->tier_stats.ahead_used, 1, memory_order_relaxed);
-}
-
-// One page in four asked for is worth it: a page more in a batch costs less than a page alone.
-static bool ahead_pays(struct tier *tier)
-{
-    if (tier->ahead_used + tier->ahead_wasted < AHEAD_LEARNS || tier->ahead_used * 3 >= tier->ahead_wasted)
-        return true;
-    return ++tier->ahead_skipped % AHEAD_TRIES == 0;
+    end_bet(lane, page, true);
 }
 
 void tier_read_ahead(struct shard *shard, struct lane *lane, const uint32_t *pages, uint32_t count)
 {
     struct server *server = shard->server;
     struct tier *tier = &shard->tier;
-    if (!tier_serves(server) || !ahead_pays(tier))
+    if (!tier_serves(server) || !bets_pay(&tier->ahead))
         return;
-    for (uint32_t i = 0; i < count && tier->in_flight < TIER_IO_MAX / 2; i++) {
+    for (uint32_t i = 0; i < count && tier->in_flight < TIER_EARLY_MAX; i++) {
         struct page *page = page_of(lane, pages[i]);
         if (page->memory || page->flags & (PAGE_READING | PAGE_LOST))
             continue;
@@ -340,6 +360,74 @@ void tier_read_ahead(struct shard *shard, struct lane *lane, const uint32_t *pag
             return;
         page->flags |= PAGE_AHEAD;
         atomic_fetch_add_explicit(&server->tier_stats.ahead, 1, memory_order_relaxed);
+    }
+}
+
+bool tier_hints_pay(struct lane *lane)
+{
+    return bets_pay(&lane->hints);
+}
+
+static void count_dropped(const struct shard *shard, uint32_t pages)
+{
+    atomic_fetch_add_explicit(&shard->server->tier_stats.hinted_dropped, pages, memory_order_relaxed);
+}
+
+bool tier_wish(struct shard *shard, struct lane *lane, uint32_t number)
+{
+    struct tier *tier = &shard->tier;
+    struct page *page = page_of(lane, number);
+    if (page->memory || page->flags & (PAGE_READING | PAGE_LOST | PAGE_WISHED))
+        return false;
+    if (tier->wish_count == TIER_WISHES_MAX) {
+        count_dropped(shard, 1);
+        return false;
+    }
+    page->flags |= PAGE_WISHED;
+    tier->wishes[(tier->wish_first + tier->wish_count++) % TIER_WISHES_MAX] = (struct tier_wish){lane, number};
+    return true;
+}
+
+// The next wish that still is one; NULL: none.
+static struct page *next_wish(struct tier *tier, struct tier_wish *wish)
+{
+    while (tier->wish_count > 0) {
+        *wish = tier->wishes[tier->wish_first];
+        tier->wish_first = (tier->wish_first + 1) % TIER_WISHES_MAX;
+        tier->wish_count--;
+        struct page *page = wish->lane ? &wish->lane->pages[wish->page] : NULL;
+        if (page && page->flags & PAGE_WISHED) {
+            page->flags &= (uint16_t)~PAGE_WISHED;
+            return page;
+        }
+    }
+    return NULL;
+}
+
+void tier_grant(struct shard *shard)
+{
+    struct tier *tier = &shard->tier;
+    struct tier_wish wish;
+    struct page *page;
+    while (tier->in_flight < TIER_EARLY_MAX && (page = next_wish(tier, &wish)) != NULL) {
+        if (!tier_serves(shard->server) || !tier_read(shard, wish.lane, wish.page)) {
+            count_dropped(shard, 1); // and not the rest in vain
+            while (next_wish(tier, &wish))
+                count_dropped(shard, 1);
+            return;
+        }
+        page->flags |= PAGE_HINTED;
+        atomic_fetch_add_explicit(&shard->server->tier_stats.hinted, 1, memory_order_relaxed);
+    }
+}
+
+void tier_forget_wishes(struct shard *shard, const struct lane *lane)
+{
+    struct tier *tier = &shard->tier;
+    for (uint32_t i = 0; i < tier->wish_count; i++) {
+        struct tier_wish *wish = &tier->wishes[(tier->wish_first + i) % TIER_WISHES_MAX];
+        if (wish->lane == lane)
+            wish->lane = NULL;
     }
 }
 
@@ -463,7 +551,7 @@ uint8_t *tier_take_frame(struct shard *shard, struct lane *lane, uint32_t number
     page->memory = tier_take_memory(shard, frame_bytes_of(lane), promised);
     if (page->memory) {
         order_enter(shard, lane, number);
-        quota_count_resident(lane->stem, 1);
+        count_resident(lane, 1);
     }
     return page->memory;
 }
@@ -478,7 +566,7 @@ void tier_change(struct shard *shard, struct lane *lane, uint32_t number)
         page->flags |= PAGE_CHANGED;
     if (!(page->flags & PAGE_CLEAN))
         return;
-    page->flags &= (uint8_t)~PAGE_CLEAN;
+    page->flags &= (uint16_t)~PAGE_CLEAN;
     // A sealed prefix may hold the extent too: what it holds stays as it is.
     page->extent = extents_own(shard->server->extents, page->extent, frame_bytes_of(lane));
 }
@@ -500,7 +588,7 @@ void tier_forget(struct shard *shard, struct lane *lane, uint32_t number)
     if (page->flags & (PAGE_READING | PAGE_WRITING)) {
         if (page->memory) {
             order_leave(shard, page->memory);
-            quota_count_resident(lane->stem, -1);
+            count_resident(lane, -1);
         }
         leave_to_io(shard, lane, number);
     } else {
@@ -509,10 +597,17 @@ void tier_forget(struct shard *shard, struct lane *lane, uint32_t number)
         if (page->extent != EXTENT_NONE)
             extents_release(server->extents, &page->extent, 1);
     }
+    lane->absent--;
     *page = (struct page){0};
 }
 
 // ---- start and end ----
+
+static void free_tables(const struct tier *tier, struct env *env)
+{
+    env->release(env, tier->ios, TIER_IO_MAX * sizeof *tier->ios);
+    env->release(env, tier->wishes, TIER_WISHES_MAX * sizeof *tier->wishes);
+}
 
 int tier_init(struct shard *shard)
 {
@@ -527,7 +622,9 @@ int tier_init(struct shard *shard)
     if (!shard->server->disk)
         return 0;
     tier->ios = env_acquire_zeroed(env, TIER_IO_MAX * sizeof *tier->ios);
-    if (!tier->ios) {
+    tier->wishes = env->acquire(env, TIER_WISHES_MAX * sizeof *tier->wishes);
+    if (!tier->ios || !tier->wishes) {
+        free_tables(tier, env);
         pthread_mutex_destroy(&tier->lock);
         return -ENOMEM;
     }
@@ -544,6 +641,6 @@ void tier_fini(struct shard *shard)
     assert(!tier->asked);
     if (tier->ios)
         end_all(shard);
-    shard->server->env->release(shard->server->env, tier->ios, TIER_IO_MAX * sizeof *tier->ios);
+    free_tables(tier, shard->server->env);
     pthread_mutex_destroy(&tier->lock);
 }

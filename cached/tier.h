@@ -23,6 +23,8 @@
 #define TIER_IO_MAX     256u  // pages of a shard on their way to or from the disk
 #define TIER_WRITES_MAX 128u  // of them, so that reads always find some
 #define TIER_AHEAD_MAX  32u   // pages that are read ahead after one retrieve of a lane
+#define TIER_EARLY_MAX  128u  // pages on their way beyond which nothing is read before it is asked for
+#define TIER_WISHES_MAX 1024u // pages that hints have named and whose reading has not begun
 #define TIER_SCAN_MAX   1024u // pages that one call looks at for something to evict: 0.1 to 0.2 ms
 #define TIER_ROUND_MAX  8192u // that one round of the shard looks at, over all its calls
 
@@ -35,7 +37,7 @@ struct page {
     uint8_t *memory;   // NULL: not in memory
     uint64_t checksum; // of what the extent holds; clean pages only
     uint32_t extent;   // EXTENT_NONE: none, the memory is the only place
-    uint8_t flags;     // enum page_flag
+    uint16_t flags;    // enum page_flag
     uint8_t visited;   // used since the hand came by
 };
 
@@ -47,6 +49,20 @@ enum page_flag {
     PAGE_CHANGED = 16, // since the writing began
     PAGE_LOST = 32,    // its extent cannot be read, or holds something else
     PAGE_AHEAD = 64,   // read before anybody asked for it, and not asked for yet
+    PAGE_HINTED = 128, // likewise, because of a hint
+    PAGE_WISHED = 256, // stands among the shard's wishes
+};
+
+// Pages that were read before anybody asked for them, of late: does that pay?
+struct tier_bets {
+    uint16_t used, wasted;
+    uint16_t skipped; // bets that were not made since it does not
+};
+
+// A page that a hint has named.
+struct tier_wish {
+    struct lane *lane; // NULL: it is gone
+    uint32_t page;
 };
 
 // A place of the pool in the order of its shard. One for each EXTENT_UNIT of the pool, of which a frame uses its first.
@@ -76,11 +92,13 @@ struct tier {
     bool balances;                 // keeps evicting until enough is free
     struct page_io *ios;           // [TIER_IO_MAX]
     struct page_io *free_ios;
-    uint32_t in_flight, writes;                       // ios in use; those that write
-    uint32_t ahead_used, ahead_wasted, ahead_skipped; // of late: does reading ahead pay?
-    struct disk_request *asked;                       // a chain that the disk does not have yet
-    bool urgent;                                      // what is read now is what a retrieve waits for
-    bool starved;                                     // something waits for room; look again soon
+    uint32_t in_flight, writes; // ios in use; those that write
+    struct tier_bets ahead;
+    struct tier_wish *wishes; // [TIER_WISHES_MAX], a ring
+    uint32_t wish_first, wish_count;
+    struct disk_request *asked; // a chain that the disk does not have yet
+    bool urgent;                // what is read now is what a retrieve waits for
+    bool starved;               // something waits for room; look again soon
     struct task done_task, relief_task;
     _Atomic bool relief_asked;
     pthread_mutex_t lock;
@@ -93,6 +111,8 @@ struct tier_stats {
     _Atomic uint64_t resident;                        // pages in memory
     _Atomic uint64_t asleep;                          // lanes
     _Atomic uint64_t ahead, ahead_used, ahead_wasted; // pages read ahead: all, asked for later, evicted before
+    // Because of hints: likewise; asked for before their reading began; not read for want of room.
+    _Atomic uint64_t hinted, hinted_used, hinted_wasted, hinted_late, hinted_dropped;
 };
 
 // 0 or -errno. Where the server has no disk the tier does nothing and needs nothing.
@@ -120,8 +140,17 @@ bool tier_read(struct shard *shard, struct lane *lane, uint32_t page);
 // Starts reading pages that are likely to be asked for soon, as far as that costs nobody anything: where the disk and
 // the shard's I/O are not busy, and of late enough of such pages were asked for.
 void tier_read_ahead(struct shard *shard, struct lane *lane, const uint32_t *pages, uint32_t count);
-// A page that was read ahead is asked for.
-void tier_ahead_used(const struct lane *lane, struct page *page);
+// A page that was read ahead, or because of a hint, is asked for.
+void tier_early_used(struct lane *lane, struct page *page);
+// Of late enough of the lane's pages that hints brought were asked for, or it is time to try again.
+bool tier_hints_pay(struct lane *lane);
+// A hint names a page that is not in memory. Its reading begins when no more than TIER_EARLY_MAX pages are on their
+// way. False: nothing is to be done, or there is no room for more wishes.
+bool tier_wish(struct shard *shard, struct lane *lane, uint32_t page);
+// Begins to read what was wished, as far as may be now.
+void tier_grant(struct shard *shard);
+// The lane's page table is going.
+void tier_forget_wishes(struct shard *shard, const struct lane *lane);
 // Starts writing a dirty page. False: it cannot be now (no room for it on the disk, or too much is on its way).
 bool tier_write(struct shard *shard, struct lane *lane, uint32_t page);
 // Hands what was started since the last call to the disk, in one piece: one wake-up of its thread and one system call

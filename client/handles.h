@@ -121,6 +121,14 @@ ICE_MUST_CHECK ice_sequence *sequence_create(ice_client *client, const struct ic
 // The daemon has opened it: it is among the client's handles from now on.
 void sequence_link(ice_sequence *sequence);
 
+// What a retrieve or a hint asks for (retrieve.c); the ranges, with a text.
+struct selection_numbers {
+    uint32_t sequence_count, queries;
+    ice_dtype query_dtype;
+    uint32_t budget, sinks, window;
+};
+ICE_MUST_CHECK ice_status selection_check(const struct selection_numbers *asked);
+
 // Layers of a call: one, or all with ICE_ALL_LAYERS.
 struct layer_range {
     uint32_t first, count;

@@ -499,6 +499,42 @@ ICE_CHECKED ice_status ice_ticket_stream_wait(ice_ticket *ticket, void *stream);
 // NULL.
 ICE_API void ice_ticket_close(ice_ticket *ticket);
 
+// ---- hints ----
+
+// Predicted queries of a retrieve to come: of a later layer, or of a sequence's next step.
+struct ice_hint_options {
+    uint32_t layer; // not one that follows an anchor layer (ICE_SHAPE_MISMATCH)
+    uint32_t sequence_count;
+    ice_sequence *const *sequences; // [sequence_count], of one shape
+    uint32_t queries;               // query positions per sequence; 0: 1
+    const void *query_vectors;      // [sequence, query, query_head, head_dim], contiguous, in host memory
+    ice_dtype query_dtype;
+    uint32_t budget, sinks, window; // as the retrieve will have them
+    uint64_t deadline_us;           // behind it the hint is of no use any more
+};
+
+struct ice_hint_result {
+    uint64_t pages; // asked for: they were neither in memory nor on their way
+    uint32_t lanes; // of sequence_count x kv_heads, that were searched: something of them is on the disk
+};
+
+// Brings what a retrieve with these queries would select now from the daemon's disk into its memory, so that the
+// retrieve need not wait for it. It selects nothing, moves nothing to a landing and changes no answer. Where all of a
+// lane is in memory, which is always so without a spill folder, nothing is searched. A sequence that sleeps begins to
+// wake, and that is all.
+//
+// A hint gives way: it keeps no retrieve or append of its sequences waiting and is served behind decode work; its pages
+// are read while the disk is not busy, and bring about that others leave memory. Of each lane the daemon counts how
+// many of the pages that hints brought were asked for before they left again; below one in four it follows one hint in
+// sixteen there, until it is more (icecachectl stats: hinted, hinted_used).
+//
+// result NULL: returns when the hint is sent, and whatever the daemon answers is dropped; it is in flight until then
+// (see ice_retrieve_submit: ICE_QUEUE_FULL). Otherwise waits for the answer, which comes when the reads have been asked
+// for, not when they have ended.
+// Hints have no order with other requests of the client.
+ICE_CHECKED ice_status ice_hint(ice_client *client, const struct ice_hint_options *options,
+                                struct ice_hint_result *result);
+
 #ifdef __cplusplus
 }
 #endif

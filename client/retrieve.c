@@ -28,26 +28,43 @@ static ice_status keep_check(const struct ice_retrieve_options *options)
     return ICE_OK;
 }
 
-static ice_status numbers_check(const struct ice_retrieve_options *options, uint32_t queries)
+ice_status selection_check(const struct selection_numbers *asked)
 {
-    if (options->sequence_count == 0 || options->sequence_count > WIRE_SEQUENCES_PER_RETRIEVE_MAX) {
-        return error_set(options->sequence_count == 0 ? ICE_INVALID_ARGUMENT : ICE_TOO_LARGE,
-                         "options.sequence_count is %u, it must be 1 to %u", options->sequence_count,
+    if (asked->sequence_count == 0 || asked->sequence_count > WIRE_SEQUENCES_PER_RETRIEVE_MAX) {
+        return error_set(asked->sequence_count == 0 ? ICE_INVALID_ARGUMENT : ICE_TOO_LARGE,
+                         "options.sequence_count is %u, it must be 1 to %u", asked->sequence_count,
                          WIRE_SEQUENCES_PER_RETRIEVE_MAX);
     }
-    if (queries > WIRE_QUERIES_MAX) {
-        return error_set(ICE_TOO_LARGE, "options.queries is %u, the limit is %u", queries, WIRE_QUERIES_MAX);
+    if (asked->queries > WIRE_QUERIES_MAX) {
+        return error_set(ICE_TOO_LARGE, "options.queries is %u, the limit is %u", asked->queries, WIRE_QUERIES_MAX);
     }
-    if (!dtype_is_valid((uint32_t)options->query_dtype)) {
+    if (!dtype_is_valid((uint32_t)asked->query_dtype)) {
         return error_set(ICE_INVALID_ARGUMENT, "options.query_dtype %d is none of ICE_BF16, ICE_FP16, ICE_FP32",
-                         (int)options->query_dtype);
+                         (int)asked->query_dtype);
     }
-    if (options->budget == 0) {
+    if (asked->budget == 0) {
         return error_set(ICE_INVALID_ARGUMENT, "options.budget is 0; it must be at least 1 token");
     }
-    if (options->budget > WIRE_TOKENS_MAX || options->sinks > WIRE_TOKENS_MAX || options->window > WIRE_TOKENS_MAX) {
-        return error_set(ICE_TOO_LARGE, "options.budget %u, sinks %u or window %u is above %u tokens", options->budget,
-                         options->sinks, options->window, WIRE_TOKENS_MAX);
+    if (asked->budget > WIRE_TOKENS_MAX || asked->sinks > WIRE_TOKENS_MAX || asked->window > WIRE_TOKENS_MAX) {
+        return error_set(ICE_TOO_LARGE, "options.budget %u, sinks %u or window %u is above %u tokens", asked->budget,
+                         asked->sinks, asked->window, WIRE_TOKENS_MAX);
+    }
+    return ICE_OK;
+}
+
+static ice_status numbers_check(const struct ice_retrieve_options *options, uint32_t queries)
+{
+    const struct selection_numbers asked = {
+        .sequence_count = options->sequence_count,
+        .queries = queries,
+        .query_dtype = options->query_dtype,
+        .budget = options->budget,
+        .sinks = options->sinks,
+        .window = options->window,
+    };
+    ice_status status = selection_check(&asked);
+    if (status != ICE_OK) {
+        return status;
     }
     if (!(options->coverage >= 0.0f && options->coverage <= 1.0f)) {
         return error_set(ICE_INVALID_ARGUMENT, "options.coverage is not between 0 and 1");

@@ -268,6 +268,7 @@ static bool reply_is_sound(const Icecache__Wire__Reply *reply)
     case ICECACHE__WIRE__REPLY__BODY_SEQUENCE_OPEN:
     case ICECACHE__WIRE__REPLY__BODY_APPEND:
     case ICECACHE__WIRE__REPLY__BODY_READ:
+    case ICECACHE__WIRE__REPLY__BODY_HINT:
     case ICECACHE__WIRE__REPLY__BODY__NOT_SET: // errors, closes and removals
     default:
         return true;
@@ -312,26 +313,37 @@ ice_status wire_control_reply_decode(const void *bytes, size_t size, Icecache__W
 // ---- frame 2 ----
 
 // Factors in range, so that the sums below stay under 2^38.
-static bool vectors_in_range(const Icecache__Wire__Retrieve *retrieve, const struct wire_shape *shape)
+static bool queries_in_range(size_t sequences, uint32_t queries, uint32_t query_dtype, const struct wire_shape *shape)
 {
-    return retrieve->n_sequence_ids <= WIRE_SEQUENCES_PER_RETRIEVE_MAX && retrieve->queries <= WIRE_QUERIES_MAX &&
-           dtype_is_valid(retrieve->query_dtype) && shape->query_heads <= WIRE_QUERY_HEADS_MAX &&
-           shape->kv_heads <= WIRE_KV_HEADS_MAX && shape->head_dim <= WIRE_HEAD_DIM_MAX && dtype_is_valid(shape->dtype);
+    return sequences <= WIRE_SEQUENCES_PER_RETRIEVE_MAX && queries <= WIRE_QUERIES_MAX && dtype_is_valid(query_dtype) &&
+           shape->query_heads <= WIRE_QUERY_HEADS_MAX && shape->kv_heads <= WIRE_KV_HEADS_MAX &&
+           shape->head_dim <= WIRE_HEAD_DIM_MAX && dtype_is_valid(shape->dtype);
+}
+
+static uint64_t queries_bytes(size_t sequences, uint32_t queries, uint32_t query_dtype, const struct wire_shape *shape)
+{
+    if (!queries_in_range(sequences, queries, query_dtype, shape)) {
+        return 0;
+    }
+    return (uint64_t)sequences * queries * shape->query_heads * shape->head_dim * dtype_bytes((enum dtype)query_dtype);
+}
+
+uint64_t wire_hint_vectors_bytes(const Icecache__Wire__Hint *hint, const struct wire_shape *shape)
+{
+    return queries_bytes(hint->n_sequence_ids, hint->queries, hint->query_dtype, shape);
 }
 
 uint64_t wire_retrieve_query_bytes(const Icecache__Wire__Retrieve *retrieve, const struct wire_shape *shape)
 {
-    if (!vectors_in_range(retrieve, shape) || retrieve->follows) {
-        return 0;
-    }
-    return (uint64_t)retrieve->n_sequence_ids * retrieve->queries * shape->query_heads * shape->head_dim *
-           dtype_bytes((enum dtype)retrieve->query_dtype);
+    return retrieve->follows ? 0
+                             : queries_bytes(retrieve->n_sequence_ids, retrieve->queries, retrieve->query_dtype, shape);
 }
 
 uint64_t wire_retrieve_vectors_bytes(const Icecache__Wire__Retrieve *retrieve, const struct wire_shape *shape)
 {
     const uint64_t query_bytes = wire_retrieve_query_bytes(retrieve, shape);
-    if (!vectors_in_range(retrieve, shape) || !retrieve->append) {
+    if (!queries_in_range(retrieve->n_sequence_ids, retrieve->queries, retrieve->query_dtype, shape) ||
+        !retrieve->append) {
         return query_bytes;
     }
     return query_bytes + 2 * (uint64_t)retrieve->n_sequence_ids * retrieve->queries * shape->kv_heads *

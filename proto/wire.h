@@ -44,14 +44,15 @@ ICE_MUST_CHECK ice_status wire_control_request_decode(const void *bytes, size_t 
 ICE_MUST_CHECK ice_status wire_reply_decode(const void *bytes, size_t size, Icecache__Wire__Reply **out);
 ICE_MUST_CHECK ice_status wire_control_reply_decode(const void *bytes, size_t size, Icecache__Wire__ControlReply **out);
 
-// Bytes of frame 2 that a valid Retrieve asks for, given the sequence's shape. 0 is never a valid answer: something is
-// out of range. The answer may exceed WIRE_VECTORS_BYTES_MAX; frame 2 itself never does.
+// Bytes of frame 2 that a valid Retrieve or Hint asks for, given the sequence's shape. 0 is never a valid answer:
+// something is out of range. The answer may exceed WIRE_VECTORS_BYTES_MAX; frame 2 itself never does.
 struct wire_shape {
     uint32_t layers, kv_heads, query_heads, head_dim;
     uint32_t dtype;
 };
 uint64_t wire_retrieve_query_bytes(const Icecache__Wire__Retrieve *retrieve, const struct wire_shape *shape);
 uint64_t wire_retrieve_vectors_bytes(const Icecache__Wire__Retrieve *retrieve, const struct wire_shape *shape);
+uint64_t wire_hint_vectors_bytes(const Icecache__Wire__Hint *hint, const struct wire_shape *shape);
 
 // Frame 2 of a Seal, Lookup or Attach (0 bytes where there is none): how many hashes of blocks of block_tokens tokens
 // it holds. They are 1 to WIRE_BLOCKS_MAX, and their tokens at most WIRE_TOKENS_MAX.

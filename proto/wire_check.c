@@ -468,6 +468,21 @@ static ice_status check_read(const Icecache__Wire__Read *read, struct wire_error
     return status == ICE_OK ? check_transfer(read->first, read->tokens, read->staging_offset, error) : status;
 }
 
+// No sequence twice.
+static ice_status check_sequences(const uint64_t *ids, size_t count, struct wire_error *error)
+{
+    // At most WIRE_SEQUENCES_PER_RETRIEVE_MAX entries: cheaper than any table.
+    for (size_t i = 0; i < count; i++) {
+        for (size_t j = 0; j < i; j++) {
+            if (ids[j] == ids[i]) {
+                return wire_refuse(error, ICE_INVALID_ARGUMENT,
+                                   "sequence_ids[%zu] and [%zu] are the same sequence; name each sequence once", j, i);
+            }
+        }
+    }
+    return ICE_OK;
+}
+
 // rows[i] below WIRE_ROWS_MAX and no row or sequence twice: two selections would be written over each other, or one
 // step's K and V appended twice.
 static ice_status check_targets(const Icecache__Wire__Retrieve *retrieve, struct wire_error *error)
@@ -487,15 +502,8 @@ static ice_status check_targets(const Icecache__Wire__Retrieve *retrieve, struct
                                "rows[%zu] names row %u again; give each sequence its own row", i, row);
         }
         seen[row / 64] |= bit;
-        // At most WIRE_SEQUENCES_PER_RETRIEVE_MAX entries: cheaper than any table.
-        for (size_t j = 0; j < i; j++) {
-            if (retrieve->sequence_ids[j] == retrieve->sequence_ids[i]) {
-                return wire_refuse(error, ICE_INVALID_ARGUMENT,
-                                   "sequence_ids[%zu] and [%zu] are the same sequence; name each sequence once", j, i);
-            }
-        }
     }
-    return ICE_OK;
+    return check_sequences(retrieve->sequence_ids, retrieve->n_sequence_ids, error);
 }
 
 static ice_status check_retrieve_arrays(const Icecache__Wire__Retrieve *retrieve, struct wire_error *error)
@@ -538,6 +546,30 @@ static ice_status check_keep(const Icecache__Wire__Retrieve *retrieve, struct wi
     return ICE_OK;
 }
 
+// What is asked of a search.
+static ice_status check_search(uint32_t budget, uint32_t sinks, uint32_t window, uint32_t deadline_us,
+                               struct wire_error *error)
+{
+    if (budget == 0) {
+        return wire_refuse(error, ICE_INVALID_ARGUMENT,
+                           "budget is 0 or missing; give the tokens to select per KV head");
+    }
+    const uint64_t slots = (uint64_t)budget + sinks + window;
+    if (slots > WIRE_SLOTS_MAX) {
+        return wire_refuse(error, ICE_TOO_LARGE,
+                           "budget %u + sinks %u + window %u is %" PRIu64
+                           ", over WIRE_SLOTS_MAX = %u; ask for fewer tokens",
+                           budget, sinks, window, slots, WIRE_SLOTS_MAX);
+    }
+    if (deadline_us > WIRE_DEADLINE_US_MAX) {
+        return wire_refuse(
+            error, ICE_TOO_LARGE,
+            "deadline_us is %u, over WIRE_DEADLINE_US_MAX = %u; give less, or 0 for the daemon's default", deadline_us,
+            WIRE_DEADLINE_US_MAX);
+    }
+    return ICE_OK;
+}
+
 static ice_status check_retrieve(const Icecache__Wire__Retrieve *retrieve, struct wire_error *error)
 {
     ice_status status = check_layers(retrieve->layer, 1, error);
@@ -547,31 +579,36 @@ static ice_status check_retrieve(const Icecache__Wire__Retrieve *retrieve, struc
     if (status == ICE_OK) {
         status = check_dtype("query_dtype", retrieve->query_dtype, error);
     }
+    if (status == ICE_OK) {
+        status = check_search(retrieve->budget, retrieve->sinks, retrieve->window, retrieve->deadline_us, error);
+    }
     if (status != ICE_OK) {
         return status;
-    }
-    if (retrieve->budget == 0) {
-        return wire_refuse(error, ICE_INVALID_ARGUMENT,
-                           "budget is 0 or missing; give the tokens to select per KV head");
-    }
-    const uint64_t slots = (uint64_t)retrieve->budget + retrieve->sinks + retrieve->window;
-    if (slots > WIRE_SLOTS_MAX) {
-        return wire_refuse(error, ICE_TOO_LARGE,
-                           "budget %u + sinks %u + window %u is %" PRIu64
-                           ", over WIRE_SLOTS_MAX = %u; ask for fewer tokens",
-                           retrieve->budget, retrieve->sinks, retrieve->window, slots, WIRE_SLOTS_MAX);
     }
     if (!(retrieve->coverage >= 0 && retrieve->coverage <= 1)) { // NaN too
         return wire_refuse(error, ICE_INVALID_ARGUMENT, "coverage is %g; give a share from 0 (off) to 1",
                            (double)retrieve->coverage);
     }
-    if (retrieve->deadline_us > WIRE_DEADLINE_US_MAX) {
-        return wire_refuse(
-            error, ICE_TOO_LARGE,
-            "deadline_us is %u, over WIRE_DEADLINE_US_MAX = %u; give less, or 0 for the daemon's default",
-            retrieve->deadline_us, WIRE_DEADLINE_US_MAX);
-    }
     return check_keep(retrieve, error);
+}
+
+static ice_status check_hint(const Icecache__Wire__Hint *hint, struct wire_error *error)
+{
+    const struct count_field counts[] = {
+        {"the number of sequence_ids", hint->n_sequence_ids, LIMIT(WIRE_SEQUENCES_PER_RETRIEVE_MAX), "split the hint"},
+        {"queries", hint->queries, LIMIT(WIRE_QUERIES_MAX), "split the hint"},
+    };
+    ice_status status = check_layers(hint->layer, 1, error);
+    if (status == ICE_OK) {
+        status = check_counts(counts, sizeof(counts) / sizeof(counts[0]), error);
+    }
+    if (status == ICE_OK) {
+        status = check_sequences(hint->sequence_ids, hint->n_sequence_ids, error);
+    }
+    if (status == ICE_OK) {
+        status = check_dtype("query_dtype", hint->query_dtype, error);
+    }
+    return status == ICE_OK ? check_search(hint->budget, hint->sinks, hint->window, hint->deadline_us, error) : status;
 }
 
 ice_status wire_check_request(Icecache__Wire__Request *request, struct wire_error *error)
@@ -583,6 +620,8 @@ ice_status wire_check_request(Icecache__Wire__Request *request, struct wire_erro
         return check_append(request->append, error);
     case ICECACHE__WIRE__REQUEST__BODY_RETRIEVE:
         return check_retrieve(request->retrieve, error);
+    case ICECACHE__WIRE__REQUEST__BODY_HINT:
+        return check_hint(request->hint, error);
     case ICECACHE__WIRE__REQUEST__BODY_READ:
         return check_read(request->read, error);
     case ICECACHE__WIRE__REQUEST__BODY_LOOKUP:

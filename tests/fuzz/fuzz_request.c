@@ -54,6 +54,24 @@ static void check_retrieve(const Icecache__Wire__Retrieve *retrieve)
     FUZZ_CHECK(retrieve->follows || wire_retrieve_vectors_bytes(retrieve, &shape) >= count * retrieve->queries * 32);
 }
 
+static void check_hint(const Icecache__Wire__Hint *hint)
+{
+    const size_t count = hint->n_sequence_ids;
+    FUZZ_CHECK(count >= 1 && count <= WIRE_SEQUENCES_PER_RETRIEVE_MAX);
+    FUZZ_CHECK(hint->queries >= 1 && hint->queries <= WIRE_QUERIES_MAX);
+    for (size_t i = 0; i < count; i++) {
+        for (size_t j = 0; j < i; j++) {
+            FUZZ_CHECK(hint->sequence_ids[i] != hint->sequence_ids[j]);
+        }
+    }
+    FUZZ_CHECK(hint->layer < WIRE_LAYERS_MAX && dtype_is_valid(hint->query_dtype) && hint->budget >= 1);
+    FUZZ_CHECK((uint64_t)hint->budget + hint->sinks + hint->window <= WIRE_SLOTS_MAX);
+    FUZZ_CHECK(hint->deadline_us <= WIRE_DEADLINE_US_MAX);
+    const struct wire_shape shape = {
+        .layers = 1, .kv_heads = 1, .query_heads = 1, .head_dim = WIRE_HEAD_DIM_STEP, .dtype = DTYPE_BF16};
+    FUZZ_CHECK(wire_hint_vectors_bytes(hint, &shape) >= count * hint->queries * 32);
+}
+
 static void check_range(uint32_t layer, uint32_t layers, uint64_t first, uint32_t tokens, uint64_t offset)
 {
     FUZZ_CHECK(layers >= 1 && layers <= WIRE_LAYERS_MAX && layer <= WIRE_LAYERS_MAX - layers);
@@ -78,6 +96,9 @@ static void check_request(const Icecache__Wire__Request *request)
     }
     case ICECACHE__WIRE__REQUEST__BODY_RETRIEVE:
         check_retrieve(request->retrieve);
+        break;
+    case ICECACHE__WIRE__REQUEST__BODY_HINT:
+        check_hint(request->hint);
         break;
     case ICECACHE__WIRE__REQUEST__BODY_READ: {
         const Icecache__Wire__Read *read = request->read;

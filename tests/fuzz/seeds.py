@@ -48,6 +48,7 @@ OPEN = (b(1, "tenant") + b(2, b"\x5a" * 32) + u(3, 1) + u(4, 2) + u(5, 4) + u(6,
         + f32(10, 0.125) + u(11, 32) + packed(12, range(4)) + u(13, 131072))
 RETRIEVE = (u(1, 1) + u(2, 3) + b(3, struct.pack("<3Q", 11, 12, 13)) + packed(4, [0, 2, 1]) + packed(5, [100, 200, 300])
             + u(6, 2) + u(7, 3) + u(8, 256) + u(9, 16) + u(10, 64) + u(12, 1) + f32(13, 0.9) + u(15, 20000) + u(16, 1))
+HINT = u(1, 3) + b(2, struct.pack("<3Q", 11, 12, 13)) + u(3, 2) + u(4, 3) + u(5, 256) + u(6, 16) + u(7, 64) + u(8, 20000)
 COUNTS = packed(1, [2, 0, 3]) + b(2, struct.pack("<3f", .5, .25, 1)) + packed(3, [9, 8, 300]) + packed(4, [1, 2, 3])
 STATS = b(1, "0.1.0") + u(2, 1000) + b(22, b(1, "queue") + u(2, 3) + varint(3 << 3 | 1) + struct.pack("<d", 1.5)) + b(
     23, f64(1, 5) + f64(2, 6) + u(3, 100) + b(4, "tenant") + b(12, "idle"))
@@ -107,6 +108,8 @@ SEEDS = {
         "prefix_list_named": request(16, u(1, 256) + b(2, "tenant")),
         "lease_list": request(19, u(1, 256)),
         "namespace_list": request(20, u(1, 256)),
+        "hint": request(21, HINT),
+        "hint_twice": request(21, HINT) + b(21, f64(2, 11) + u(3, 2**31)),
         "version": request(11, b"", version=2),
         "version_garbled": u(1, 9) + u(2, 42) + b"\x1f\xff",
         "token": request(11, b"", token=b"short"),
@@ -151,6 +154,7 @@ SEEDS = {
         "sequence_fork_endless": reply(15, f64(1, 9) + u(2, 2**64 - 1)),
         "prefix_list": reply(14, b(1, PREFIX) + b(1, b"") + u(2, 2)),
         "lease_list": reply(16, b(1, LEASE) + b(1, b"") + u(2, 2)),
+        "hint": reply(18, u(1, 200) + u(2, 8)),
         "namespace_list": reply(17, b(1, b(1, "tenant") + u(2, 3) + u(7, 1 << 30)) + b(1, b"") + u(2, 2)),
         "prefix_list_then_seal": reply(14, b(1, PREFIX)) + b(11, u(2, 16)),
     },

@@ -112,6 +112,8 @@ static void expect_foreign(struct raw *raw, uint64_t sequence_id)
     Icecache__Wire__Append append = ICECACHE__WIRE__APPEND__INIT;
     Icecache__Wire__Read read = ICECACHE__WIRE__READ__INIT;
     Icecache__Wire__Seal seal = ICECACHE__WIRE__SEAL__INIT;
+    Icecache__Wire__Hint hint = ICECACHE__WIRE__HINT__INIT;
+    static const uint8_t queries[4 * 64 * 2];
     info.sequence_id = close.sequence_id = append.sequence_id = read.sequence_id = seal.sequence_id = sequence_id;
     append.layers = append.tokens = read.layers = read.tokens = 1;
     raw_request_init(raw, &request);
@@ -130,6 +132,14 @@ static void expect_foreign(struct raw *raw, uint64_t sequence_id)
     request.body_case = ICECACHE__WIRE__REQUEST__BODY_SEAL;
     request.seal = &seal;
     raw_expect(raw_call(raw, &request, "0123456789abcdef", 16), ICE_UNKNOWN_SEQUENCE, "in this session");
+    hint.n_sequence_ids = 1;
+    hint.sequence_ids = &sequence_id;
+    hint.queries = 1;
+    hint.query_dtype = ICE_BF16;
+    hint.budget = 16;
+    request.body_case = ICECACHE__WIRE__REQUEST__BODY_HINT;
+    request.hint = &hint;
+    raw_expect(raw_call(raw, &request, queries, sizeof queries), ICE_UNKNOWN_SEQUENCE, "in this session");
 }
 
 static void expect_landing_unknown(struct raw *raw, uint32_t landing_id, uint64_t sequence_id)

@@ -6,6 +6,7 @@
 //   an extent is held exactly as often as pages, images and the I/O of pages that are gone name it
 //   frames in use: pages in memory, pages being read, and the I/O of pages that are gone
 //   bytes of the index's budget: what the lanes have taken, and the images; no more than the cap
+//   a page that a hint has named stands among its shard's wishes, and is neither in memory nor on its way
 //   the counters of pages, resident pages and waiting gathers agree with what there is
 #include "world.h"
 
@@ -16,7 +17,7 @@
 
 struct sums {
     uint32_t *held; // by extent
-    uint64_t resident[WORLD_SHARDS], reading, image_bytes, index_bytes;
+    uint64_t resident[WORLD_SHARDS], reading, wished, image_bytes, index_bytes;
     const struct image *images[IMAGES_MAX]; // that are held
     uint32_t image_count;
 };
@@ -60,11 +61,13 @@ static void hold_image(struct sums *sums, const struct image *image)
 
 static void check_flags(const struct page *page)
 {
-    const uint8_t flags = page->flags;
+    const uint32_t flags = page->flags;
     assert_false(flags & PAGE_READING && (page->memory || !(flags & PAGE_CLEAN) || flags & PAGE_LOST));
     assert_false(flags & PAGE_WRITING && (!page->memory || flags & PAGE_CLEAN));
     assert_false(flags & PAGE_CHANGED && !(flags & PAGE_WRITING));
     assert_false(flags & PAGE_LOST && page->memory);
+    assert_false(flags & (PAGE_HINTED | PAGE_AHEAD) && !page->memory && !(flags & (PAGE_READING | PAGE_LOST)));
+    assert_false(flags & PAGE_WISHED && (page->memory || flags & PAGE_READING));
     assert_true(page->memory || (flags & PAGE_CLEAN && page->extent != EXTENT_NONE));
 }
 
@@ -90,12 +93,14 @@ static uint64_t check_lane(struct world *world, const struct lane *lane, struct 
         sums->reading += (page->flags & PAGE_READING) != 0;
         check_flags(page);
         note_page(&world->seen, lane, page);
+        sums->wished += (page->flags & PAGE_WISHED) != 0;
         if (!borrows)
             hold(sums, page->extent);
     }
     if (borrows)
         hold_image(sums, lane->image);
     sums->resident[lane->shard] += resident;
+    assert_int_equal(lane->absent, pages - resident);
     assert_true(lane->state == LANE_AWAKE || resident == 0);
     assert_true(lane->state != LANE_ASLEEP || !lane->index);
     // An attached lane's pages count when it has woken.
@@ -143,6 +148,23 @@ static void check_order(const struct world *world, const struct shard *shard, ui
     assert_int_equal(tier->newest, older);
     assert_int_equal(count, resident);
     assert_true(hand);
+}
+
+// Returns how many pages its wishes are about.
+static uint32_t check_wishes(const struct shard *shard)
+{
+    const struct tier *tier = &shard->tier;
+    uint32_t count = 0;
+    assert_true(tier->wish_count <= TIER_WISHES_MAX);
+    for (uint32_t i = 0; i < tier->wish_count; i++) {
+        const struct tier_wish *wish = &tier->wishes[(tier->wish_first + i) % TIER_WISHES_MAX];
+        if (!wish->lane)
+            continue;
+        assert_int_equal(wish->lane->shard, shard->index);
+        assert_true(wish->page < wish->lane->page_capacity);
+        count += (wish->lane->pages[wish->page].flags & PAGE_WISHED) != 0;
+    }
+    return count;
 }
 
 // Returns how many frames are in the hands of I/O whose page is gone.
@@ -256,17 +278,19 @@ void world_check(struct world *world)
     for (uint32_t i = 0; i < WORLD_OPS; i++)
         for (uint32_t lane = 0; world->works[i].used && lane < world->works[i].op.lane_count; lane++)
             hold_once(&sums, world->works[i].lanes[lane].image);
-    uint64_t orphans = 0, resident = 0, in_use = 0;
+    uint64_t orphans = 0, resident = 0, in_use = 0, wishes = 0;
     for (uint32_t i = 0; i < world->shape.shards; i++) {
         const struct shard *shard = &world->shards[i];
         hold_image(&sums, shard->images.save.image);
         check_order(world, shard, sums.resident[i]);
         orphans += check_ios(world, shard, &sums);
         resident += sums.resident[i];
+        wishes += check_wishes(shard);
         for (uint32_t io = 0; io < TIER_IO_MAX; io++)
             in_use += shard->tier.ios[io].lane != NULL;
     }
     assert_int_equal(in_use, pages_on_their_way(world));
+    assert_true(wishes >= sums.wished); // a page that came another way may be wished for again
     check_gathers(world);
     check_extents(world, &sums);
     world->seen.slabs_given_up += pool_given_up(world->server.pool) != POOL_SLAB_NONE;

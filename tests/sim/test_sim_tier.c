@@ -63,8 +63,9 @@ static void move_clock(struct rng *rng)
 
 static void request_something(struct rng *rng)
 {
-    static const enum op_kind kinds[] = {OP_APPEND, OP_APPEND, OP_APPEND, OP_RETRIEVE, OP_RETRIEVE, OP_RETRIEVE,
-                                         OP_READ,   OP_SLEEP,  OP_SLEEP,  OP_SEAL,     OP_TRUNCATE};
+    static const enum op_kind kinds[] = {OP_APPEND,   OP_APPEND, OP_APPEND, OP_RETRIEVE, OP_RETRIEVE,
+                                         OP_RETRIEVE, OP_READ,   OP_SLEEP,  OP_SLEEP,    OP_SEAL,
+                                         OP_TRUNCATE, OP_HINT,   OP_HINT};
     struct member *member = &world.members[rng_below(rng, WORLD_SEQUENCES)];
     if (member->open)
         world_request(&world, member, kinds[rng_below(rng, sizeof kinds / sizeof *kinds)]);
@@ -83,7 +84,7 @@ static void come_and_go(struct rng *rng)
             world_open(&world, member, attaches ? seal : NULL, attaches ? tokens : 0);
         else
             world_fork(&world, parent, member, tokens);
-    } else if (!member->closing && !member->writer && member->readers == 0 && rng_chance(rng, 4)) {
+    } else if (!member->closing && !member->writer && member->readers + member->hints == 0 && rng_chance(rng, 4)) {
         world_close(&world, member);
     } else if (seal->prefix && seal->prefix->attached == 0 && rng_chance(rng, 4)) {
         world_unseal(&world, seal);
@@ -163,7 +164,7 @@ static void close_all(void)
             world_unseal(&world, &world.seals[i]);
 }
 
-static uint64_t totals[OP_TRUNCATE + 1], evicted, lost, partial;
+static uint64_t totals[OP_HINT + 1], evicted, lost, partial, hinted, hinted_used, hinted_wasted, hinted_late;
 static struct seen seen;
 
 static void note_seen(void)
@@ -193,9 +194,13 @@ static void play(uint64_t seed, uint32_t steps)
     settle("after the schedule");
     read_all();
     close_all();
-    for (unsigned i = 0; i <= OP_TRUNCATE; i++)
+    for (unsigned i = 0; i <= OP_HINT; i++)
         totals[i] += world.kinds[i];
     evicted += atomic_load(&world.server.tier_stats.pages_evicted);
+    hinted += atomic_load(&world.server.tier_stats.hinted);
+    hinted_used += atomic_load(&world.server.tier_stats.hinted_used);
+    hinted_wasted += atomic_load(&world.server.tier_stats.hinted_wasted);
+    hinted_late += atomic_load(&world.server.tier_stats.hinted_late);
     lost += world.lost;
     partial += world.partial;
     note_seen();
@@ -239,13 +244,17 @@ static void test_schedules(void **state)
                   (unsigned long long)seen.appends_spilling, (unsigned long long)seen.gathers_spilling,
                   (unsigned long long)seen.drops_reading, (unsigned long long)seen.drops_writing,
                   (unsigned long long)seen.slabs_given_up);
+    print_message("hints %llu, pages that they brought %llu, used %llu, wasted %llu, asked for before %llu\n",
+                  (unsigned long long)totals[OP_HINT], (unsigned long long)hinted, (unsigned long long)hinted_used,
+                  (unsigned long long)hinted_wasted, (unsigned long long)hinted_late);
     // The schedules came to what they are for.
     assert_true(seen.plans_reading > 0 && seen.plans_spilling > 0 && seen.appends_spilling > 0 &&
                 seen.gathers_spilling > 0 && seen.drops_reading > 0 && seen.drops_writing > 0 &&
                 seen.slabs_given_up > 0);
     assert_true(totals[OP_RETRIEVE] > 0 && totals[OP_APPEND] > 0 && totals[OP_READ] > 0 && totals[OP_SEAL] > 0 &&
                 totals[OP_SLEEP] > 0 && totals[OP_FORK] > 0 && totals[OP_TRUNCATE] > 0 && seen.shared_building > 0 &&
-                seen.shared_asleep > 0 && lost > 0 && partial > 0 && evicted > 0);
+                seen.shared_asleep > 0 && hinted_used > 0 && hinted_wasted > 0 && hinted_late > 0 && lost > 0 &&
+                partial > 0 && evicted > 0);
 }
 
 int main(void)

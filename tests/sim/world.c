@@ -214,7 +214,7 @@ void world_open(struct world *world, struct member *member, struct seal *seal, u
         copy_content(member, member->keys, member->values, seal->keys, seal->values, tokens);
 }
 
-static void give_up_promise(struct member *member)
+void member_give_up_promise(struct member *member)
 {
     stem_unreserve(member->sequence->own);
     member->promised_to = 0;
@@ -222,7 +222,7 @@ static void give_up_promise(struct member *member)
 
 static bool is_free(const struct member *member)
 {
-    return member->open && !member->closing && !member->writer && member->readers == 0;
+    return member->open && !member->closing && !member->writer && member->readers + member->hints == 0;
 }
 
 void world_fork(struct world *world, struct member *parent, struct member *child, uint64_t tokens)
@@ -250,7 +250,7 @@ void world_close(struct world *world, struct member *member)
 {
     assert_true(is_free(member));
     member->closing = true;
-    give_up_promise(member);
+    member_give_up_promise(member);
     op_close_sequence(&world->server, member->sequence, NULL, NULL);
 }
 
@@ -287,161 +287,6 @@ void world_unseal(struct world *world, struct seal *seal)
 
 // ---- requests ----
 
-static void landing_target(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head,
-                           struct gpu_target *out)
-{
-    struct work *work = (struct work *)landing;
-    const size_t side = WORLD_TOKENS * member_row_bytes(work->member);
-    (void)row, (void)layer;
-    *out = (struct gpu_target){.keys = work->slots + 2 * kv_head * side,
-                               .values = work->slots + (2 * kv_head + 1) * side,
-                               .positions = work->positions + (size_t)kv_head * WORLD_TOKENS,
-                               .store = store_cached};
-}
-
-static struct record_cell *landing_record(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head)
-{
-    return records_cell(&((struct work *)landing)->records, row, layer, kv_head);
-}
-
-static void landing_submit(struct gpu_landing *landing, uint32_t row, uint32_t layer, uint32_t kv_head, uint32_t count)
-{
-    (void)row, (void)layer;
-    ((struct work *)landing)->counts[kv_head] = count;
-}
-
-static const struct gpu_landing_ops landing_ops = {
-    .target = landing_target, .record = landing_record, .submit = landing_submit};
-
-static void put_rows(struct member *member, uint8_t *keys, uint8_t *values, uint64_t first, uint32_t tokens,
-                     bool token_major)
-{
-    const size_t bytes = member_row_bytes(member);
-    for (uint32_t head = 0; head < WORLD_HEADS; head++) {
-        for (uint32_t i = 0; i < tokens; i++) {
-            const size_t row = token_major ? (size_t)i * WORLD_HEADS + head : (size_t)head * tokens + i;
-            memcpy(keys + row * bytes, model_row(member->keys, member, head, first + i), bytes);
-            memcpy(values + row * bytes, model_row(member->values, member, head, first + i), bytes);
-        }
-    }
-}
-
-// An append: a part of a promised one, or a new one, which may overlap what is there.
-static bool fill_append(struct world *world, struct work *work)
-{
-    struct member *member = work->member;
-    struct op *op = &work->op;
-    struct stem *own = member->sequence->own;
-    struct rng *rng = &world->rng;
-    const uint64_t room = WORLD_TOKENS - member_length(member);
-    const uint32_t most = rng_chance(rng, 4) ? 600 : rng_chance(rng, 2) ? 100 : 5;
-    const uint64_t back = rng_chance(rng, 3) ? rng_below(rng, 40) : 0;
-    op->first = member_length(member) - (back < member_length(member) ? back : 0);
-    if (room == 0)
-        return false;
-    op->tokens = 1 + rng_below(rng, most);
-    if (op->first + op->tokens > WORLD_TOKENS)
-        op->tokens = (uint32_t)(WORLD_TOKENS - op->first);
-    if (member->promised_to == 0 && rng_chance(rng, 4) && op->first + op->tokens > member_length(member)) {
-        const uint64_t more = rng_below(rng, 400), end = op->first + op->tokens + more;
-        const uint64_t until = end < WORLD_TOKENS ? end : WORLD_TOKENS, tokens = until - member_length(member);
-        const uint64_t bytes = WORLD_HEADS * lane_promise_bytes(own, member_length(member) - own->first, tokens);
-        if (stem_reserve_pages(own, WORLD_HEADS * lane_promise_pages(own, tokens)) != ICE_OK ||
-            !budget_reserve(&world->server.index_budget, &own->index_promised, bytes)) {
-            give_up_promise(member);
-            return false;
-        }
-        member->promised_to = until;
-    }
-    if (member->promised_to && op->first + op->tokens > member->promised_to)
-        op->tokens = (uint32_t)(member->promised_to - op->first);
-    if (op->tokens == 0)
-        return false;
-    op->token_major = rng_chance(rng, 2);
-    const size_t side = (size_t)WORLD_HEADS * op->tokens * member_row_bytes(member);
-    put_rows(member, work->staging, work->staging + side, op->first, op->tokens, op->token_major);
-    return true;
-}
-
-static bool fill_retrieve(struct world *world, struct work *work)
-{
-    struct member *member = work->member;
-    struct op *op = &work->op;
-    struct rng *rng = &world->rng;
-    op->append = rng_chance(rng, 3) && member->promised_to == 0;
-    op->queries = 1 + rng_below(rng, 3);
-    if (op->append ? member_length(member) + op->queries > WORLD_TOKENS : member_length(member) < op->queries)
-        return false;
-    op->query_dtype = DTYPE_FP32;
-    op->budget = rng_chance(rng, 4) ? WORLD_TOKENS : 1 + rng_below(rng, 100);
-    op->sinks = rng_below(rng, 20);
-    op->window = rng_below(rng, 80);
-    op->holds_ends = rng_chance(rng, 4);
-    op->page_wise = rng_chance(rng, 4);
-    op->landing = &work->landing;
-    work->landing =
-        (struct landing){.ops = &landing_ops, .memory = (struct gpu_landing *)work, .shape = work->records.shape};
-    if (work->records_of != member->sequence->binding)
-        records_forget_row(&work->records, 0); // as a row that is bound to another sequence
-    work->records_of = member->sequence->binding;
-    op->resend = rng_chance(rng, 8);
-    op->keep = op->page_wise || rng_chance(rng, 2) ? 0 : rng_below(rng, op->budget + 1);
-    op->rows = work->rows;
-    op->first_queries = work->first_queries;
-    work->first_queries[0] = op->append ? member_length(member) : member_length(member) - op->queries;
-    op->deadline_ns = world_now_ns + (rng_chance(rng, 8) ? 0 : 1000000ull << rng_below(rng, 12));
-    const uint32_t floats = op->queries * WORLD_HEADS * member->sequence->shape.head_dim;
-    for (uint32_t i = 0; i < floats; i++) {
-        const float x = (float)rng_below(rng, 2000) / 1000.0f - 1.0f;
-        memcpy(work->staging + i * sizeof x, &x, sizeof x);
-    }
-    uint8_t *keys = work->staging + floats * sizeof(float);
-    const size_t side = (size_t)WORLD_HEADS * op->queries * member_row_bytes(member);
-    if (op->append)
-        put_rows(member, keys, keys + side, member_length(member), op->queries, true);
-    op->message.vectors = work->staging;
-    return true;
-}
-
-static bool fill_read(struct world *world, struct work *work)
-{
-    struct op *op = &work->op;
-    const uint64_t length = member_length(work->member);
-    if (length == 0)
-        return false;
-    op->first = rng_below(&world->rng, (uint32_t)length);
-    op->tokens = 1 + rng_below(&world->rng, (uint32_t)(length - op->first));
-    return true;
-}
-
-static struct seal *free_seal(struct world *world)
-{
-    for (uint32_t i = 0; i < WORLD_SEALS; i++)
-        if (!world->seals[i].prefix)
-            return &world->seals[i];
-    return NULL;
-}
-
-static bool fill(struct world *world, struct work *work, enum op_kind kind)
-{
-    switch (kind) {
-    case OP_APPEND:
-        return fill_append(world, work);
-    case OP_RETRIEVE:
-        return fill_retrieve(world, work);
-    case OP_READ:
-        return fill_read(world, work);
-    case OP_SEAL:
-        work->op.blocks = (uint32_t)member_length(work->member); // of one token
-        return member_length(work->member) > 0 && free_seal(world);
-    case OP_TRUNCATE:
-        work->op.first = rng_below(&world->rng, (uint32_t)member_length(work->member) + 1);
-        return true;
-    default:
-        return member_length(work->member) > 0;
-    }
-}
-
 static struct work *free_work(struct world *world)
 {
     for (uint32_t i = 0; i < WORLD_OPS; i++)
@@ -454,7 +299,10 @@ static enum op_phase first_phase(const struct op *op)
 {
     if (op->kind == OP_APPEND || op->kind == OP_TRUNCATE || op->append)
         return PHASE_PREPARE;
-    return op->kind == OP_READ ? PHASE_READ : op->kind == OP_RETRIEVE ? PHASE_SEARCH : PHASE_SAVE;
+    return op->kind == OP_READ       ? PHASE_READ
+           : op->kind == OP_RETRIEVE ? PHASE_SEARCH
+           : op->kind == OP_HINT     ? PHASE_HINT
+                                     : PHASE_SAVE;
 }
 
 static void use_stems(struct work *work, int change)
@@ -514,7 +362,7 @@ static bool cuts_chain(struct world *world, struct member *member, const struct 
 {
     if (op->kind != OP_TRUNCATE || op->first >= member->sequence->own->first)
         return false;
-    give_up_promise(member);
+    member_give_up_promise(member);
     const ice_status status = sequence_cut(member->sequence, op->first);
     assert_true(status == ICE_OK || is_full(status));
     note_stems(world, member->sequence);
@@ -528,31 +376,70 @@ static bool cuts_chain(struct world *world, struct member *member, const struct 
 
 static void end_work(struct world *world, struct work *work);
 
+static enum admission_mode mode_of(const struct op *op)
+{
+    switch (op->kind) {
+    case OP_HINT:
+        return ADMIT_HINT;
+    case OP_APPEND:
+        return ADMIT_APPEND;
+    case OP_READ:
+    case OP_RETRIEVE:
+        return op->append ? ADMIT_APPEND : ADMIT_READ;
+    default:
+        return ADMIT_ALONE;
+    }
+}
+
+// As the reactor does it, but that nobody waits.
+static bool admit(struct member *member, enum admission_mode mode)
+{
+    const bool writes = mode == ADMIT_APPEND || mode == ADMIT_ALONE;
+    if (writes && (member->readers > 0 || (mode == ADMIT_ALONE && member->hints > 0)))
+        return false;
+    member->hints += mode == ADMIT_HINT;
+    member->readers += mode == ADMIT_READ;
+    member->writer |= writes;
+    member->is_alone |= mode == ADMIT_ALONE;
+    return true;
+}
+
+static void leave(struct member *member, enum admission_mode mode)
+{
+    const bool writes = mode == ADMIT_APPEND || mode == ADMIT_ALONE;
+    member->hints -= mode == ADMIT_HINT;
+    member->readers -= mode == ADMIT_READ;
+    member->writer &= !writes;
+    member->is_alone &= mode != ADMIT_ALONE;
+}
+
 void world_request(struct world *world, struct member *member, enum op_kind kind)
 {
     struct work *work = free_work(world);
     if (!work || !member->open || member->closing)
         return;
     cancel_sleep(member->sequence);
-    if (member->writer)
+    if (kind == OP_HINT ? member->is_alone : member->writer)
         return;
     work->op = (struct op){.kind = kind, .server = &world->server, .session = &work->session, .layers = 1};
     work->member = member;
     work->session.staging.base = work->staging;
     work->length = member_length(member);
-    if (!fill(world, work, kind))
+    if (!request_fill(world, work, kind))
         return;
     struct op *op = &work->op;
-    const bool exclusive = (kind != OP_READ && kind != OP_RETRIEVE) || op->append;
-    if ((exclusive && member->readers > 0) || cuts_chain(world, member, op))
+    const enum admission_mode mode = mode_of(op);
+    if (!admit(member, mode))
         return;
+    if (cuts_chain(world, member, op)) {
+        leave(member, mode);
+        return;
+    }
     work->used = true;
-    member->writer = exclusive;
-    member->readers += !exclusive;
     op->received_ns = world_now_ns;
     op->sequence_count = 1;
     op->admissions = &work->admission;
-    work->admission = (struct admission){.op = op, .sequence = member->sequence, .exclusive = exclusive};
+    work->admission = (struct admission){.op = op, .sequence = member->sequence, .mode = mode};
     take_lanes(work);
     use_stems(work, 1);
     if (op->lane_count > 0)
@@ -609,7 +496,7 @@ static void destroy_images(struct world *world, struct work *work)
 // times.
 static void seal_made(struct world *world, struct work *work)
 {
-    struct seal *seal = free_seal(world);
+    struct seal *seal = seal_free(world);
     struct member *member = work->member;
     struct sequence *sequence = member->sequence;
     const uint64_t length = member_length(member);
@@ -683,7 +570,7 @@ static void note_length(struct world *world, struct work *work)
     if (appends && end > member_length(member))
         member->sequence->lengths[0] = end;
     if (op->kind == OP_TRUNCATE && op->first < member_length(member)) {
-        give_up_promise(member);
+        member_give_up_promise(member);
         member->sequence->lengths[0] = op->first;
         member->sequence->binding = ++world->server.next_id;
         make_content(world, member, op->first);
@@ -723,10 +610,8 @@ static void end_work(struct world *world, struct work *work)
             destroy_images(world, work);
     }
     if (op->kind == OP_APPEND && (status != ICE_OK || member_length(member) >= member->promised_to))
-        give_up_promise(member);
-    const bool exclusive = (op->kind != OP_READ && op->kind != OP_RETRIEVE) || op->append;
-    member->writer = exclusive ? false : member->writer;
-    member->readers -= !exclusive;
+        member_give_up_promise(member);
+    leave(member, mode_of(op));
     work->used = false;
     world->ended++;
 }

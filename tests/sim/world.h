@@ -57,8 +57,8 @@ struct seal {
 };
 
 struct member { // a sequence
-    bool open, closing, writer;
-    uint32_t readers;
+    bool open, closing, writer, is_alone;
+    uint32_t readers, hints;
     struct sequence *sequence;
     uint64_t promised_to; // of an append in parts under way: its end; 0: none
     uint8_t *keys, *values;
@@ -122,7 +122,7 @@ struct world {
     uint32_t hog_count;
     struct seen seen;
     uint64_t steps, ended, failed, partial, lost, next_content;
-    uint64_t kinds[OP_TRUNCATE + 1]; // ended well
+    uint64_t kinds[OP_HINT + 1]; // ended well
 };
 
 extern uint64_t world_now_ns;
@@ -137,6 +137,10 @@ void world_close(struct world *world, struct member *member);
 void world_unseal(struct world *world, struct seal *seal);
 // Begins a request where the member admits it. The kinds choose their arguments at random.
 void world_request(struct world *world, struct member *member, enum op_kind kind);
+// Its arguments (requests.c). False: there is nothing that it could ask for.
+bool request_fill(struct world *world, struct work *work, enum op_kind kind);
+struct seal *seal_free(struct world *world); // NULL: none
+void member_give_up_promise(struct member *member);
 void world_take_ends(struct world *world);
 bool world_is_idle(const struct world *world); // no request, no closing
 // Looks at every invariant (check.c).

@@ -69,6 +69,7 @@ static void statistics_show_the_disk(void **state)
     spill.ahead_wasted = 22;
     spill.prefixes_evicted = 23;
     spill.prefixes_expired = 24;
+    spill.hinted = 25;
     text = printed(ctl_print_table, parts, 1);
     expect(text, "spill    io_uring, past the page cache\n");
     expect(text, "  disk          3.0 MiB of 12.0 MiB      25.0 %\n");
@@ -76,13 +77,19 @@ static void statistics_show_the_disk(void **state)
     expect(text, "  in flight 16  waiting 17  prefixes 18  lanes hibernated 19\n");
     expect(text, "  prefixes that made room 23  expired 24\n");
     expect(text, "  ahead    read 20  used 21  wasted 22\n");
+    expect(text, "  hinted   read 25  used 0  wasted 0  late 0  dropped 0\n");
     free(text);
+    spill.hinted_used = 26;
+    spill.hinted_wasted = 78;
+    spill.hinted_late = 28;
+    spill.hinted_dropped = 29;
     spill.engine = TEXT("threads");
     spill.reason = TEXT("io_uring_setup: \"not permitted\"");
     spill.direct = 0;
     spill.off = 1;
     text = printed(ctl_print_table, parts, 1);
     expect(text, "spill    threads (io_uring_setup: \"not permitted\"), OFF: the disk has failed\n");
+    expect(text, "  hinted   read 25  used 26  wasted 78  late 28  dropped 29  (25.0 % useful)\n");
     free(text);
     text = printed(ctl_print_json, parts, 1);
     expect(text,
@@ -90,6 +97,7 @@ static void statistics_show_the_disk(void **state)
            "\"off\":true,\"bytes\":3145728,\"capacity_bytes\":12582912,\"pages_read\":11,\"pages_written\":12,"
            "\"pages_evicted\":13,\"pages_lost\":14,\"write_errors\":15,\"in_flight\":16,\"waiting\":17,"
            "\"prefixes\":18,\"hibernated\":19,\"ahead\":20,\"ahead_used\":21,\"ahead_wasted\":22,"
+           "\"hinted\":25,\"hinted_used\":26,\"hinted_wasted\":78,\"hinted_late\":28,\"hinted_dropped\":29,"
            "\"prefixes_evicted\":23,\"prefixes_expired\":24},\"sequence\":[]}\n");
     free(text);
 }

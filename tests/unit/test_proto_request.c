@@ -24,6 +24,7 @@ struct fixture {
     Icecache__Wire__SequenceClose close;
     Icecache__Wire__Append append;
     Icecache__Wire__Retrieve retrieve;
+    Icecache__Wire__Hint hint;
     Icecache__Wire__Read read;
     Icecache__Wire__SequenceInfo info;
     Icecache__Wire__Stats stats;
@@ -41,6 +42,7 @@ static void fixture_init(struct fixture *f)
         .close = ICECACHE__WIRE__SEQUENCE_CLOSE__INIT,
         .append = ICECACHE__WIRE__APPEND__INIT,
         .retrieve = ICECACHE__WIRE__RETRIEVE__INIT,
+        .hint = ICECACHE__WIRE__HINT__INIT,
         .read = ICECACHE__WIRE__READ__INIT,
         .info = ICECACHE__WIRE__SEQUENCE_INFO__INIT,
         .stats = ICECACHE__WIRE__STATS__INIT,
@@ -127,6 +129,22 @@ static void use_retrieve(struct fixture *f)
     retrieve->coverage = 0.95f;
     retrieve->deadline_us = 20000;
     retrieve->want_positions = 1;
+}
+
+static void use_hint(struct fixture *f)
+{
+    f->request.body_case = ICECACHE__WIRE__REQUEST__BODY_HINT;
+    f->request.hint = &f->hint;
+    Icecache__Wire__Hint *hint = &f->hint;
+    hint->layer = 2;
+    hint->n_sequence_ids = 3;
+    hint->sequence_ids = f->ids;
+    hint->queries = 2;
+    hint->query_dtype = DTYPE_FP32;
+    hint->budget = 256;
+    hint->sinks = 16;
+    hint->window = 64;
+    hint->deadline_us = 20000;
 }
 
 static void use_nothing(struct fixture *f)
@@ -291,8 +309,22 @@ static void decode(const struct fixture *f, struct decoded *out)
     X(use_retrieve, keep_pages, (f->retrieve.keep = 1, f->retrieve.page_wise = 1), ICE_NOT_SUPPORTED, "whole pages")   \
     X(use_retrieve, deadline_over, f->retrieve.deadline_us = 600000001, ICE_TOO_LARGE, "over WIRE_DEADLINE_US_MAX")
 
+#define HINT_CASES(X)                                                                                                  \
+    X(use_hint, hint_layer_over, f->hint.layer = 512, ICE_UNKNOWN_LAYER, "layer 512")                                  \
+    X(use_hint, hint_no_sequence, f->hint.n_sequence_ids = 0, ICE_INVALID_ARGUMENT, "number of sequence_ids is 0")     \
+    X(use_hint, hint_sequences_over, f->hint.n_sequence_ids = 257, ICE_TOO_LARGE,                                      \
+      "257, over WIRE_SEQUENCES_PER_RETRIEVE_MAX = 256")                                                               \
+    X(use_hint, hint_sequence_twice, f->ids[2] = f->ids[1], ICE_INVALID_ARGUMENT,                                      \
+      "sequence_ids[1] and [2] are the same")                                                                          \
+    X(use_hint, hint_queries_0, f->hint.queries = 0, ICE_INVALID_ARGUMENT, "queries is 0")                             \
+    X(use_hint, hint_queries_over, f->hint.queries = 257, ICE_TOO_LARGE, "queries is 257, over WIRE_QUERIES_MAX")      \
+    X(use_hint, hint_dtype_4, f->hint.query_dtype = 4, ICE_NOT_SUPPORTED, "query_dtype 4")                             \
+    X(use_hint, hint_budget_0, f->hint.budget = 0, ICE_INVALID_ARGUMENT, "budget is 0")                                \
+    X(use_hint, hint_ends_wrap, f->hint.sinks = f->hint.window = UINT32_MAX, ICE_TOO_LARGE, "is 8589934846")           \
+    X(use_hint, hint_deadline_over, f->hint.deadline_us = 600000001, ICE_TOO_LARGE, "over WIRE_DEADLINE_US_MAX")
+
 // clang-format off
-#define ALL_CASES(X) ANY_CASES(X) OPEN_CASES(X) APPEND_CASES(X) READ_CASES(X) RETRIEVE_CASES(X)
+#define ALL_CASES(X) ANY_CASES(X) OPEN_CASES(X) APPEND_CASES(X) READ_CASES(X) RETRIEVE_CASES(X) HINT_CASES(X)
 #define CHANGE(use, name, change, status, words) \
     static void change_##name(struct fixture *f) { (void)f; change; }
 ALL_CASES(CHANGE)
@@ -328,7 +360,7 @@ static void every_refusal_has_its_status_and_text(void **state)
 static void valid_bodies_pass_unchanged(void **state)
 {
     (void)state;
-    static void (*const uses[])(struct fixture *) = {use_open, use_append, use_read, use_retrieve};
+    static void (*const uses[])(struct fixture *) = {use_open, use_append, use_read, use_retrieve, use_hint};
     for (size_t i = 0; i < sizeof(uses) / sizeof(uses[0]); i++) {
         struct fixture f;
         fixture_init(&f);
@@ -481,7 +513,7 @@ static void sizes_are_capped(void **state)
 static void every_truncation_is_answered(void **state)
 {
     (void)state;
-    static void (*const uses[])(struct fixture *) = {use_open, use_append, use_read, use_retrieve};
+    static void (*const uses[])(struct fixture *) = {use_open, use_append, use_read, use_retrieve, use_hint};
     for (size_t i = 0; i < sizeof(uses) / sizeof(uses[0]); i++) {
         struct fixture f;
         fixture_init(&f);
@@ -503,7 +535,7 @@ static void every_truncation_is_answered(void **state)
 static void every_changed_bit_is_answered(void **state)
 {
     (void)state;
-    static void (*const uses[])(struct fixture *) = {use_open, use_append, use_read, use_retrieve};
+    static void (*const uses[])(struct fixture *) = {use_open, use_append, use_read, use_retrieve, use_hint};
     for (size_t i = 0; i < sizeof(uses) / sizeof(uses[0]); i++) {
         struct fixture f;
         fixture_init(&f);

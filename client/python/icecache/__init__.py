@@ -6,9 +6,9 @@ import ctypes
 import weakref
 from ctypes import byref, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import List
 
 from . import _library
+from ._answers import Hint, Seal, Selection, SequenceInfo, selection
 from ._buffers import Buffer, kv_layout
 from ._gpu import gpu_layout, gpu_memory, is_on_gpu
 from ._library import SESSION_LOST, Status, library
@@ -22,6 +22,7 @@ __all__ = [
     "Error",
     "GpuLanding",
     "HASH_BYTES",
+    "Hint",
     "Landing",
     "Seal",
     "Selection",
@@ -328,30 +329,6 @@ class GpuLanding(_Handle):
         self.data = self.counts = self.positions = None  # they hold the landing
 
 
-@dataclass(frozen=True)
-class SequenceInfo:
-    """indexed_min ends before the length for good (the newest tokens are scanned): wait for idle instead."""
-
-    length: int
-    length_min: int
-    indexed_min: int
-    pages: int
-    pool_bytes: int
-    index_bytes: int
-    build_us: int
-    idle: bool
-    shared_tokens: int
-
-
-@dataclass(frozen=True)
-class Seal:
-    """What has been sealed. known: it had been before, by whatever sequence."""
-
-    prefix_id: int
-    tokens: int
-    known: bool
-
-
 class Sequence(_Handle):
     """The KV history of one request. prefix_tokens: with how many it began, where it was attached or forked, else 0."""
 
@@ -457,40 +434,6 @@ class Sequence(_Handle):
         )
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The answer to a retrieve; the lists have one entry per (sequence, KV head), sequences outermost."""
-
-    partial: bool
-    counts: List[int]
-    changed: List[int]
-    masses: List[float]
-    indexed: List[int]
-    versions: List[int]
-    bytes_moved: int
-    queue_us: int
-    search_us: int
-    fetch_us: int
-    copy_us: int
-
-
-def _selection(result):
-    heads = result.head_count
-    return Selection(
-        result.partial,
-        result.counts[:heads],
-        result.changed[:heads],
-        result.masses[:heads],
-        result.indexed[:heads],
-        result.versions[:heads],
-        result.bytes_moved,
-        result.queue_us,
-        result.search_us,
-        result.fetch_us,
-        result.copy_us,
-    )
-
-
 def _packed(stack, name, array, nbytes, on_gpu):
     """The address of a packed array of this size; in host memory it is borrowed until the stack's end."""
     if is_on_gpu(array) != on_gpu:
@@ -514,8 +457,7 @@ class Ticket(_Handle):
         """The Selection. Timeout leaves the ticket open: wait again or close it."""
         result = _library.RetrieveResult()
         _check(library().ice_retrieve_wait(self._open(), deadline_us, byref(result)))
-        return _selection(result)
-
+        return selection(result)
 
     def stream_wait(self, stream=0):
         """Lets a stream wait for the selection instead of the CPU: what is issued in it from now on sees the selection.
@@ -684,7 +626,7 @@ class Client:
             else:
                 status = library().ice_retrieve(self._open(), byref(filled), byref(result))
         _check(status)
-        return _selection(result)
+        return selection(result)
 
     def submit(self, landing, *, stream=0, **options):
         """Sends a retrieve for one layer of one or several sequences and returns a Ticket.
@@ -706,6 +648,48 @@ class Client:
                 status = library().ice_retrieve_submit(self._open(), byref(filled), byref(handle))
         _check(status)
         return Ticket(self, handle)
+
+    def hint(
+        self,
+        *,
+        layer,
+        sequences,
+        queries,
+        query_dtype,
+        budget,
+        query_count=1,
+        sinks=DEFAULT_SINKS,
+        window=DEFAULT_WINDOW,
+        wait=False,
+        deadline_us=0,
+    ):
+        """Predicted queries: brings what a retrieve with them would select from the daemon's disk into its memory.
+
+        queries are packed [sequence, query, query head, head_dim] in host memory; the other arguments are those of the
+        retrieve to come. Returns None as soon as the hint is sent, or with wait=True a Hint when the reads are asked
+        for.
+        """
+        count = len(sequences)
+        if count == 0 or query_count < 1:
+            raise ValueError("a hint needs at least one sequence and one query position")
+        code, element_bytes = _dtype(query_dtype)
+        wanted = count * query_count * sequences[0].query_heads * sequences[0].head_dim * element_bytes
+        result = _library.HintResult()
+        with contextlib.ExitStack() as stack:
+            filled = _library.HintOptions(
+                layer,
+                count,
+                (c_void_p * count)(*(sequence._open().value for sequence in sequences)),
+                query_count,
+                _packed(stack, "queries", queries, wanted, False),
+                code,
+                budget,
+                sinks,
+                window,
+                deadline_us,
+            )
+            _check(library().ice_hint(self._open(), byref(filled), byref(result) if wait else None))
+        return Hint(result.pages, result.lanes) if wait else None
 
     @contextlib.contextmanager
     def _options(

@@ -204,6 +204,25 @@ class RetrieveOptions(ctypes.Structure):
     ]
 
 
+class HintOptions(ctypes.Structure):
+    _fields_ = [
+        ("layer", c_uint32),
+        ("sequence_count", c_uint32),
+        ("sequences", POINTER(c_void_p)),
+        ("queries", c_uint32),
+        ("query_vectors", c_void_p),
+        ("query_dtype", c_int),
+        ("budget", c_uint32),
+        ("sinks", c_uint32),
+        ("window", c_uint32),
+        ("deadline_us", c_uint64),
+    ]
+
+
+class HintResult(ctypes.Structure):
+    _fields_ = [("pages", c_uint64), ("lanes", c_uint32)]
+
+
 class RetrieveResult(ctypes.Structure):
     _fields_ = [
         ("partial", c_bool),
@@ -282,6 +301,7 @@ _SIGNATURES = {
     "ice_retrieve_wait": (c_int, [c_void_p, c_uint64, POINTER(RetrieveResult)]),
     "ice_ticket_stream_wait": (c_int, [c_void_p, c_void_p]),
     "ice_ticket_close": (None, [c_void_p]),
+    "ice_hint": (c_int, [c_void_p, POINTER(HintOptions), POINTER(HintResult)]),
 }
 
 

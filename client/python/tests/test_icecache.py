@@ -105,6 +105,8 @@ class HeaderTest(unittest.TestCase):
             "ice_kv_target": _library.KvMemory,
             "ice_retrieve_options": _library.RetrieveOptions,
             "ice_retrieve_result": _library.RetrieveResult,
+            "ice_hint_options": _library.HintOptions,
+            "ice_hint_result": _library.HintResult,
         }
         sizes = {"uint32_t": 4, "float": 4, "bool": 1, "ice_dtype": 4, "ice_transport": 4}
         sizes |= {"uint64_t": 8, "size_t": 8, "int": 4, "char": 1}
@@ -465,6 +467,38 @@ class ClientTest(ClientBase):
         )
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stdout.count("44 tokens"), 2, done.stdout)
+
+
+class HintTest(ClientBase):
+    """Hints, with a disk below a pool that is too small."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="icecache-spill-")
+        self.addCleanup(folder.cleanup)
+        self.daemon_options = ("--pool-bytes", "2m", "--spill-dir", folder.name, "--spill-bytes", "256m")
+        super().setUp()
+
+    def test_hint(self):
+        client = self.connect()
+        tokens = 2048
+        shape = dict(MODEL)
+        sequences = [client.open_sequence(**shape) for _ in range(8)]
+        keys, values = numbers(1, LAYERS * tokens * ROW), numbers(2, LAYERS * tokens * ROW)
+        for sequence in sequences:
+            sequence.append(keys, values, first=0)
+        queries = numbers(3, shape["query_heads"] * shape["head_dim"])
+        asked = {"layer": 0, "queries": queries, "query_dtype": "fp32", "budget": 64}
+        found = client.hint(sequences=sequences[:1], wait=True, **asked)
+        self.assertEqual(found.lanes, shape["kv_heads"])
+        self.assertGreater(found.pages, 0)
+        self.assertIsNone(client.hint(sequences=sequences[1:2], **asked))
+        with self.assertRaises(ValueError):
+            client.hint(sequences=sequences[:2], **asked)  # queries for one
+        with self.assertRaises(ValueError):
+            client.hint(sequences=[], **asked)
+        with self.assertRaises(icecache.Error) as caught:
+            client.hint(sequences=sequences[:1], **{**asked, "layer": LAYERS})
+        self.assertEqual(caught.exception.status, icecache.Status.UNKNOWN_LAYER)
 
 
 class PrefixTest(ClientBase):

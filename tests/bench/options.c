@@ -69,6 +69,10 @@ static const char help[] =
     "  --transport NAME    serve: zmq, ring (or it fails), or auto: a ring where it is to be had (auto)\n"
     "  --ram-cap LIST      serve: shares of the pages, from 0.01 to 1, that memory has room for; all: "
     "1,0.5,0.25,0.1,0.05\n"
+    "  --hint NAME[,NAME]  serve, with --ram-cap: what workers hint at before a retrieve: none, layer (the layer "
+    "before, the\n"
+    "                      same step), step (the step before, the same layer) or exact (what will be asked) (none)\n"
+    "  --think-us N        serve: pause of a worker before each retrieve, not timed (0)\n"
     "  --daemon PATH       serve: the daemon to start (icecached beside this program)\n"
     "  --dir DIR           spill, serve: a folder of the file system to use; one is made in it and removed ($TMPDIR, "
     "or\n"
@@ -113,6 +117,8 @@ enum {
     PLACE,
     TRANSPORT,
     RAM_CAP,
+    HINT,
+    THINK_US,
     DAEMON,
     BUILD_TOKENS,
     MIX,
@@ -153,6 +159,8 @@ static const struct {
     {PLACE, "serve"},
     {TRANSPORT, "serve"},
     {RAM_CAP, "serve"},
+    {HINT, "serve"},
+    {THINK_US, "serve"},
     {DAEMON, "serve"},
     {BUILD_TOKENS, "serve"},
     {MIX, "serve"},
@@ -192,6 +200,8 @@ static const struct option long_options[] = {
     {"place", required_argument, NULL, PLACE},
     {"transport", required_argument, NULL, TRANSPORT},
     {"ram-cap", required_argument, NULL, RAM_CAP},
+    {"hint", required_argument, NULL, HINT},
+    {"think-us", required_argument, NULL, THINK_US},
     {"daemon", required_argument, NULL, DAEMON},
     {"build-tokens", required_argument, NULL, BUILD_TOKENS},
     {"mix", required_argument, NULL, MIX},
@@ -256,28 +266,46 @@ static bool set_transport(struct options *options, const char *text)
 
 const char *const option_place_names[PLACES] = {"host", "pull", "push", "auto"};
 
-// In the order given, each once.
-static bool set_places(struct options *options, const char *text)
+const char *const option_hint_names[HINTS] = {"none", "layer", "step", "exact"};
+
+// Numbers of names, in the order given, each once.
+static bool parse_each_once(const char *text, const char *const *names, uint32_t count, struct option_list *out)
 {
     struct option_list list = {0};
     uint32_t given = 0;
     for (const char *rest = text; rest != NULL;) {
         const size_t n = strcspn(rest, ",");
-        uint32_t place = 0;
-        while (place < PLACES &&
-               (strlen(option_place_names[place]) != n || strncmp(rest, option_place_names[place], n) != 0)) {
-            place++;
+        uint32_t at = 0;
+        while (at < count && (strlen(names[at]) != n || strncmp(rest, names[at], n) != 0)) {
+            at++;
         }
-        if (place == PLACES || (given & 1u << place) != 0) {
-            (void)fprintf(stderr, "icecache-bench: --place %s: host, pull, push and auto are known, each once\n", text);
+        if (at == count || (given & 1u << at) != 0) {
             return false;
         }
-        given |= 1u << place;
-        list.values[list.count++] = place;
+        given |= 1u << at;
+        list.values[list.count++] = at;
         rest = rest[n] == ',' ? rest + n + 1 : NULL;
     }
-    options->places = list;
+    *out = list;
     return true;
+}
+
+static bool set_places(struct options *options, const char *text)
+{
+    const bool good = parse_each_once(text, option_place_names, PLACES, &options->places);
+    if (!good) {
+        (void)fprintf(stderr, "icecache-bench: --place %s: host, pull, push and auto are known, each once\n", text);
+    }
+    return good;
+}
+
+static bool set_hints(struct options *options, const char *text)
+{
+    const bool good = parse_each_once(text, option_hint_names, HINTS, &options->hints);
+    if (!good) {
+        (void)fprintf(stderr, "icecache-bench: --hint %s: none, layer, step and exact are known, each once\n", text);
+    }
+    return good;
 }
 
 // A list of some of two names.
@@ -462,6 +490,10 @@ static bool set(struct options *options, int option, const char *text)
         return set_transport(options, text);
     case RAM_CAP:
         return set_ram_caps(options, text);
+    case HINT:
+        return set_hints(options, text);
+    case THINK_US:
+        return parse_u32(text, 0, 1000000, &options->think_us);
     case DAEMON:
         options->daemon = text;
         return true;
@@ -563,6 +595,9 @@ static void set_defaults(struct options *options)
     if (options->places.count == 0) {
         options->places = (struct option_list){1, {PLACE_HOST}};
     }
+    if (options->hints.count == 0 && options->ram_caps.count > 0) {
+        options->hints = (struct option_list){1, {HINT_NONE}};
+    }
     if (options->head_dims.count == 0) {
         options->head_dims = (struct option_list){1, {128}};
     }
@@ -595,6 +630,15 @@ static bool serve_is_valid(const struct options *options, bool has_seconds)
     }
     if (options->ram_caps.count > 0 && has_seconds) {
         (void)fputs("icecache-bench: serve: --ram-cap takes --steps, not --seconds\n", stderr);
+        return false;
+    }
+    if (options->hints.count > 0 && options->ram_caps.count == 0) {
+        (void)fputs("icecache-bench: serve: --hint needs --ram-cap: hints are about pages that are not in memory\n",
+                    stderr);
+        return false;
+    }
+    if (options->ram_caps.count > 0 && 1 + (options->ram_caps.count - 1) * options->hints.count > OPTIONS_LIST_MAX) {
+        (void)fprintf(stderr, "icecache-bench: serve: --ram-cap and --hint: more than %u daemons\n", OPTIONS_LIST_MAX);
         return false;
     }
     const char *list = options->tokens.count > 1                                   ? "tokens"

@@ -26,6 +26,11 @@ extern const char *const option_place_names[PLACES];
 enum option_transport { TRANSPORT_AUTO, TRANSPORT_ZMQ, TRANSPORT_RING, TRANSPORTS };
 extern const char *const option_transport_names[TRANSPORTS];
 
+// What serve's workers hint at before a retrieve of the layer behind: nothing; that layer with this layer's queries,
+// with its own of the step before, or with those that will be asked, as if they were known.
+enum option_hint { HINT_NONE, HINT_LAYER, HINT_STEP, HINT_EXACT, HINTS };
+extern const char *const option_hint_names[HINTS];
+
 struct option_shares {
     uint32_t count;
     double values[OPTIONS_LIST_MAX + 1];
@@ -66,6 +71,8 @@ struct options {
     uint32_t idle;              // serve: idle sequences; 0: none
     bool mix_given, idle_given;
     struct option_shares ram_caps; // serve: 1 first, then what was asked for; none: no cap
+    struct option_list hints;      // serve, with ram_caps: enum option_hint, each once
+    uint32_t think_us;             // serve: between two retrieves of a worker
     const char *daemon;            // serve: NULL: beside this program
     bool pages;                    // step: with the gather of K and V, which needs their memory
 };

@@ -45,6 +45,7 @@ struct stage {
     struct process workers[SERVE_WORKERS_MAX], builder;
     uint32_t worker_count;
     double cap;              // 0: none
+    uint32_t hint;           // enum option_hint
     uint32_t places[PLACES]; // of the workers' landings, as they are
     double ready_s;          // from the first append until no clustering was due, the slowest worker's
 };
@@ -108,6 +109,7 @@ static bool start_worker(const struct serve_job *of, const struct stage *stage, 
 {
     struct serve_job job = *of;
     job.seed += number;
+    job.hint = stage->hint;
     (void)snprintf(job.sockets, sizeof job.sockets, "%s", stage->daemon.sockets);
     return process_start_role(process, "worker", NULL) && process_write(process, &job, sizeof job);
 }
@@ -130,11 +132,11 @@ static bool wait_worker(const struct process *process, bool builds, struct stage
     return true;
 }
 
-static bool stage_open(struct serve *serve, struct stage *stage, double cap)
+static bool stage_open(struct serve *serve, struct stage *stage, double cap, uint32_t hint)
 {
     const bool builds = !is_capped(serve);
     const struct serve_room room = room_of(serve, cap);
-    *stage = (struct stage){.cap = cap};
+    *stage = (struct stage){.cap = cap, .hint = hint};
     serve->stage_count++;
     (void)fprintf(stderr, "icecache-bench: serve: %s: a daemon with a pool of %llu MiB\n", serve->data,
                   (unsigned long long)room.pool_bytes >> 20);
@@ -235,7 +237,8 @@ static bool run_set(struct serve *serve, struct stage *stage, struct serve_set *
                         : run_workers(serve, stage, set->workers, set->order, &round))) {
         return false;
     }
-    if (serve->device != NULL && serve_pages_read(&round) >= PAGES_LEAST) {
+    // With hints it reads more than what it waits for.
+    if (serve->device != NULL && set->hint == HINT_NONE && serve_pages_read(&round) >= PAGES_LEAST) {
         round.device_us = device_us;
         round.device_count = DEVICE_TRIES;
         if (!serve_device_measure(serve->device, (uint32_t)lround(serve_pages_read(&round)), device_us, DEVICE_TRIES)) {
@@ -347,18 +350,36 @@ static double overhead(const struct serve_set *set, const struct samples *raw)
     return serve_median_ratio(&beside, raw);
 }
 
+// The set of the same share without hints; NULL: none.
+static const struct serve_set *without_hints(const struct serve *serve, const struct serve_set *set)
+{
+    for (uint32_t i = 1; i < serve->set_count && set->hint != HINT_NONE; i++) {
+        if (serve->sets[i].hint == HINT_NONE && serve->sets[i].ram_cap == set->ram_cap) {
+            return &serve->sets[i];
+        }
+    }
+    return NULL;
+}
+
 static void add_cap_ratios(const struct serve *serve, json_t *ratios)
 {
     for (uint32_t i = 1; i < serve->set_count; i++) {
-        const struct serve_set *set = &serve->sets[i];
-        char key[32];
+        const struct serve_set *set = &serve->sets[i], *without = without_hints(serve, set);
+        char key[48];
         json_t *of = json_object();
+        if (without != NULL) {
+            set_ratio(of, "retrieve_over_unhinted", serve_median_ratio(&set->p50, &without->p50));
+            set_ratio(of, "mean_over_unhinted", serve_median_ratio(&set->mean, &without->mean));
+            set_ratio(of, "fetch_over_unhinted", serve_median_ratio(&set->fetch, &without->fetch));
+            set_ratio(of, "daemon_cpu_over_unhinted", serve_median_ratio(&set->cpu_us, &without->cpu_us));
+        }
         set_ratio(of, "retrieve_over_resident", serve_median_ratio(&set->p50, &serve->sets[0].p50));
         if (set->device_p50.count > 0) {
             set_ratio(of, "retrieve_over_device", samples_median(&set->over_device));
             set_ratio(of, "retrieve_over_device_mean", samples_median(&set->mean_over_device));
         }
-        (void)snprintf(key, sizeof key, "ram_cap=%g", set->ram_cap);
+        (void)snprintf(key, sizeof key, "ram_cap=%g%s%s", set->ram_cap, set->hint != HINT_NONE ? ",hint=" : "",
+                       set->hint != HINT_NONE ? option_hint_names[set->hint] : "");
         (void)json_object_set_new(ratios, key, of);
     }
 }
@@ -466,13 +487,17 @@ static void plan_sets(struct serve *serve)
 {
     const struct options *options = serve->options;
     const uint32_t places = serve->job.place_count;
-    const uint32_t count = is_capped(serve) ? options->ram_caps.count : 2 * places * options->workers.count;
+    const uint32_t hints = options->hints.count;
+    const uint32_t count =
+        is_capped(serve) ? 1 + (options->ram_caps.count - 1) * hints : 2 * places * options->workers.count;
     for (uint32_t i = 0; i < count; i++) {
         struct serve_set *set = &serve->sets[serve->set_count++];
         *set = (struct serve_set){.tokens = serve->job.tokens, .workers = serve->workers_max};
         (void)snprintf(set->data, sizeof set->data, "%s", serve->data);
         if (is_capped(serve)) {
-            set->ram_cap = options->ram_caps.values[i];
+            // The first one's share is 1, and hints would be of no use.
+            set->ram_cap = options->ram_caps.values[i == 0 ? 0 : 1 + (i - 1) / hints];
+            set->hint = i == 0 ? HINT_NONE : options->hints.values[(i - 1) % hints];
         } else {
             set->workers = options->workers.values[i / 2 / places];
             set->order = i / 2 % places;
@@ -537,10 +562,10 @@ static bool open_stages(struct serve *serve)
     const struct options *options = serve->options;
     struct serve_stats stats;
     if (!is_capped(serve)) {
-        return stage_open(serve, &serve->stages[0], 0);
+        return stage_open(serve, &serve->stages[0], 0, HINT_NONE);
     }
     // The first one's share is 1: what all pages take is known then.
-    if (!stage_open(serve, &serve->stages[0], options->ram_caps.values[0]) ||
+    if (!stage_open(serve, &serve->stages[0], serve->sets[0].ram_cap, HINT_NONE) ||
         !serve_daemon_stats(&serve->stages[0].daemon, &stats)) {
         return false;
     }
@@ -551,8 +576,8 @@ static bool open_stages(struct serve *serve)
             stderr);
     }
     serve->all_bytes = stats.pages * serve_frame_bytes(&serve->job);
-    for (uint32_t i = 1; i < options->ram_caps.count; i++) {
-        if (!stage_open(serve, &serve->stages[i], options->ram_caps.values[i])) {
+    for (uint32_t i = 1; i < serve->set_count; i++) {
+        if (!stage_open(serve, &serve->stages[i], serve->sets[i].ram_cap, serve->sets[i].hint)) {
             return false;
         }
     }
@@ -618,6 +643,7 @@ static int run_data(const struct options *options, const struct serve_job *job, 
     serve->job = *job;
     serve->job.place_count = options->places.count;
     serve->job.transport = options->transport;
+    serve->job.think_us = options->think_us;
     memcpy(serve->job.places, options->places.values, options->places.count * sizeof *serve->job.places);
     (void)snprintf(serve->data, sizeof serve->data, "%s", name);
     for (uint32_t i = 0; i < options->workers.count; i++) {

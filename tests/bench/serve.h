@@ -53,6 +53,8 @@ struct serve_job {
     uint32_t places[PLACES]; // enum option_place of its landings
     uint32_t place_count;
     uint32_t transport; // enum option_transport
+    uint32_t hint;      // enum option_hint
+    uint32_t think_us;  // before each retrieve
     uint64_t seed;
 };
 size_t serve_row_bytes(const struct serve_job *job);
@@ -145,8 +147,9 @@ struct serve_stats {
     uint64_t pages, pool_bytes; // of those sequences that one reply has room for; in memory
     uint64_t all_pool_bytes, index_bytes;
     uint64_t pages_read, retrieves;
-    uint64_t cpu_ns; // of the process
-    bool direct;     // past the page cache
+    uint64_t hinted, hinted_used; // pages
+    uint64_t cpu_ns;              // of the process
+    bool direct;                  // past the page cache
 };
 // `work` holds its sockets and log, `disk` its spill file; both end in `number`. program: NULL: beside this one.
 bool serve_daemon_start(struct serve_daemon *daemon, const char *program, const char *work, const char *disk,

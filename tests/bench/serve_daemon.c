@@ -135,6 +135,8 @@ bool serve_daemon_stats(struct serve_daemon *daemon, struct serve_stats *out)
         .all_pool_bytes = stats->pool_bytes,
         .index_bytes = stats->index_bytes,
         .pages_read = stats->spill != NULL ? stats->spill->pages_read : 0,
+        .hinted = stats->spill != NULL ? stats->spill->hinted : 0,
+        .hinted_used = stats->spill != NULL ? stats->spill->hinted_used : 0,
         .direct = stats->spill != NULL && stats->spill->direct,
     };
     for (size_t i = 0; i < stats->n_sequence; i++) { // there are fewer than a reply has room for

@@ -114,6 +114,11 @@ bool serve_set_add(struct serve_set *set, const struct serve_round *round)
     add_times(set, round, values);
     add_workers(set, round);
     samples_add(&set->pages_read, serve_pages_read(round));
+    const double hinted = (double)(round->after.hinted - round->before.hinted);
+    samples_add(&set->hinted, hinted / count);
+    if (hinted > 0) {
+        samples_add(&set->useful, (double)(round->after.hinted_used - round->before.hinted_used) / hinted);
+    }
     samples_add(&set->cpu_us, (double)(round->after.cpu_ns - round->before.cpu_ns) / 1000 / count);
     set->builds += round->builds;
     samples_add(&set->build_s, round->build_s);
@@ -167,6 +172,11 @@ static void add_device_keys(const struct serve_set *set, json_t *row)
 {
     (void)json_object_set_new(row, "ram_cap", json_real(set->ram_cap));
     (void)json_object_set_new(row, "pages_read", number(samples_median(&set->pages_read)));
+    (void)json_object_set_new(row, "hint", json_string(option_hint_names[set->hint]));
+    if (set->hint != HINT_NONE) {
+        (void)json_object_set_new(row, "pages_hinted", number(samples_median(&set->hinted)));
+        (void)json_object_set_new(row, "hinted_useful", number(samples_median(&set->useful)));
+    }
     if (set->device_p50.count > 0) {
         (void)json_object_set_new(row, "device_us",
                                   json_pack("{s:o, s:o}", "p50", number(samples_median(&set->device_p50)), "p99",

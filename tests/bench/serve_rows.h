@@ -20,6 +20,7 @@ struct serve_set {
     char data[128];
     uint32_t tokens, workers;
     double ram_cap;          // 0: none
+    uint32_t hint;           // enum option_hint
     bool building;           // beside a worker that builds
     uint32_t order;          // which of the job's places
     enum option_place place; // as it is
@@ -27,6 +28,7 @@ struct serve_set {
     struct samples moved_over_turnover, build_s;
     uint32_t build_tokens, build_lanes; // of the sequences that are clustered meanwhile
     uint64_t builds;                    // of them, ended
+    struct samples hinted, useful;      // pages that hints brought, of a retrieve; of them, asked for later
     struct samples pages_read, device_p50, device_p99, over_device, mean_over_device;
     double bytes_moved; // by one retrieve
     double ready_s;

@@ -254,10 +254,43 @@ static void wait_until(uint64_t ns)
     }
 }
 
+// Of the retrieve that comes next: what the job says is known of its queries now. The answer is not waited for.
+static bool hint_at_next(const struct worker *worker, uint32_t layer)
+{
+    const struct serve_job *job = &worker->job;
+    const uint32_t next = (layer + 1) % job->layers, step = worker->step + (next == 0);
+    const uint32_t of_layer = job->hint == HINT_LAYER ? layer : next;
+    const uint32_t of_step = job->hint == HINT_LAYER              ? worker->step
+                             : job->hint == HINT_STEP && step > 0 ? step - 1
+                                                                  : step;
+    const struct ice_hint_options options = {
+        .layer = next,
+        .sequence_count = 1,
+        .sequences = &worker->sequence,
+        .query_vectors = serve_source_queries(&worker->source, job, of_layer, of_step),
+        .query_dtype = (ice_dtype)job->dtype,
+        .budget = job->budget,
+        .sinks = job->sinks,
+        .window = job->window,
+    };
+    const ice_status status = job->hint == HINT_NONE ? ICE_OK : ice_hint(worker->client, &options, NULL);
+    return status == ICE_OK || failed("hint", status);
+}
+
+// What an engine computes between two retrieves.
+static void think(const struct serve_job *job)
+{
+    if (job->think_us > 0) {
+        wait_until(measure_ns() + job->think_us * 1000ull);
+    }
+}
+
 static bool run_step(struct worker *worker, struct serve_record *records)
 {
     for (uint32_t layer = 0; layer < worker->job.layers; layer++) {
-        if (!retrieve(worker, layer, &records[layer]) || !look_at_landing(worker, layer, &records[layer])) {
+        think(&worker->job);
+        if (!retrieve(worker, layer, &records[layer]) || !hint_at_next(worker, layer) ||
+            !look_at_landing(worker, layer, &records[layer])) {
             return false;
         }
     }

@@ -213,6 +213,16 @@ def check_serve_caps(rows, ratio, caps):
         check(of["retrieve_over_resident"] > 1 and of["retrieve_over_device"] > 0.5, f"ratios at a share: {of}")
 
 
+# Known queries bring what is asked for; those of another layer or step are followed as long as that pays.
+def check_serve_hints(rows, ratio, hints):
+    check([row["hint"] for row in rows] == ["none", *hints], f"hints of serve: {rows}")
+    for row in rows[1:]:
+        of = ratio[f"ram_cap={row['ram_cap']:g},hint={row['hint']}"]
+        check(row["pages_hinted"] >= 0 and "hinted_useful" in row, f"hints: {row}")
+        check("device_us" not in row and of["retrieve_over_resident"] > 0, f"hints: {row} {of}")
+    check(rows[-1]["hint"] == "exact" and rows[-1]["pages_hinted"] > 0 < rows[-1]["hinted_useful"], f"known queries: {rows[-1]}")
+
+
 # A GPU that is asked for and not there is named; with one, each place has its rows.
 def run_serve_places(bench, small, fake_cuda):
     os.environ["ICECACHE_CUDA_LIBRARY"] = "/nowhere/libcuda.so"
@@ -294,12 +304,18 @@ def run_serve(bench, trace, fake_cuda):
         check(ratio["p99_building_over_unloaded"] > 0 and ratio["p99_building_over_raw_zmq"] > 0 and "scaling_16" not in ratio, f"ratios of serve: {ratio}")
         rows, ratio = check_serve(run_json(bench, *small, *where, "--trace", trace, "--ram-cap", "0.5,0.15"), [1] * 3, 2, 256)
         check_serve_caps(rows, ratio, [1, 0.5, 0.15])
+        hinted = [*where, "--tokens", "2048", "--ram-cap", "0.25", "--think-us", "2000", "--hint", "layer,exact"]
+        rows, ratio = check_serve(run_json(bench, *small, *hinted), [1] * 3, 2, 512)
+        check_serve_hints(rows, ratio, ["layer", "exact"])
         run(bench, *small, *where, "--daemon", "/nowhere/icecached", wanted=3)
         run(bench, *small, *where, "--daemon", "/bin/false", wanted=3)
         run_serve_parts(bench, where)
         run_serve_places(bench, (*small, *where, "--tokens", "1024", "--workers", "1"), fake_cuda)
         check(os.listdir(folder) == [], f"serve leaves {os.listdir(folder)}")
     check(set(glob.glob("/tmp/icecache-serve-*")) <= before, "serve leaves its sockets")
+    run(bench, *small, "--hint", "exact", wanted=2)
+    run(bench, *small, "--ram-cap", "0.5", "--hint", "exact,exact", wanted=2)
+    run(bench, *small, "--ram-cap", "0.5", "--hint", "guess", wanted=2)
     run(bench, *small, "--workers", "1,2", "--ram-cap", "0.5", wanted=2)
     run(bench, *small, "--ram-cap", "0", wanted=2)
     run(bench, *small, "--tokens", "1024,2048", wanted=2)

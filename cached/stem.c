@@ -195,13 +195,13 @@ bool stem_release(struct stem *stem, struct sequence *told)
     stem->told = told;
     stem->gone.done = stem_gone;
     atomic_store_explicit(&stem->reapers_left, stem->server->shard_count, memory_order_relaxed);
-    start_walks(stem, stem->reapers, reap, told->session->slot);
+    start_walks(stem, stem->reapers, reap, stem->walked ? stem->walk_flow : told->session->slot);
     return true;
 }
 
 // ---- sharing ----
 
-// A few numbers for each lane: all in one go. It stands in the queue before the reaper that may follow it.
+// A few numbers for each lane: all in one go.
 static void end_appends(struct task *task, void *thread)
 {
     struct shard *shard = thread;
@@ -213,8 +213,11 @@ void stem_share(struct stem *stem, const struct sequence *by)
 {
     stem_unreserve(stem);
     atomic_store_explicit(&stem->shared, true, memory_order_relaxed);
-    if (stem_is_flushed(stem))
-        start_walks(stem, stem->walks, end_appends, by->session->slot);
+    if (!stem_is_flushed(stem))
+        return;
+    stem->walked = true;
+    stem->walk_flow = by->session->slot;
+    start_walks(stem, stem->walks, end_appends, stem->walk_flow);
 }
 
 // ---- what appends are promised ----

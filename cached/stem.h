@@ -63,7 +63,9 @@ struct stem {
     struct sequence *told; // its last holder, which waits for its end
     struct completion gone;
     struct stem_walk *walks;   // one for each shard: clustering of what is shared,
-    struct stem_walk *reapers; // and the end
+    struct stem_walk *reapers; // and the end, which must not overtake it: in the walks' flow, where there were some
+    bool walked;
+    uint32_t walk_flow;
 
     // Any thread.
     _Atomic bool shared; // no appends come any more

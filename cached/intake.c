@@ -38,6 +38,8 @@ static enum fair_class class_of(const Icecache__Wire__Request *request)
     case ICECACHE__WIRE__REQUEST__BODY_STATS:
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_LIST:
     case ICECACHE__WIRE__REQUEST__BODY_PREFIX_REMOVE:
+    case ICECACHE__WIRE__REQUEST__BODY_LEASE_LIST:
+    case ICECACHE__WIRE__REQUEST__BODY_NAMESPACE_LIST:
         return FAIR_ADMIN;
     default:
         return FAIR_BULK;

@@ -53,15 +53,28 @@ ice_status quota_may_seal(struct sequence *sequence, uint64_t tokens, char *text
     return tenant_may_take(sequence->tenant, NULL, &need, tier_serves(sequence->server), text);
 }
 
+// Of the first tokens of a prefix, those that are in memory for nobody: what is shared is counted already.
+static uint64_t fresh_tokens(const struct prefix *prefix, uint64_t tokens)
+{
+    uint64_t fresh = 0;
+    for (uint32_t i = 0; i < prefix->part_count; i++) {
+        const struct prefix_part *part = &prefix->parts[i];
+        if (part->first < tokens && !part->stem)
+            fresh += (part->end < tokens ? part->end : tokens) - part->first;
+    }
+    return fresh;
+}
+
 ice_status quota_may_attach(struct server *server, const struct prefix *prefix, uint64_t tokens, char *text)
 {
+    const uint64_t fresh = fresh_tokens(prefix, tokens);
     uint64_t bytes = 0;
     for (uint32_t i = 0; i < prefix_image_count(prefix); i++)
         bytes += prefix->images[i]->page_count * prefix->images[i]->frame_bytes;
     const struct tenant_need need = {
         // Both may have 2^46, whose product has no room.
-        .disk_bytes = (uint64_t)((double)bytes * ((double)tokens / (double)prefix_tokens(prefix))),
-        .index_bytes = tree_bytes(prefix->identity.head_dim, prefix->lane_count, tokens),
+        .disk_bytes = (uint64_t)((double)bytes * ((double)fresh / (double)prefix_tokens(prefix))),
+        .index_bytes = tree_bytes(prefix->identity.head_dim, prefix->lane_count, fresh),
     };
     const ice_status status =
         prefix->tenant ? tenant_may_take(prefix->tenant, NULL, &need, tier_serves(server), text) : ICE_OK;

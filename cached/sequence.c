@@ -214,6 +214,15 @@ static ice_status stem_of_part(struct sequence *sequence, struct prefix *prefix,
     return status;
 }
 
+// Parts that the first `tokens` lie in.
+static uint32_t parts_until(const struct prefix *prefix, uint64_t tokens)
+{
+    uint32_t count = 0;
+    while (count < prefix->part_count && prefix->parts[count].first < tokens)
+        count++;
+    return count;
+}
+
 // Of a sequence that has never been seen by anybody.
 static void undo(struct sequence *sequence)
 {
@@ -243,11 +252,11 @@ ice_status sequence_attach(struct server *server, struct session *session, const
                                      .root = prefix->root,
                                      .seed = prefix->seed,
                                      .first = tokens,
-                                     .depth = prefix->part_count,
+                                     .depth = parts_until(prefix, tokens),
                                      .shape = sequence->shape,
                                      .anchors = anchors_of(message)};
     status = stem_create(server, &mould, &sequence->own);
-    for (uint32_t i = 0; status == ICE_OK && i < prefix->part_count && prefix->parts[i].first < tokens; i++) {
+    for (uint32_t i = 0; status == ICE_OK && i < mould.depth; i++) {
         struct prefix_part *part = &prefix->parts[i];
         struct sequence_part *seen = &sequence->chain[sequence->chain_count];
         status = stem_of_part(sequence, prefix, part, &seen->stem);

@@ -1,7 +1,7 @@
 // A sequence: identity, shape, its chain of stems, and the order of the requests on it.
 //
 // The reactor owns all of it; shards read the chain while a request is on it. Requests on a sequence are admitted in
-// the order in which they came: any number of readers, or one writer.
+// the order in which they came; beside whom each may work its mode says.
 #ifndef ICECACHE_CACHED_SEQUENCE_H
 #define ICECACHE_CACHED_SEQUENCE_H
 
@@ -20,7 +20,6 @@ struct op;
 struct server;
 struct session;
 
-// One request's place in a sequence's order.
 // Beside whom an operation may work on a sequence. A hint looks at the lanes within one task of their shards and at no
 // lengths, so it minds neither readers nor appends.
 enum admission_mode {
@@ -30,6 +29,7 @@ enum admission_mode {
     ADMIT_HINT,   // all but those that must be alone
 };
 
+// One request's place in a sequence's order.
 struct admission {
     struct op *op;
     struct sequence *sequence;

@@ -356,7 +356,8 @@ static struct op *create_hint(struct server *server, struct session *session, co
     op->layers = 1;
     op->queries = message->queries;
     op->query_dtype = message->query_dtype;
-    op->budget = message->budget;
+    const uint64_t most = TIER_WISHES_MAX * server->config->page_tokens; // more pages cannot be wished for
+    op->budget = message->budget < most ? message->budget : (uint32_t)most;
     op->sinks = message->sinks;
     op->window = message->window;
     for (uint32_t i = 0; i < count; i++)

@@ -398,7 +398,7 @@ struct ice_retrieve_options {
     uint32_t budget;           // tokens per KV head, at least 1
     uint32_t keep;             // of them, so many of the last selection stay selected: see below; 0: none
     uint32_t sinks, window;    // ICE_DEFAULT_SINKS / ICE_DEFAULT_WINDOW are the usual choice; 0: none
-    bool worker_holds_ends;    // sinks and window are not sent
+    bool worker_holds_ends;    // sinks and window are not sent; together at most 16384 then (ICE_TOO_LARGE)
     bool resend;               // send all again, in ascending order of positions: see below
     float coverage;            // 0, or stop once this share of the attention mass is reached
     enum ice_granularity granularity;
@@ -509,7 +509,7 @@ struct ice_hint_options {
     uint32_t queries;               // query positions per sequence; 0: 1
     const void *query_vectors;      // [sequence, query, query_head, head_dim], contiguous, in host memory
     ice_dtype query_dtype;
-    uint32_t budget, sinks, window; // as the retrieve will have them
+    uint32_t budget, sinks, window; // as the retrieve will have them; sinks + window at most 16384
     uint64_t deadline_us;           // behind it the hint is of no use any more
 };
 

@@ -112,7 +112,7 @@ static void room_sizes(const struct index_part *parts, uint32_t part_count, cons
 {
     const struct index *index = parts[0].index;
     const size_t views = (size_t)query->query_count * query->head_count, n = parts[part_count - 1].end;
-    const size_t ends = (size_t)(query->sinks < n ? query->sinks : n) + (query->window < n ? query->window : n);
+    const size_t asked = (size_t)query->sinks + query->window, ends = asked < n ? asked : n;
     size_t blocks, cell_blocks;
     count_blocks(parts, part_count, &blocks, &cell_blocks);
     blocks += ends + 2 * SEARCH_LOOSE_MOST;

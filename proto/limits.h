@@ -30,6 +30,7 @@
 #define WIRE_BLOCKS_MAX                 (1u << 20) // hashes in one message; they fill frame 2
 #define WIRE_SEQUENCES_PER_RETRIEVE_MAX 256u
 #define WIRE_QUERIES_MAX                256u       // query positions per sequence of a retrieve
+#define WIRE_ENDS_MAX                   (1u << 14) // sinks and window together, where no landing bounds them
 #define WIRE_SLOTS_MAX                  (1u << 24) // slots of a landing per row, layer and head
 #define WIRE_ROWS_MAX                   4096u
 #define WIRE_SESSION_TOKEN_BYTES        16u

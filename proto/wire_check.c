@@ -570,6 +570,19 @@ static ice_status check_search(uint32_t budget, uint32_t sinks, uint32_t window,
     return ICE_OK;
 }
 
+// Sinks and window that need no slots are searched all the same.
+static ice_status check_ends(uint32_t sinks, uint32_t window, struct wire_error *error)
+{
+    const uint64_t ends = (uint64_t)sinks + window;
+    if (ends > WIRE_ENDS_MAX) {
+        return wire_refuse(error, ICE_TOO_LARGE,
+                           "sinks %u + window %u is %" PRIu64
+                           ", over WIRE_ENDS_MAX = %u without slots for them; give fewer",
+                           sinks, window, ends, WIRE_ENDS_MAX);
+    }
+    return ICE_OK;
+}
+
 static ice_status check_retrieve(const Icecache__Wire__Retrieve *retrieve, struct wire_error *error)
 {
     ice_status status = check_layers(retrieve->layer, 1, error);
@@ -581,6 +594,9 @@ static ice_status check_retrieve(const Icecache__Wire__Retrieve *retrieve, struc
     }
     if (status == ICE_OK) {
         status = check_search(retrieve->budget, retrieve->sinks, retrieve->window, retrieve->deadline_us, error);
+    }
+    if (status == ICE_OK && retrieve->worker_holds_ends) {
+        status = check_ends(retrieve->sinks, retrieve->window, error);
     }
     if (status != ICE_OK) {
         return status;
@@ -608,7 +624,10 @@ static ice_status check_hint(const Icecache__Wire__Hint *hint, struct wire_error
     if (status == ICE_OK) {
         status = check_dtype("query_dtype", hint->query_dtype, error);
     }
-    return status == ICE_OK ? check_search(hint->budget, hint->sinks, hint->window, hint->deadline_us, error) : status;
+    if (status == ICE_OK) {
+        status = check_search(hint->budget, hint->sinks, hint->window, hint->deadline_us, error);
+    }
+    return status == ICE_OK ? check_ends(hint->sinks, hint->window, error) : status;
 }
 
 ice_status wire_check_request(Icecache__Wire__Request *request, struct wire_error *error)

@@ -66,6 +66,7 @@ static void check_hint(const Icecache__Wire__Hint *hint)
     }
     FUZZ_CHECK(hint->layer < WIRE_LAYERS_MAX && dtype_is_valid(hint->query_dtype) && hint->budget >= 1);
     FUZZ_CHECK((uint64_t)hint->budget + hint->sinks + hint->window <= WIRE_SLOTS_MAX);
+    FUZZ_CHECK((uint64_t)hint->sinks + hint->window <= WIRE_ENDS_MAX);
     FUZZ_CHECK(hint->deadline_us <= WIRE_DEADLINE_US_MAX);
     const struct wire_shape shape = {
         .layers = 1, .kv_heads = 1, .query_heads = 1, .head_dim = WIRE_HEAD_DIM_STEP, .dtype = DTYPE_BF16};

@@ -302,6 +302,8 @@ static void decode(const struct fixture *f, struct decoded *out)
     X(use_retrieve, budget_over, f->retrieve.budget = WIRE_SLOTS_MAX - 79, ICE_TOO_LARGE,                              \
       "16777217, over WIRE_SLOTS_MAX")                                                                                 \
     X(use_retrieve, ends_wrap, f->retrieve.sinks = f->retrieve.window = UINT32_MAX, ICE_TOO_LARGE, "is 8589934846")    \
+    X(use_retrieve, held_ends_over, (f->retrieve.worker_holds_ends = 1, f->retrieve.window = WIRE_ENDS_MAX - 15),      \
+      ICE_TOO_LARGE, "16385, over WIRE_ENDS_MAX")                                                                      \
     X(use_retrieve, coverage_over, f->retrieve.coverage = 1.5f, ICE_INVALID_ARGUMENT, "coverage is 1.5")               \
     X(use_retrieve, coverage_negative, f->retrieve.coverage = -0.5f, ICE_INVALID_ARGUMENT, "coverage is -0.5")         \
     X(use_retrieve, coverage_nan, f->retrieve.coverage = NAN, ICE_INVALID_ARGUMENT, "coverage is")                     \
@@ -321,6 +323,7 @@ static void decode(const struct fixture *f, struct decoded *out)
     X(use_hint, hint_dtype_4, f->hint.query_dtype = 4, ICE_NOT_SUPPORTED, "query_dtype 4")                             \
     X(use_hint, hint_budget_0, f->hint.budget = 0, ICE_INVALID_ARGUMENT, "budget is 0")                                \
     X(use_hint, hint_ends_wrap, f->hint.sinks = f->hint.window = UINT32_MAX, ICE_TOO_LARGE, "is 8589934846")           \
+    X(use_hint, hint_ends_over, f->hint.window = WIRE_ENDS_MAX - 15, ICE_TOO_LARGE, "16385, over WIRE_ENDS_MAX")       \
     X(use_hint, hint_deadline_over, f->hint.deadline_us = 600000001, ICE_TOO_LARGE, "over WIRE_DEADLINE_US_MAX")
 
 // clang-format off

@@ -24,7 +24,8 @@
     X(ended_deaf_control) /* did not read their control socket */                                                      \
     X(ended_flood)        /* had INTAKE_REFUSALS_PER_S requests refused within a second */                             \
     X(ended_bad_control)  /* sent a packet on the control socket that cannot be received */                            \
-    X(ended_spoilt_ring)  /* wrote what cannot be into its ring */
+    X(ended_spoilt_ring)  /* wrote what cannot be into its ring */                                                     \
+    X(ended_no_memory)    /* there was none for a message from or to their ring */
 
 struct counts {
 #define COUNT_FIELD(name) uint64_t name;

@@ -1,8 +1,9 @@
 // Gathers that wait for pages, see gather.h. Belongs to the shard of the lane. A gather's memory is the shard's
 // arena's, counted as the index's.
 //
-// Invariant: while a lane has gathers, no plan of its tree is committed (lane_build.c), so that places stay what they
-// are; the sequence's admission keeps appends away.
+// Invariant: while a lane has gathers it does not fall asleep, and the sequence's admission keeps appends away. Plans
+// of its tree may be committed, behind which tokens lie elsewhere: places are looked up again whenever a gather goes
+// on.
 #include "cached/gather.h"
 
 #include "cached/server.h"
@@ -101,11 +102,18 @@ bool gather_is_resident(const struct op_lane *part, const struct gather_plan *pl
     return true;
 }
 
+// A plan may have moved it since it was looked at last.
+static void look_up(struct gather_token *token)
+{
+    index_locate(token->lane->index, token->position - token->lane->stem->first, 1, &token->place);
+}
+
 // Copies a token whose page is in memory, and keeps it otherwise. ICE_PAGE_LOST where it will never come. What a page
 // was read for does not count as a use of it: only who comes again does, else a page that is needed once would stay as
 // long as one that is needed always.
 static ice_status take(struct gather *gather, struct gather_token token, bool waited)
 {
+    look_up(&token);
     struct page *page = &token.lane->pages[token.place.page];
     const uint8_t visited = page->visited;
     const uint8_t *row = gather_row(&token, 2 * token.lane->stem->row_bytes);
@@ -171,8 +179,11 @@ static void cut_short(struct gather *gather, struct shard *shard)
     struct gather_token token;
     bool *have_row = (bool *)shard->record; // it was large enough for the plan, which no longer needs it
     uint32_t *scratch = shard->record + slots;
-    for (uint32_t i = 0; i < slots; i++)
-        have_row[i] = resolve(part, plan, i, 1, &token) == 1 && token.lane->pages[token.place.page].memory;
+    for (uint32_t i = 0; i < slots; i++) {
+        (void)resolve(part, plan, i, 1, &token);
+        look_up(&token);
+        have_row[i] = token.lane->pages[token.place.page].memory;
+    }
     record_cut(plan->cell, have_row, scratch);
     part->count = 0;
     for (uint32_t i = 0; i < slots; i++) {
@@ -184,6 +195,7 @@ static void cut_short(struct gather *gather, struct shard *shard)
         if (is_kept(plan, i))
             continue;
         (void)resolve(part, plan, i, 1, &token);
+        look_up(&token);
         token.slot = slot_of(plan, i);
         gather_put(part, &token, gather_row(&token, 2 * token.lane->stem->row_bytes));
     }

@@ -428,18 +428,29 @@ void lane_end_appends(struct lane *lane, struct shard *shard)
     shard_lane_due(shard, lane);
 }
 
-ice_status lane_truncate_prepare(const struct lane *lane, struct shard *shard)
+ice_status lane_truncate_prepare(struct lane *lane, struct shard *shard)
 {
+    shard_lane_forget(shard, lane); // a plan that is committed until then could take more pages than there is room for
     const size_t bytes = lane->index ? index_page_bound(lane->index) * sizeof(uint32_t) : 0;
     return shard_scratch(shard, (void **)&shard->places, &shard->places_bytes, bytes) || bytes == 0 ? ICE_OK
                                                                                                     : ICE_NO_MEMORY;
 }
 
+void lane_truncate_drop(struct lane *lane, struct shard *shard)
+{
+    if (lane->index)
+        shard_lane_due(shard, lane);
+}
+
 void lane_truncate(struct lane *lane, struct shard *shard, uint64_t length)
 {
     uint32_t *released = (uint32_t *)shard->places, count = 0;
-    if (!lane->index || index_length(lane->index) <= length)
+    if (!lane->index)
         return;
+    if (index_length(lane->index) <= length) {
+        lane_truncate_drop(lane, shard);
+        return;
+    }
     lane_drop_plan(lane, shard);
     lane_release_rows(lane);
     index_truncate(lane->index, length, released, &count);
@@ -459,6 +470,7 @@ static void free_tables(struct lane *lane)
     lane->pages = NULL;
     lane->fresh_pages = NULL;
     lane->page_capacity = lane->fresh_capacity = lane->absent = 0;
+    lane->commit_since_ns = 0;
 }
 
 ice_status lane_need(struct lane *lane, struct shard *shard)

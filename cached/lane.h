@@ -52,7 +52,9 @@ struct lane {
     uint32_t plan_frames, plan_moves; // so many of its new pages have frames, so many of its moves are done
     struct lane_rows *rows;           // copies that the index works with
     bool copying;                     // the newest of which is not complete
-    uint32_t gathers;                 // of this lane that wait for pages: no plan is committed meanwhile, and no sleep
+    uint32_t gathers;                 // and cut searches of this lane: it does not fall asleep meanwhile
+    uint32_t cuts;                    // searches of this lane that are cut: no plan is committed meanwhile
+    uint64_t commit_since_ns;         // since when a plan is ready but for them; 0: none is
     bool damaged;                     // a page that clustering needs is lost: it goes on without clustering
     struct lane *due_previous, *due_next;
     _Atomic uint64_t indexed; // mirror of index_indexed for statistics
@@ -114,8 +116,9 @@ void lane_release_memory(struct lane *lane, void *memory, size_t bytes);
 // The lane gets no appends any more: what has waited for more tokens is clustered.
 void lane_end_appends(struct lane *lane, struct shard *shard);
 // Forgets the tokens from `length` on, and cannot fail: room that index_truncate wants has been made before, in this
-// shard's scratch. The lane is awake, and nobody else's.
-ICE_MUST_CHECK ice_status lane_truncate_prepare(const struct lane *lane, struct shard *shard);
+// shard's scratch, and nothing is clustered in between. The lane is awake, and nobody else's. drop: it stays as it is.
+ICE_MUST_CHECK ice_status lane_truncate_prepare(struct lane *lane, struct shard *shard);
+void lane_truncate_drop(struct lane *lane, struct shard *shard);
 void lane_truncate(struct lane *lane, struct shard *shard, uint64_t length);
 // A new lane begins asleep, as a sealed prefix's image, which the stem holds.
 void lane_attach(struct lane *lane, struct image *image);
@@ -138,7 +141,7 @@ void lane_destroy(struct lane *lane, struct shard *shard);
 
 enum lane_work { LANE_IDLE, LANE_MORE, LANE_FETCHES, LANE_STALLED };
 // One slice of clustering: index work, or copies of a plan. LANE_FETCHES: pages are on their way; the shard is woken
-// when they are there. LANE_STALLED: no memory or no frames now, or others must end first.
+// when they are there; or cut searches must end first. LANE_STALLED: no memory or no frames now.
 enum lane_work lane_build(struct lane *lane, struct shard *shard);
 
 #endif

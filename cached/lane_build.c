@@ -217,7 +217,10 @@ static void plan_commit(struct lane *lane, struct shard *shard, const struct ind
         lane_page_drop(lane, shard, plan->released_pages[i]);
     index_plan_commit(lane->index);
     lane->plan_runs = false;
+    lane->commit_since_ns = 0;
     lane->plan_frames = lane->plan_moves = 0;
+    if (lane->gathers > 0)
+        shard_wake(shard); // what they wait for may lie in other pages now
     atomic_store_explicit(&lane->indexed, index_indexed(lane->index), memory_order_relaxed);
 }
 
@@ -237,8 +240,11 @@ static enum lane_work plan_step(struct lane *lane, struct shard *shard)
         const ice_status status = plan_copy_rows(lane, shard, &plan);
         return status == ICE_PAGE_LOST ? give_up(lane, shard) : status == LANE_WAITS ? LANE_FETCHES : LANE_MORE;
     }
-    if (lane->gathers > 0)
-        return LANE_STALLED; // selections that wait for pages name places of the tree as it is
+    if (lane->cuts > 0) {
+        if (lane->commit_since_ns == 0)
+            lane->commit_since_ns = env_now_ns(shard->server->env);
+        return LANE_FETCHES; // passed over until the last of them has ended
+    }
     plan_commit(lane, shard, &plan);
     return LANE_MORE;
 }
@@ -253,6 +259,7 @@ void lane_drop_plan(struct lane *lane, struct shard *shard)
     lane_release_rows(lane);
     index_plan_drop(lane->index);
     lane->plan_runs = false;
+    lane->commit_since_ns = 0;
     lane->plan_moves = 0;
 }
 

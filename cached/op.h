@@ -140,9 +140,11 @@ static inline struct lane *op_lane_at(const struct op_lane *part, uint64_t posit
 {
     return op_lane_in(part, sequence_stem_at(part->admission->sequence, position));
 }
-// No plan of any lane that the part looks at is committed, and none falls asleep, between the two.
+// No lane that the part looks at falls asleep between the two; with a cut search no plan of one is committed either.
 void op_lane_hold(const struct op_lane *part);
 void op_lane_release(const struct op_lane *part);
+void op_lane_hold_cut(const struct op_lane *part);
+void op_lane_release_cut(const struct op_lane *part, struct shard *shard);
 // The op no longer counts as a user of its sequences' stems: before their chains change, and at its end.
 void op_leave_stems(struct op *op);
 // Is the stem among what a sealing of the op's tokens is about? Where a sealed prefix knows its images they are not
@@ -191,6 +193,9 @@ uint64_t op_lane_run_parked(struct shard *shard, uint64_t now_ns);
 // What a dead session has in flight is only finished as far as the lane needs it: nobody waits for the answer, but the
 // session's memory waits for its requests. LANE_WAITS: a prepare is to be tried again, or a gather finishes the part.
 ICE_MUST_CHECK ice_status op_lane_phase(struct op_lane *part, struct shard *shard);
+// The queries of the lane's head, [query][head of the group][head_dim] floats, in the shard's scratch for the search in
+// progress. NULL: no memory.
+float *op_lane_queries(const struct op_lane *part, struct shard *shard);
 // The selection is in its slots: the worker may see it. *spent_ns: what it has taken since it was known.
 void op_lane_end_copy(struct op_lane *part, uint64_t *spent_ns);
 // Ends a part whose gather is over.

@@ -15,61 +15,6 @@
 #include <stdio.h>
 #include <string.h>
 
-// ---- queries ----
-
-static float half_to_float(uint16_t half)
-{
-    // Exponent and mantissa shifted into place and rescaled by 2^112: exact also for subnormals.
-    union {
-        uint32_t bits;
-        float value;
-    } number = {.bits = (uint32_t)(half & 0x7fffu) << 13}, scale = {.bits = 0x77800000u};
-    number.value *= scale.value;
-    if ((half & 0x7c00u) == 0x7c00u)
-        number.bits |= 0x7f800000u; // infinity or NaN: the index refuses it
-    number.bits |= (uint32_t)(half & 0x8000u) << 16;
-    return number.value;
-}
-
-static void to_floats(float *out, const uint8_t *in, uint32_t count, uint32_t dtype)
-{
-    if (dtype == DTYPE_FP32) {
-        memcpy(out, in, count * sizeof *out);
-        return;
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        uint16_t half;
-        memcpy(&half, in + 2 * i, sizeof half); // the frame need not be aligned
-        if (dtype == DTYPE_FP16) {
-            out[i] = half_to_float(half);
-        } else {
-            uint32_t bits = (uint32_t)half << 16;
-            memcpy(&out[i], &bits, sizeof bits);
-        }
-    }
-}
-
-// The queries of this lane's head, [query][head of the group][head_dim].
-static float *gather_queries(struct op_lane *part, struct shard *shard)
-{
-    const struct op *op = part->op;
-    const struct wire_shape *shape = &part->lane->stem->shape;
-    uint32_t group = shape->query_heads / shape->kv_heads;
-    uint32_t block = group * shape->head_dim;
-    float *queries = shard_scratch(shard, (void **)&shard->now.queries, &shard->now.queries_bytes,
-                                   (size_t)op->queries * block * sizeof *queries);
-    if (!queries)
-        return NULL;
-    size_t element = dtype_bytes((enum dtype)op->query_dtype);
-    const uint8_t *vectors = op->message.vectors;
-    for (uint32_t query = 0; query < op->queries; query++) {
-        size_t row = ((size_t)part->sequence_index * op->queries + query) * shape->query_heads;
-        size_t offset = (row + (size_t)part->lane->kv_head * group) * shape->head_dim * element;
-        to_floats(queries + (size_t)query * block, vectors + offset, block, op->query_dtype);
-    }
-    return queries;
-}
-
 // ---- the phases of one lane ----
 
 void op_lane_hold(const struct op_lane *part)
@@ -84,6 +29,37 @@ void op_lane_release(const struct op_lane *part)
     const struct sequence *sequence = part->admission->sequence;
     for (uint32_t i = 0; i <= sequence->chain_count; i++)
         op_lane_in(part, sequence_stem(sequence, i))->gathers--;
+}
+
+void op_lane_hold_cut(const struct op_lane *part)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    op_lane_hold(part);
+    for (uint32_t i = 0; i <= sequence->chain_count; i++)
+        op_lane_in(part, sequence_stem(sequence, i))->cuts++;
+}
+
+void op_lane_release_cut(const struct op_lane *part, struct shard *shard)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    op_lane_release(part);
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        struct lane *lane = op_lane_in(part, sequence_stem(sequence, i));
+        if (--lane->cuts == 0 && lane->commit_since_ns != 0)
+            shard_commit_soon(shard, lane);
+    }
+}
+
+// Has a plan waited for long for the end of cut searches of what this one looks at? Then no other is cut.
+static bool a_commit_waits(const struct op_lane *part, uint64_t now_ns)
+{
+    const struct sequence *sequence = part->admission->sequence;
+    bool waits = false;
+    for (uint32_t i = 0; i <= sequence->chain_count; i++) {
+        const uint64_t since_ns = op_lane_in(part, sequence_stem(sequence, i))->commit_since_ns;
+        waits |= since_ns != 0 && now_ns >= since_ns + SERVER_COMMIT_PATIENCE_NS;
+    }
+    return waits;
 }
 
 // The step's K and V behind the queries, [sequence][query][kv_head][head_dim] each.
@@ -120,7 +96,7 @@ static ice_status check_queries(struct op_lane *part, struct shard *shard)
 {
     const struct op *op = part->op;
     const struct wire_shape *shape = &part->lane->stem->shape;
-    const float *queries = gather_queries(part, shard);
+    const float *queries = op_lane_queries(part, shard);
     if (!queries)
         return ICE_NO_MEMORY;
     uint32_t rows = op->queries * (shape->query_heads / shape->kv_heads);
@@ -501,7 +477,7 @@ static bool out_of_time(const struct op *op, uint64_t now_ns)
 
 static ice_status begin_search(struct op_lane *part, struct shard *shard, uint64_t first_query)
 {
-    const float *queries = gather_queries(part, shard);
+    const float *queries = op_lane_queries(part, shard);
     if (!queries)
         return ICE_NO_MEMORY;
     struct index_part parts[INDEX_PARTS_MAX];
@@ -565,11 +541,12 @@ static ice_status run_steps(struct op_lane *part, struct shard *shard)
 {
     struct env *env = part->op->server->env;
     const uint64_t cut_ns = env_now_ns(env) + SERVER_SEARCH_SLICE_NS;
-    for (;;) {
+    for (bool first = true;; first = false) { // each turn gets on, however slow the machine is
         const uint64_t now_ns = env_now_ns(env);
         if (out_of_time(part->op, now_ns))
             return ICE_OK;
-        if (now_ns >= cut_ns && !task_queue_is_empty(&shard->queue) && shard_search_cut(shard, part))
+        if (!first && now_ns >= cut_ns && !task_queue_is_empty(&shard->queue) && !a_commit_waits(part, now_ns) &&
+            shard_search_cut(shard, part))
             return LANE_CUT;
         if (index_search_step(shard->now.search, SERVER_SEARCH_UNITS))
             return ICE_OK;
@@ -697,7 +674,8 @@ static void hint_steps(const struct op_lane *part, struct shard *shard)
 static void wish_for(struct op_lane *part, struct shard *shard, const struct gather_plan *plan)
 {
     struct gather_token tokens[64];
-    for (uint32_t number = 0, n; (n = gather_next(part, plan, &number, 64, tokens)) > 0;)
+    uint32_t number = 0, n;
+    while (shard->tier.wish_count < TIER_WISHES_MAX && (n = gather_next(part, plan, &number, 64, tokens)) > 0)
         for (uint32_t i = 0; i < n; i++)
             part->wished += tier_wish(shard, tokens[i].lane, tokens[i].place.page);
     tier_grant(shard);
@@ -751,6 +729,8 @@ ice_status op_lane_phase(struct op_lane *part, struct shard *shard)
             return ICE_UNKNOWN_SESSION;
         return part->op->kind == OP_RETRIEVE ? run_search(part, shard) : ICE_OK;
     case PHASE_DROP:
+        if (part->op->kind == OP_TRUNCATE)
+            lane_truncate_drop(part->lane, shard);
         if (part->prepared)
             lane_drop(part->lane, shard);
         return ICE_OK;

@@ -64,6 +64,8 @@ void reply_send(struct server *server, struct session *session, const uint8_t *r
         session_end(server, session, SESSION_DEAF);
     else if (error == -EPROTO && session)
         session_end(server, session, SESSION_SPOILT_RING);
+    else if (error == -ENOMEM && session && route_bytes == ENV_ROUTE_RING)
+        session_end(server, session, SESSION_NO_MEMORY);
     else if (error && error != -EHOSTUNREACH && server->counts.dropped_replies++ % DROPPED_PER_LINE == 0)
         log_warn("reply dropped: %s (one line for %u)", strerror(-error), DROPPED_PER_LINE);
 }

@@ -361,8 +361,11 @@ static bool turn(struct server *server, struct session *session)
             ring_bell(server, link);
         if (step != RING_WHOLE)
             return !ring_wait_filled(&link->requests);
-        if (message.handle)
-            intake_take(server, session, &message);
+        if (!message.handle) {
+            session_end(server, session, SESSION_NO_MEMORY); // its sender would wait for ever
+            return false;
+        }
+        intake_take(server, session, &message);
         if (session->dead)
             return false;
     }

@@ -19,9 +19,10 @@
 #include "cached/tenant.h"
 
 #define SERVER_HASH_BUCKETS       4096u
-#define SERVER_SEARCH_UNITS       20000u   // work units between two looks at the deadline: 0.05 to 0.3 ms
-#define SERVER_SEARCH_SLICE_NS    300000u  // of a lane's search, until other sessions have had their turn
-#define SERVER_HINT_NS            2000000u // of a lane's search for a hint, which bulk work may wait for
+#define SERVER_SEARCH_UNITS       20000u      // work units between two looks at the deadline: 0.05 to 0.3 ms
+#define SERVER_SEARCH_SLICE_NS    300000u     // of a lane's search, until other sessions have had their turn
+#define SERVER_COMMIT_PATIENCE_NS 1000000000u // that a plan waits for cut searches, until no more are cut
+#define SERVER_HINT_NS            2000000u    // of a lane's search for a hint, which bulk work may wait for
 #define SERVER_BUILD_UNITS        8000u // work units of a clustering slice, while which a decode task may wait: 0.05 to 0.2 ms
 #define SERVER_PLAN_PAGES         128u         // pages that a slice of a plan gives frames to
 #define SERVER_MOVE_BYTES         65536u       // K and V that a slice of a plan copies

@@ -298,6 +298,7 @@ static void note_ending(struct server *server, const struct session *session, en
         [SESSION_FLOODS] = "keeps sending requests beyond --inflight-max",
         [SESSION_BAD_CONTROL] = "sent a packet on its control socket that cannot be received",
         [SESSION_SPOILT_RING] = "has spoilt its ring",
+        [SESSION_NO_MEMORY] = "there is no memory for a message of its ring",
         [SESSION_STOPPED] = "the daemon stops",
     };
     struct counts *counts = &server->counts;
@@ -311,6 +312,7 @@ static void note_ending(struct server *server, const struct session *session, en
     counts->ended_flood += ending == SESSION_FLOODS;
     counts->ended_bad_control += ending == SESSION_BAD_CONTROL;
     counts->ended_spoilt_ring += ending == SESSION_SPOILT_RING;
+    counts->ended_no_memory += ending == SESSION_NO_MEMORY;
     if (is_worker) {
         log_info("session ended id=%llu pid=%d sequences=%u landings=%u requests=%u: %s",
                  (unsigned long long)session->id, (int)session->pid, session->sequence_count, session->landing_count,

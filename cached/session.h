@@ -64,6 +64,7 @@ enum session_ending {
     SESSION_FLOODS,
     SESSION_BAD_CONTROL,
     SESSION_SPOILT_RING,
+    SESSION_NO_MEMORY,
     SESSION_STOPPED,
 };
 

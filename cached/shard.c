@@ -49,6 +49,22 @@ void shard_lane_due(struct shard *shard, struct lane *lane)
     atomic_fetch_add_explicit(&lane->stem->lanes_due, 1, memory_order_relaxed);
 }
 
+void shard_commit_soon(struct shard *shard, struct lane *lane)
+{
+    if (!lane->due)
+        return;
+    due_remove(shard, lane);
+    lane->due_previous = NULL;
+    lane->due_next = shard->due_head;
+    if (shard->due_head)
+        shard->due_head->due_previous = lane;
+    else
+        shard->due_tail = lane;
+    shard->due_head = lane;
+    lane->fetching = shard->stalled = false;
+    shard->tasks_since_slice = SERVER_BUILD_AFTER;
+}
+
 void shard_lane_forget(struct shard *shard, struct lane *lane)
 {
     if (!lane->due)
@@ -178,8 +194,10 @@ static void go_on_with_waiting(struct shard *shard)
         return;
     const uint64_t now_ns = env_now_ns(shard->server->env);
     note_starved(shard, now_ns);
-    if (!shard->woken && now_ns < shard->look_again_ns)
+    // Also now and then: whose session has ended need not wait until his deadline.
+    if (!shard->woken && now_ns < shard->look_again_ns && now_ns < shard->looked_ns + IDLE_WAIT_NS)
         return;
+    shard->looked_ns = now_ns;
     shard->woken = false;
     shard->images_due = true;
     shard->look_again_ns = UINT64_MAX; // gathers that begin meanwhile may lower it again
@@ -273,7 +291,7 @@ bool shard_search_cut(struct shard *shard, struct op_lane *part)
         return false;
     part->cut = shard->now;
     part->cut_ns = env_now_ns(shard->server->env);
-    op_lane_hold(part); // no plan is committed meanwhile
+    op_lane_hold_cut(part);
     shard->now = spare;
     return true;
 }
@@ -284,7 +302,7 @@ void shard_search_resume(struct shard *shard, struct op_lane *part)
     shard->now = part->cut;
     part->cut = (struct search_room){0};
     part->begun_ns += env_now_ns(shard->server->env) - part->cut_ns; // it has waited for its turn
-    op_lane_release(part);
+    op_lane_release_cut(part, shard);
     shard->stalled = false; // a plan may have waited
 }
 

@@ -45,7 +45,7 @@ struct shard {
     size_t places_bytes;
     struct lane *due_head, *due_tail; // lanes with clustering to do
     uint32_t tasks_since_slice;       // while some had
-    bool stalled;                     // no lane got memory in the last round
+    bool stalled;                     // a lane got no memory, or has to wait for others: the due lanes rest
     uint64_t stalled_until_ns;
     struct tier tier;
     struct gather *gathers, *gathers_tail; // wait for pages, in the order in which they came
@@ -54,6 +54,7 @@ struct shard {
     struct images images;
     bool images_due;        // something of them may go on
     uint64_t look_again_ns; // the earliest of their deadlines
+    uint64_t looked_ns;     // when they were looked at last
 };
 
 // 0 or -errno. init makes a shard without a thread, whose rounds somebody else calls.
@@ -71,6 +72,8 @@ void shard_search_resume(struct shard *shard, struct op_lane *part);
 // Shard thread: the lane may have clustering to do.
 void shard_lane_due(struct shard *shard, struct lane *lane);
 void shard_lane_forget(struct shard *shard, struct lane *lane);
+// Shard thread: a plan of the lane has waited and can be committed now: it is the next slice, before any other task.
+void shard_commit_soon(struct shard *shard, struct lane *lane);
 // Shard thread: what waits for pages or room may go on.
 void shard_wake(struct shard *shard);
 // Shard thread: what waits is looked at again at this time at the latest.

@@ -196,11 +196,13 @@ static void check_totals(const json_t *stats, const struct ice_sequence_info *in
                                        "sequence",
                                        "service",
                                        NULL};
-    static const char *const counts[] = {
-        "refused_inflight",   "refused_overload", "refused_deadline",  "refused_messages",  "refused_strangers",
-        "dropped_messages",   "dropped_replies",  "retrieves_late",    "hints_late",        "deadlines_missed",
-        "requests_abandoned", "ended_closed",     "ended_mid_request", "ended_no_hello",    "ended_deaf",
-        "ended_deaf_control", "ended_flood",      "ended_bad_control", "ended_spoilt_ring", NULL};
+    static const char *const counts[] = {"refused_inflight",   "refused_overload",   "refused_deadline",
+                                         "refused_messages",   "refused_strangers",  "dropped_messages",
+                                         "dropped_replies",    "retrieves_late",     "hints_late",
+                                         "deadlines_missed",   "requests_abandoned", "ended_closed",
+                                         "ended_mid_request",  "ended_no_hello",     "ended_deaf",
+                                         "ended_deaf_control", "ended_flood",        "ended_bad_control",
+                                         "ended_spoilt_ring",  "ended_no_memory",    NULL};
     static const char *const kinds[] = {"moved",          "pool",   "pool_capacity",   "pool_huge", "index",
                                         "index_capacity", "shared", "shared_capacity", NULL};
     check_keys(stats, keys);

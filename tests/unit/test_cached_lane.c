@@ -299,9 +299,65 @@ static void test_promise(void **state)
     }
 }
 
+// A plan that is ready waits for searches that are cut, and for nothing else: not for selections that wait for pages.
+static void test_commit_waits_for_cuts(void **state)
+{
+    (void)state;
+    static struct bench bench;
+    enum lane_work work;
+    bench_init(&bench, 64, DTYPE_BF16, 16, 64u << 20);
+    append(&bench, 0, 2000);
+    bench.lane.cuts = bench.lane.gathers = 1;
+    while ((work = lane_build(&bench.lane, &bench.shard)) == LANE_MORE)
+        assert_true(bench.lane.commit_since_ns == 0);
+    assert_int_equal(work, LANE_FETCHES);
+    assert_true(bench.lane.commit_since_ns != 0);
+    assert_int_equal(atomic_load(&bench.lane.indexed), 0);
+    assert_int_equal(lane_build(&bench.lane, &bench.shard), LANE_FETCHES);
+    expect_content(&bench, 2000);
+    bench.lane.cuts = 0;
+    bench.shard.woken = false;
+    assert_int_equal(lane_build(&bench.lane, &bench.shard), LANE_MORE);
+    assert_true(bench.lane.commit_since_ns == 0 && atomic_load(&bench.lane.indexed) > 0);
+    assert_true(bench.shard.woken); // the selection that waits looks again where its tokens lie
+    bench.lane.gathers = 0;
+    build_all(&bench);
+    expect_content(&bench, 2000);
+    bench_fini(&bench);
+}
+
+// What a truncation has room for is what there is when it is prepared: clustering rests until it is carried out.
+static void test_truncation_and_clustering(void **state)
+{
+    (void)state;
+    static struct bench bench;
+    for (uint32_t tokens = 330; tokens < 420; tokens += 3) {
+        bench_init(&bench, 64, DTYPE_BF16, 16, 64u << 20);
+        append(&bench, 0, tokens);
+        shard_lane_due(&bench.shard, &bench.lane);
+        assert_true(bench.lane.due || tokens < 336);
+        const bool due = bench.lane.due;
+        assert_int_equal(lane_truncate_prepare(&bench.lane, &bench.shard), ICE_OK);
+        assert_false(bench.lane.due);
+        lane_truncate_drop(&bench.lane, &bench.shard);
+        assert_int_equal(bench.lane.due, due);
+        assert_int_equal(lane_truncate_prepare(&bench.lane, &bench.shard), ICE_OK);
+        assert_int_equal(frames(&bench) * sizeof(uint32_t) > bench.shard.places_bytes, 0);
+        lane_truncate(&bench.lane, &bench.shard, 0);
+        assert_int_equal(frames(&bench), 0);
+        append(&bench, 0, 100);
+        expect_content(&bench, 100);
+        bench_fini(&bench);
+    }
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_append), cmocka_unit_test(test_clustering),
-                                       cmocka_unit_test(test_pool_full), cmocka_unit_test(test_promise)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_commit_waits_for_cuts),
+                                       cmocka_unit_test(test_truncation_and_clustering),
+                                       cmocka_unit_test(test_append),
+                                       cmocka_unit_test(test_clustering),
+                                       cmocka_unit_test(test_pool_full),
+                                       cmocka_unit_test(test_promise)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -172,10 +172,14 @@ bool ring_flush(struct client_ring *ring)
         const uint64_t room = ring_room(&ring->requests), left = ring->rest_bytes - ring->rest_sent;
         const uint64_t size = left < room ? left : room;
         if (size == 0) {
-            return false;
+            if (ring->requests.corrupt || ring_wait_room(&ring->requests)) {
+                return false;
+            }
+            continue; // there was some at the second look
         }
         ring_write(&ring->requests, ring->rest + ring->rest_sent, size);
         ring->rest_sent += size;
+        ring->kept_sent += size;
         if (ring_publish(&ring->requests)) {
             wake_daemon(ring);
         }
@@ -185,6 +189,11 @@ bool ring_flush(struct client_ring *ring)
         }
     }
     return true;
+}
+
+uint64_t ring_kept_end(const struct client_ring *ring)
+{
+    return ring->kept_sent + (ring->rest != NULL ? ring->rest_bytes - ring->rest_sent : 0);
 }
 
 // The whole message as bytes behind those that wait, of which ring_flush sends what there is room for.

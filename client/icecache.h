@@ -465,8 +465,8 @@ ICE_CHECKED ice_status ice_retrieve_submit_gpu(ice_client *client, const struct 
 // the same, and the rest is sent in later calls of the client, such as ice_retrieve_wait.
 ICE_CHECKED ice_status ice_retrieve_submit(ice_client *client, const struct ice_retrieve_options *options,
                                            ice_ticket **out);
-// Waits until the reply or the time-out. ICE_TIMEOUT: the ticket stays open and may be waited for again. result's
-// arrays are borrowed until ice_ticket_close.
+// Waits until the reply or the time-out. ICE_TIMEOUT: the ticket stays open and may be waited for again; a reply that
+// is here is found with any deadline. result's arrays are borrowed until ice_ticket_close.
 ICE_CHECKED ice_status ice_retrieve_wait(ice_ticket *ticket, uint64_t deadline_us, struct ice_retrieve_result *result);
 // Waiting on the GPU's side, for landings in GPU memory: what is issued in `stream` (a CUstream or cudaStream_t of the
 // landing's context; NULL: the default stream) after this call begins when the selection is in the landing. The CPU

@@ -1,5 +1,5 @@
 // The client's end of the rings: what is larger than a ring goes on without the caller's help, with one thread and with
-// several.
+// several; replies are found by callers with no patience.
 #include "client_setup.h"
 
 #include "client/ring.h"
@@ -366,6 +366,57 @@ static void reconnect_ends_a_submit(void **state)
     tear_down(&setup);
 }
 
+// ---- waiting ----
+
+// As a worker polls that has other things to do: each wait is over before it could sleep.
+static void reply_is_found_without_patience(void **state)
+{
+    (void)state;
+    struct setup setup = set_up_ring();
+    FAKE_SET(setup.fake, hold, HOLD_RETRIEVES);
+    for (uint32_t i = 0; i < FAKE_HELD_MAX / 2; i++) { // a microsecond is sometimes longer than the call
+        uint32_t row = 0;
+        struct ice_retrieve_options options = one_retrieve(&setup, &row);
+        struct ice_retrieve_result result;
+        ice_ticket *ticket = NULL;
+        assert_int_equal(ice_retrieve_submit(setup.client, &options, &ticket), ICE_OK);
+        assert_int_equal(ice_retrieve_wait(ticket, 1, NULL), ICE_TIMEOUT);
+        await_held(setup.fake, i + 1);
+        fake_do(setup.fake, FAKE_ANSWER, i);
+        assert_int_equal(ice_retrieve_wait(ticket, 1, &result), ICE_OK);
+        assert_int_equal(result.head_count, KV_HEADS);
+        ice_ticket_close(ticket);
+    }
+    tear_down(&setup);
+}
+
+// Another thread receives, and has not woken yet.
+static void reply_is_found_beside_the_receiver(void **state)
+{
+    (void)state;
+    struct setup setup = set_up_ring();
+    struct caller receiver = {.setup = &setup, .row = 0};
+    FAKE_SET(setup.fake, hold, HOLD_RETRIEVES);
+    begin(&receiver, retrieve);
+    await_held(setup.fake, 1);
+    FAKE_SET(setup.fake, ring_quiet, true);
+    for (uint32_t i = 1; i < 20; i++) {
+        uint32_t row = 1;
+        struct ice_retrieve_options options = one_retrieve(&setup, &row);
+        ice_ticket *ticket = NULL;
+        assert_int_equal(ice_retrieve_submit(setup.client, &options, &ticket), ICE_OK);
+        await_held(setup.fake, i + 1);
+        fake_do(setup.fake, FAKE_ANSWER, i);
+        assert_int_equal(ice_retrieve_wait(ticket, 1, NULL), ICE_OK);
+        ice_ticket_close(ticket);
+    }
+    FAKE_SET(setup.fake, ring_quiet, false);
+    fake_do(setup.fake, FAKE_ANSWER, 0);
+    end(&receiver);
+    assert_int_equal(receiver.status, ICE_OK);
+    tear_down(&setup);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -377,6 +428,8 @@ int main(void)
         cmocka_unit_test(daemon_that_takes_nothing_costs_the_deadline),
         cmocka_unit_test(end_of_the_session_is_told),
         cmocka_unit_test(reconnect_ends_a_submit),
+        cmocka_unit_test(reply_is_found_without_patience),
+        cmocka_unit_test(reply_is_found_beside_the_receiver),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

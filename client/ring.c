@@ -19,6 +19,7 @@
 
 #define RING_DESCRIPTORS 3u
 #define RING_REPLY_ROOM  4096u // at first
+#define RING_WAIT_MS_MAX 1000  // so that a wake-up that was lost, which none should be, costs no more
 // Requests that wait for room, in all; the first of them always. What the daemon takes of a session's has this limit,
 // too.
 #define RING_KEPT_BYTES_MAX (128ull << 20)
@@ -309,5 +310,6 @@ void ring_spin(const struct client_ring *ring, uint64_t seen, uint64_t spin_us)
 void ring_wait(const struct client_ring *ring, int timeout_ms)
 {
     struct epoll_event events[RING_DESCRIPTORS]; // taken out: the daemon's wake-up is there for one look
-    (void)epoll_wait(ring->poll_fd, events, RING_DESCRIPTORS, timeout_ms);
+    (void)epoll_wait(ring->poll_fd, events, RING_DESCRIPTORS,
+                     timeout_ms < RING_WAIT_MS_MAX ? timeout_ms : RING_WAIT_MS_MAX);
 }

@@ -48,8 +48,8 @@ bool ring_receive(struct client_ring *ring, const void **bytes, size_t *size);
 bool ring_is_corrupt(const struct client_ring *ring);
 // Before the receiver waits on poll_fd. False: look again first.
 bool ring_may_wait(struct client_ring *ring);
-// With no lock: waits for any of poll_fd's, after spinning for at most spin_us where `seen`, the value of
-// ring.replies.peer, does not change.
+// With no lock: waits for any of poll_fd's, at most a second, after spinning for at most spin_us where `seen`, the
+// value of ring.replies.peer, does not change.
 void ring_wait(const struct client_ring *ring, int timeout_ms);
 void ring_spin(const struct client_ring *ring, uint64_t seen, uint64_t spin_us);
 

@@ -1,5 +1,5 @@
 // The client's end of the rings: what is larger than a ring goes on without the caller's help, with one thread and with
-// several; replies are found by callers with no patience.
+// several; replies are found by callers with no patience; a wake-up that is lost costs a second.
 #include "client_setup.h"
 
 #include "client/ring.h"
@@ -417,6 +417,24 @@ static void reply_is_found_beside_the_receiver(void **state)
     tear_down(&setup);
 }
 
+static void lost_wake_up_costs_a_second(void **state)
+{
+    (void)state;
+    struct setup setup = set_up_ring();
+    struct caller caller = {.setup = &setup};
+    FAKE_SET(setup.fake, hold, HOLD_RETRIEVES);
+    FAKE_SET(setup.fake, ring_quiet, true);
+    begin(&caller, retrieve);
+    await_held(setup.fake, 1);
+    await_ring(setup.fake, fake_ring_client_sleeps);
+    fake_do(setup.fake, FAKE_ANSWER, 0);
+    end(&caller);
+    assert_int_equal(caller.status, ICE_OK);
+    assert_true(caller.took_us < PATIENCE / 2);
+    FAKE_SET(setup.fake, ring_quiet, false);
+    tear_down(&setup);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -430,6 +448,7 @@ int main(void)
         cmocka_unit_test(reconnect_ends_a_submit),
         cmocka_unit_test(reply_is_found_without_patience),
         cmocka_unit_test(reply_is_found_beside_the_receiver),
+        cmocka_unit_test(lost_wake_up_costs_a_second),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -236,36 +236,39 @@ static bool socket_readable(ice_client *client)
     return (events & ZMQ_POLLIN) != 0;
 }
 
-// The same for rings. True: something was received.
+// The same for rings. True: something was received, or has gone on of what waited for room.
 static bool pump_ring(ice_client *client)
 {
+    struct client_ring *ring = client->session.ring;
     const void *bytes;
     size_t size;
-    bool received = false;
-    while (!client->dead && ring_receive(client->session.ring, &bytes, &size)) {
+    bool news = false;
+    while (!client->dead && ring_receive(ring, &bytes, &size)) {
         take_reply(client, bytes, size);
-        received = true;
+        news = true;
     }
     if (!client->dead) {
-        client->writable = ring_flush(client->session.ring);
-        if (ring_is_corrupt(client->session.ring)) {
+        client->writable = ring_flush(ring);
+        if (ring_is_corrupt(ring)) {
             exchange_die(client, "the daemon has spoilt the rings; connect again");
         }
     }
-    return received;
+    news = news || ring->kept_sent != ring->kept_told; // any submit may have sent it
+    ring->kept_told = ring->kept_sent;
+    return news;
 }
 
 void exchange_pump(ice_client *client)
 {
-    bool was_writable = client->writable, received = false;
+    bool was_writable = client->writable, news = false;
     if (client->session.ring != NULL) {
-        received = pump_ring(client);
+        news = pump_ring(client);
     }
     while (socket_readable(client)) {
         receive_message(client);
-        received = true;
+        news = true;
     }
-    if (received || (client->writable && !was_writable)) {
+    if (news || (client->writable && !was_writable)) {
         exchange_notify(client);
     }
 }
@@ -449,6 +452,37 @@ static bool writable(void *argument)
     return client->writable;
 }
 
+struct handover {
+    const ice_client *client;
+    uint64_t end;
+};
+
+static bool handed_over(void *argument)
+{
+    const struct handover *handover = argument;
+    const struct client_ring *ring = handover->client->session.ring; // NULL: another thread reconnects
+    return ring != NULL && ring->kept_sent >= handover->end;
+}
+
+// Until all of the message that was submitted last is in the ring: what is kept goes on only while somebody looks at
+// the ring, and its sender may not be about to. At the deadline the message is the ring's all the same: it goes on with
+// the next call, and its reply will come.
+static ice_status hand_over(ice_client *client, uint64_t generation, uint64_t until_us)
+{
+    if (client->session.ring == NULL) {
+        return ICE_OK;
+    }
+    struct handover handover = {client, ring_kept_end(client->session.ring)};
+    if (handed_over(&handover)) {
+        return ICE_OK;
+    }
+    error_hold();
+    const ice_status ignored = exchange_wait_until(client, generation, handed_over, &handover, until_us);
+    (void)ignored;
+    error_let_go();
+    return exchange_check(client, generation);
+}
+
 static ice_status send_waiting(ice_client *client, uint64_t generation, zmq_msg_t *header, zmq_msg_t *vectors,
                                uint64_t until_us)
 {
@@ -458,7 +492,7 @@ static ice_status send_waiting(ice_client *client, uint64_t generation, zmq_msg_
         // Also a failed send may have consumed the edge of ZMQ_FD that the receiver waits for.
         exchange_pump(client);
         if (error == 0) {
-            return ICE_OK;
+            return hand_over(client, generation, until_us);
         }
         if (error != EAGAIN) {
             return error_set(error == ENOMEM ? ICE_NO_MEMORY : ICE_SYSTEM, "sending a request: %s",

@@ -19,6 +19,7 @@
 
 #define RING_DESCRIPTORS 3u
 #define RING_REPLY_ROOM  4096u // at first
+#define RING_WAIT_MS_MAX 1000  // so that a wake-up that was lost, which none should be, costs no more
 // Requests that wait for room, in all; the first of them always. What the daemon takes of a session's has this limit,
 // too.
 #define RING_KEPT_BYTES_MAX (128ull << 20)
@@ -172,10 +173,14 @@ bool ring_flush(struct client_ring *ring)
         const uint64_t room = ring_room(&ring->requests), left = ring->rest_bytes - ring->rest_sent;
         const uint64_t size = left < room ? left : room;
         if (size == 0) {
-            return false;
+            if (ring->requests.corrupt || ring_wait_room(&ring->requests)) {
+                return false;
+            }
+            continue; // there was some at the second look
         }
         ring_write(&ring->requests, ring->rest + ring->rest_sent, size);
         ring->rest_sent += size;
+        ring->kept_sent += size;
         if (ring_publish(&ring->requests)) {
             wake_daemon(ring);
         }
@@ -185,6 +190,11 @@ bool ring_flush(struct client_ring *ring)
         }
     }
     return true;
+}
+
+uint64_t ring_kept_end(const struct client_ring *ring)
+{
+    return ring->kept_sent + (ring->rest != NULL ? ring->rest_bytes - ring->rest_sent : 0);
 }
 
 // The whole message as bytes behind those that wait, of which ring_flush sends what there is room for.
@@ -300,5 +310,6 @@ void ring_spin(const struct client_ring *ring, uint64_t seen, uint64_t spin_us)
 void ring_wait(const struct client_ring *ring, int timeout_ms)
 {
     struct epoll_event events[RING_DESCRIPTORS]; // taken out: the daemon's wake-up is there for one look
-    (void)epoll_wait(ring->poll_fd, events, RING_DESCRIPTORS, timeout_ms);
+    (void)epoll_wait(ring->poll_fd, events, RING_DESCRIPTORS,
+                     timeout_ms < RING_WAIT_MS_MAX ? timeout_ms : RING_WAIT_MS_MAX);
 }

@@ -21,6 +21,7 @@ struct client_ring {
     struct ring requests, replies;
     uint8_t *rest; // of requests for which there was no room; NULL: none
     uint64_t rest_bytes, rest_sent;
+    uint64_t kept_sent, kept_told; // of such requests, ever: bytes in the ring; what the waiters were told of
     struct ring_inbox inbox;
     uint8_t *reply; // being put together, or taken out last; grows to the largest
     size_t reply_room;
@@ -37,15 +38,18 @@ void ring_close_forked(const struct client_ring *ring); // in a child of fork: i
 // (too much waits for room), ENOMEM.
 int ring_submit(struct client_ring *ring, const void *header, size_t header_bytes, const void *vectors,
                 size_t vectors_bytes);
-// Goes on with a request that waits for room. True: none does any more.
+// Goes on with a request that waits for room. True: none does any more. False: the daemon knows, and makes poll_fd
+// readable when there is room, also for a receiver that sleeps already.
 bool ring_flush(struct client_ring *ring);
+// What kept_sent will be when all that was submitted is in the ring.
+uint64_t ring_kept_end(const struct client_ring *ring);
 // The next reply, which is valid until the next call. False: there is none, or the ring is corrupt (ring_is_corrupt).
 bool ring_receive(struct client_ring *ring, const void **bytes, size_t *size);
 bool ring_is_corrupt(const struct client_ring *ring);
 // Before the receiver waits on poll_fd. False: look again first.
 bool ring_may_wait(struct client_ring *ring);
-// With no lock: waits for any of poll_fd's, after spinning for at most spin_us where `seen`, the value of
-// ring.replies.peer, does not change.
+// With no lock: waits for any of poll_fd's, at most a second, after spinning for at most spin_us where `seen`, the
+// value of ring.replies.peer, does not change.
 void ring_wait(const struct client_ring *ring, int timeout_ms);
 void ring_spin(const struct client_ring *ring, uint64_t seen, uint64_t spin_us);
 

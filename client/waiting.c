@@ -9,6 +9,9 @@
 // ZMQ_FD is edge-triggered: its edge may be consumed by any call on the socket. Therefore the socket is always emptied
 // (exchange_pump) with the lock held before polling and after every send.
 //
+// A deadline that has passed ends a wait only after one more look at what has arrived: a caller that polls with
+// deadlines too short to sleep in, while nobody receives or the receiver has not yet woken, still gets its reply.
+//
 // The client's lock guards the list of waiters and the receiver's role. A waiter lives on its thread's stack and is in
 // the list exactly while that thread is in exchange_wait_until.
 #include "client/exchange.h"
@@ -147,17 +150,22 @@ ice_status exchange_wait_until(ice_client *client, uint64_t generation, bool (*r
     }
     waiter_add(client, &self);
     ice_status status = ICE_OK;
+    bool looked = false; // behind the deadline
     while (!ready(argument)) {
         if (lost(client, &self)) {
             status = error_set(ICE_DISCONNECTED, "%s",
                                client->dead ? client->dead_text : "the session was replaced by ice_client_reconnect");
             break;
         }
-        if (clock_us() >= until_us) {
+        if (looked) {
             status = error_set(ICE_TIMEOUT, "%s", status_text(ICE_TIMEOUT));
             break;
         }
-        if (client->receiver == NULL) {
+        if (clock_us() >= until_us) {
+            exchange_pump(client);
+            exchange_pump_control(client);
+            looked = true;
+        } else if (client->receiver == NULL) {
             receive_turn(client, &self, until_us);
         } else {
             sleep_turn(client, &self, until_us);

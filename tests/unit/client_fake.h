@@ -1,9 +1,12 @@
 // A scripted daemon in the test's own process: a SEQPACKET listener and a ROUTER, served by one thread. It answers
 // everything at once, except the kinds of request that the test holds back and answers later, in the order it likes.
+// Where the test sets ring_bytes the session has rings instead of the ROUTER.
 //
 // The sockets belong to the thread; everything else is guarded by the lock. Include after client/icecache.h.
 #ifndef ICECACHE_TESTS_CLIENT_FAKE_H
 #define ICECACHE_TESTS_CLIENT_FAKE_H
+
+#include "client_fake_ring.h"
 
 #include "proto/control.h"
 #include "proto/dtype.h"
@@ -48,7 +51,7 @@ const char *__tsan_default_suppressions(void)
 // A request that the test answers.
 struct fake_held {
     uint8_t identity[64];
-    size_t identity_bytes;
+    size_t identity_bytes; // 0: it came by the ring
     uint64_t request_id;
     int kind; // body_case
     uint32_t heads;
@@ -62,7 +65,7 @@ struct fake_append {
     size_t size;
 };
 
-enum fake_command { FAKE_NONE, FAKE_ANSWER, FAKE_HANG_UP, FAKE_STOP };
+enum fake_command { FAKE_NONE, FAKE_LOOK, FAKE_ANSWER, FAKE_HANG_UP, FAKE_STOP };
 
 struct fake {
     char directory[64], control_path[108], endpoint[128];
@@ -70,6 +73,7 @@ struct fake {
     int listener, wake;
     int peers[FAKE_PEERS_MAX];
     void *context, *router;
+    struct fake_ring ring;
 
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -97,6 +101,9 @@ struct fake {
     uint64_t deadline_us;                      // of the last retrieve
     size_t vectors_bytes;                      // of the last message that had any
     uint8_t vectors[4096];
+    uint64_t ring_bytes;        // of rings, a size that there is; 0: none are offered
+    bool ring_deaf, ring_quiet; // takes no requests; wakes nobody for a reply
+    bool ring_deafens;          // becomes deaf behind the next request
     uint8_t *staging, *landing;
     size_t staging_bytes, landing_bytes;
     struct landing_shape shape;
@@ -145,6 +152,7 @@ static inline void fake_hello(struct fake *fake, int peer, Icecache__Wire__Contr
     hello.endpoint = fake->short_hello ? (char *)(uintptr_t) "tcp://127.0.0.1:1" : fake->endpoint;
     hello.inflight_max = 64;
     hello.vectors_bytes_max = 1 << 20;
+    hello.ring_bytes = fake->ring_bytes;
     reply->body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_HELLO;
     reply->hello = &hello;
     if (fake->refuse_hello) {
@@ -194,6 +202,22 @@ static inline void fake_landing(struct fake *fake, int peer, const Icecache__Wir
     fake_control_send(peer, reply, fd);
 }
 
+static inline void fake_rings(struct fake *fake, int peer, Icecache__Wire__ControlReply *reply)
+{
+    Icecache__Wire__RingReply rings = ICECACHE__WIRE__RING_REPLY__INIT;
+    uint8_t packet[WIRE_CONTROL_BYTES_MAX];
+    int fds[FAKE_RING_FDS];
+    FAKE_CHECK(fake_ring_open(&fake->ring, fake->ring_bytes, fds));
+    rings.bytes = fake->ring_bytes;
+    reply->body_case = ICECACHE__WIRE__CONTROL_REPLY__BODY_RING;
+    reply->ring = &rings;
+    size_t size = icecache__wire__control_reply__pack(reply, packet);
+    FAKE_CHECK(control_send_all(peer, packet, size, fds, FAKE_RING_FDS, 1000) == ICE_OK);
+    for (int i = 0; i < FAKE_RING_FDS; i++) {
+        close(fds[i]);
+    }
+}
+
 // false: the peer is gone.
 static inline bool fake_control(struct fake *fake, int peer)
 {
@@ -222,6 +246,9 @@ static inline bool fake_control(struct fake *fake, int peer)
     case ICECACHE__WIRE__CONTROL_REQUEST__BODY_LANDING_OPEN:
         fake_landing(fake, peer, request->landing_open, &reply);
         break;
+    case ICECACHE__WIRE__CONTROL_REQUEST__BODY_RING_OPEN:
+        fake_rings(fake, peer, &reply);
+        break;
     default:
         fake->landings_closed++;
         fake_control_send(peer, &reply, -1);
@@ -239,6 +266,10 @@ static inline void fake_send(struct fake *fake, const struct fake_held *to, Icec
     reply->boot_token = fake->wrong_boot_token != 0 ? fake->wrong_boot_token : fake->boot_token;
     FAKE_CHECK(icecache__wire__reply__get_packed_size(reply) <= sizeof bytes);
     size_t size = icecache__wire__reply__pack(reply, bytes);
+    if (to->identity_bytes == 0) {
+        fake_ring_send(&fake->ring, bytes, fake->garbled ? 2 : size, fake->ring_quiet);
+        return;
+    }
     (void)zmq_send(fake->router, to->identity, to->identity_bytes, ZMQ_SNDMORE | ZMQ_DONTWAIT);
     (void)zmq_send(fake->router, bytes, fake->garbled ? 2 : size, ZMQ_DONTWAIT);
 }
@@ -435,7 +466,41 @@ static inline void fake_request(struct fake *fake, struct fake_held *from, const
     }
 }
 
-// One message; false where there is none.
+static inline void fake_message(struct fake *fake, struct fake_held *from, const uint8_t *header, size_t size)
+{
+    static uint8_t memory[WIRE_ARENA_BYTES_MAX];
+    struct wire_arena arena;
+    struct wire_error error;
+    uint64_t id;
+    wire_arena_init(&arena, memory, sizeof memory);
+    Icecache__Wire__Request *request = NULL;
+    ice_status status = wire_request_decode(header, size, &arena, &request, &id, &error);
+    if (status != ICE_OK) {
+        fprintf(stderr, "the fake daemon cannot decode a request: %s\n", error.text);
+        abort();
+    }
+    fake_request(fake, from, request);
+}
+
+// One message of the ring; false where there is none.
+static inline bool fake_ring_data(struct fake *fake)
+{
+    struct fake_held from = {0};
+    if (fake->ring.mapping == NULL || fake->ring_deaf || !fake_ring_receive(&fake->ring)) {
+        return false;
+    }
+    const struct ring_record *record = &fake->ring.inbox.record;
+    if (record->vectors_bytes > 0) {
+        fake->vectors_bytes = record->vectors_bytes;
+        memcpy(fake->vectors, fake->ring.message + record->header_bytes,
+               record->vectors_bytes < sizeof fake->vectors ? record->vectors_bytes : sizeof fake->vectors);
+    }
+    fake_message(fake, &from, fake->ring.message, record->header_bytes);
+    fake->ring_deaf = fake->ring_deafens;
+    return true;
+}
+
+// One message of the socket; false where there is none.
 static inline bool fake_data(struct fake *fake)
 {
     struct fake_held from = {0};
@@ -444,7 +509,7 @@ static inline bool fake_data(struct fake *fake)
         return false;
     }
     from.identity_bytes = (size_t)identity;
-    static uint8_t header[WIRE_HEADER_BYTES_MAX], memory[WIRE_ARENA_BYTES_MAX];
+    static uint8_t header[WIRE_HEADER_BYTES_MAX];
     int size = zmq_recv(fake->router, header, sizeof header, 0);
     FAKE_CHECK(size > 0);
     int more = 0;
@@ -454,17 +519,7 @@ static inline bool fake_data(struct fake *fake)
         int vectors = zmq_recv(fake->router, fake->vectors, sizeof fake->vectors, 0);
         fake->vectors_bytes = (size_t)vectors;
     }
-    struct wire_arena arena;
-    struct wire_error error;
-    uint64_t id;
-    wire_arena_init(&arena, memory, sizeof memory);
-    Icecache__Wire__Request *request = NULL;
-    ice_status status = wire_request_decode(header, (size_t)size, &arena, &request, &id, &error);
-    if (status != ICE_OK) {
-        fprintf(stderr, "the fake daemon cannot decode a request: %s\n", error.text);
-        abort();
-    }
-    fake_request(fake, &from, request);
+    fake_message(fake, &from, header, (size_t)size);
     return true;
 }
 
@@ -506,12 +561,29 @@ static inline void fake_accept(struct fake *fake)
     FAKE_CHECK(peer < 0);
 }
 
+#define FAKE_SET(fake, field, value)                                                                                   \
+    do {                                                                                                               \
+        pthread_mutex_lock(&(fake)->lock);                                                                             \
+        (fake)->field = (value);                                                                                       \
+        pthread_mutex_unlock(&(fake)->lock);                                                                           \
+    } while (0)
+
+static inline uint64_t fake_get(struct fake *fake, const void *field, size_t bytes)
+{
+    uint64_t value = 0;
+    pthread_mutex_lock(&fake->lock);
+    memcpy(&value, field, bytes);
+    pthread_mutex_unlock(&fake->lock);
+    return value;
+}
+#define FAKE_GET(fake, field) fake_get((fake), &(fake)->field, sizeof(fake)->field)
+
 static inline void *fake_run(void *argument)
 {
     struct fake *fake = argument;
     bool running = true;
     while (running) {
-        zmq_pollitem_t items[3 + FAKE_PEERS_MAX] = {
+        zmq_pollitem_t items[4 + FAKE_PEERS_MAX] = {
             {.fd = fake->listener, .events = ZMQ_POLLIN},
             {.fd = fake->wake, .events = ZMQ_POLLIN},
             {.socket = fake->router, .events = ZMQ_POLLIN},
@@ -523,7 +595,9 @@ static inline void *fake_run(void *argument)
                 items[3 + count++] = (zmq_pollitem_t){.fd = fake->peers[i], .events = ZMQ_POLLIN};
             }
         }
-        (void)zmq_poll(items, 3 + count, 1000);
+        const bool listens = fake->ring.mapping != NULL && !FAKE_GET(fake, ring_deaf);
+        items[3 + count] = (zmq_pollitem_t){.fd = listens ? fake->ring.event_fd : fake->wake, .events = ZMQ_POLLIN};
+        (void)zmq_poll(items, 4 + count, 1000);
         pthread_mutex_lock(&fake->lock);
         for (int i = 0; i < count; i++) {
             if (items[3 + i].revents != 0 && !fake_control(fake, fake->peers[slots[i]])) {
@@ -531,7 +605,7 @@ static inline void *fake_run(void *argument)
                 fake->peers[slots[i]] = -1;
             }
         }
-        while (fake_data(fake)) {
+        while (fake_data(fake) || fake_ring_data(fake)) {
         }
         if (items[0].revents != 0) {
             fake_accept(fake);
@@ -568,23 +642,6 @@ static inline void fake_wait_held(struct fake *fake, size_t count)
     }
     pthread_mutex_unlock(&fake->lock);
 }
-
-#define FAKE_SET(fake, field, value)                                                                                   \
-    do {                                                                                                               \
-        pthread_mutex_lock(&(fake)->lock);                                                                             \
-        (fake)->field = (value);                                                                                       \
-        pthread_mutex_unlock(&(fake)->lock);                                                                           \
-    } while (0)
-
-static inline uint64_t fake_get(struct fake *fake, const void *field, size_t bytes)
-{
-    uint64_t value = 0;
-    pthread_mutex_lock(&fake->lock);
-    memcpy(&value, field, bytes);
-    pthread_mutex_unlock(&fake->lock);
-    return value;
-}
-#define FAKE_GET(fake, field) fake_get((fake), &(fake)->field, sizeof(fake)->field)
 
 static inline void fake_get_text(struct fake *fake, const char *field, char *text, size_t capacity)
 {
@@ -630,6 +687,7 @@ static inline void fake_stop(struct fake *fake)
     fake_do(fake, FAKE_STOP, 0);
     pthread_join(fake->thread, NULL);
     fake_hang_up(fake);
+    fake_ring_close(&fake->ring);
     close(fake->listener);
     close(fake->wake);
     zmq_close(fake->router);

@@ -488,7 +488,7 @@ static ice_status send_waiting(ice_client *client, uint64_t generation, zmq_msg_
 {
     for (;;) {
         int error = send_frames(&client->session, header, vectors);
-        client->writable = error != EAGAIN;
+        client->writable = client->writable && error != EAGAIN; // the pump tells whoever waits that it is again
         // Also a failed send may have consumed the edge of ZMQ_FD that the receiver waits for.
         exchange_pump(client);
         if (error == 0) {

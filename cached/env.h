@@ -197,6 +197,11 @@ static inline uint64_t env_now_ns(struct env *env)
     return env->now_ns(env);
 }
 void *env_acquire_zeroed(struct env *env, size_t bytes);
+// Of a part of one allocation for several arrays: so many bytes that the next part may hold anything.
+static inline size_t env_align(size_t bytes)
+{
+    return (bytes + 7) & ~(size_t)7;
+}
 // The number that such a file begins with, or `otherwise`.
 uint64_t env_system_number(struct env *env, const char *path, uint64_t otherwise);
 

@@ -27,17 +27,12 @@ static bool refuse(struct refusal *refusal, ice_status status, const char *forma
     return false;
 }
 
-static size_t align8(size_t bytes)
-{
-    return (bytes + 7) & ~(size_t)7;
-}
-
 static struct op *allocate(struct server *server, enum op_kind kind, uint32_t sequences, uint32_t lanes)
 {
-    size_t head = align8(sizeof(struct op));
-    size_t admissions = align8(sequences * sizeof(struct admission));
-    size_t firsts = align8(sequences * sizeof(uint64_t));
-    size_t rows = align8(sequences * sizeof(uint32_t));
+    size_t head = env_align(sizeof(struct op));
+    size_t admissions = env_align(sequences * sizeof(struct admission));
+    size_t firsts = env_align(sequences * sizeof(uint64_t));
+    size_t rows = env_align(sequences * sizeof(uint32_t));
     size_t bytes = head + admissions + firsts + rows + lanes * sizeof(struct op_lane);
     uint8_t *memory = env_acquire_zeroed(server->env, bytes);
     if (!memory)

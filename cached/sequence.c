@@ -9,11 +9,6 @@
 #include <stdio.h>
 #include <string.h>
 
-static size_t align8(size_t bytes)
-{
-    return (bytes + 7) & ~(size_t)7;
-}
-
 // ---- making ----
 
 // The namespace of a new sequence; NULL, with the status that says why.
@@ -46,8 +41,8 @@ static ice_status may_open(struct server *server, struct tenant *tenant, uint64_
 static ice_status allocate(struct server *server, struct tenant *tenant, uint32_t layers, uint32_t kv_heads, char *text,
                            struct sequence **out)
 {
-    const size_t head = align8(sizeof(struct sequence)), lengths = align8(layers * sizeof(uint64_t));
-    const size_t bytes = head + lengths + align8(sizeof(struct op)) + align8(sizeof(struct admission));
+    const size_t head = env_align(sizeof(struct sequence)), lengths = env_align(layers * sizeof(uint64_t));
+    const size_t bytes = head + lengths + env_align(sizeof(struct op)) + env_align(sizeof(struct admission));
     const ice_status status = may_open(server, tenant, bytes + stem_bytes(server, layers * kv_heads), text);
     if (status != ICE_OK)
         return status;
@@ -67,7 +62,7 @@ static ice_status allocate(struct server *server, struct tenant *tenant, uint32_
     sequence->opened_ns = env_now_ns(server->env);
     sequence->lengths = (uint64_t *)(memory + head);
     sequence->close_op = (struct op *)(memory + head + lengths);
-    sequence->close_op->admissions = (struct admission *)((uint8_t *)sequence->close_op + align8(sizeof(struct op)));
+    sequence->close_op->admissions = (struct admission *)((uint8_t *)sequence->close_op + env_align(sizeof(struct op)));
     *out = sequence;
     return ICE_OK;
 }

@@ -12,11 +12,6 @@
 #include <assert.h>
 #include <string.h>
 
-static size_t align8(size_t bytes)
-{
-    return (bytes + 7) & ~(size_t)7;
-}
-
 static uint64_t mix(uint64_t x)
 {
     x ^= x >> 33;
@@ -36,17 +31,17 @@ static uint32_t shard_of(const struct server *server, uint64_t root, uint32_t la
 
 size_t stem_bytes(const struct server *server, uint32_t lane_count)
 {
-    return align8(sizeof(struct stem)) + align8(lane_count * sizeof(struct lane)) +
-           2 * align8(server->shard_count * sizeof(struct stem_walk));
+    return env_align(sizeof(struct stem)) + env_align(lane_count * sizeof(struct lane)) +
+           2 * env_align(server->shard_count * sizeof(struct stem_walk));
 }
 
 // Counted as the index's memory: a stem of many lanes has megabytes of them before its first token.
 static ice_status allocate(struct server *server, const struct stem_mould *mould, struct stem **out)
 {
     const size_t lane_count = (size_t)mould->shape.layers * mould->shape.kv_heads;
-    const size_t head = align8(sizeof(struct stem)), lanes = align8(lane_count * sizeof(struct lane));
+    const size_t head = env_align(sizeof(struct stem)), lanes = env_align(lane_count * sizeof(struct lane));
     const size_t images = mould->images ? lane_count * sizeof(struct image *) : 0;
-    const size_t walks = align8(server->shard_count * sizeof(struct stem_walk));
+    const size_t walks = env_align(server->shard_count * sizeof(struct stem_walk));
     const size_t bytes = stem_bytes(server, (uint32_t)lane_count) + images;
     if (!budget_take(&server->index_budget, NULL, bytes))
         return ICE_INDEX_FULL;

@@ -39,7 +39,14 @@
 
 // Is it the head_dim of many models, for which loops are unrolled? Neither that nor forced inlining under the
 // address sanitizer, where compiling takes minutes then, nor where the compiler does not optimise and refuses it.
-#if defined(__SANITIZE_ADDRESS__) || !defined(__OPTIMIZE__)
+#if defined(__SANITIZE_ADDRESS__)
+#define KERNEL_SANITIZED 1
+#elif defined(__has_feature) // of clang, which has no such macro
+#if __has_feature(address_sanitizer)
+#define KERNEL_SANITIZED 1
+#endif
+#endif
+#if defined(KERNEL_SANITIZED) || !defined(__OPTIMIZE__)
 #define KERNEL_FIXED(n, dim) ((void)(dim), false)
 #define KERNEL_LEAST(n, dim) (n)
 #define KERNEL_INLINE

@@ -37,6 +37,22 @@ uint32_t scaled_count(uint32_t scaled, uint32_t full)
     return wanted && strcmp(wanted, "1") == 0 ? full : scaled;
 }
 
+#if defined(__SANITIZE_THREAD__)
+#define THREAD_SANITIZED true
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define THREAD_SANITIZED true
+#endif
+#endif
+#ifndef THREAD_SANITIZED
+#define THREAD_SANITIZED false
+#endif
+
+uint32_t scaled_rounds(uint32_t scaled, uint32_t full)
+{
+    return scaled_count(THREAD_SANITIZED ? (scaled + 1) / 2 : scaled, full);
+}
+
 uint64_t random_next(uint64_t *state)
 {
     uint64_t x = *state += 0x9e3779b97f4a7c15u;

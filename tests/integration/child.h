@@ -17,6 +17,9 @@ uint64_t now_us(void); // monotonic
 void sleep_us(uint64_t us);
 // ICECACHE_TEST_FULL=1 is set: full ? `full` : `scaled`.
 uint32_t scaled_count(uint32_t scaled, uint32_t full);
+// The same, but half of `scaled` under the thread sanitizer, by which everything takes many times as long. For rounds
+// that are all alike.
+uint32_t scaled_rounds(uint32_t scaled, uint32_t full);
 // Deadlines of the tests themselves: generous, because machines are slow, but every wait has an end.
 #define TEST_DEADLINE_US (30u * 1000000u)
 

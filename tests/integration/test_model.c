@@ -385,7 +385,7 @@ static void play(const struct daemon *daemon, bool seals)
 {
     static struct model model;
     const char *one = getenv("ICECACHE_TEST_SEED");
-    const uint32_t seeds = one ? 1 : scaled_count(2, 20), steps = scaled_count(1500, 6000);
+    const uint32_t seeds = one ? 1 : scaled_count(2, 20), steps = scaled_rounds(1500, 6000);
     uint64_t forks = 0, truncations = 0, attached = 0, refused = 0;
     struct stats_held before;
     stats_held(daemon, &before);

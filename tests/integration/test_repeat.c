@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PREFILL = 1500, STEPS = 200, SLOTS = 512 };
+enum { PREFILL = 1500, STEPS = 200, SLOTS = 512 }; // STEPS: at most
 static const struct shape shape = {2, 2, 4, 64, ICE_BF16};
 
 // ---- the worker ----
@@ -58,7 +58,8 @@ static uint64_t retrieve_many(struct worker *worker, const struct history *histo
 // Decode steps; selections are compared where the clustering has caught up.
 static uint64_t decode(struct worker *worker, const struct history *history, uint64_t digest)
 {
-    for (uint64_t position = PREFILL; position < PREFILL + STEPS; position++) {
+    const uint64_t length = PREFILL + scaled_rounds(STEPS, STEPS);
+    for (uint64_t position = PREFILL; position < length; position++) {
         for (uint32_t layer = 0; layer < shape.layers; layer++) {
             struct retrieve retrieve;
             retrieve_init(&retrieve, worker, history, layer, position, 1);
@@ -73,7 +74,7 @@ static uint64_t decode(struct worker *worker, const struct history *history, uin
         }
     }
     worker_wait_idle(worker);
-    return retrieve_many(worker, history, PREFILL + STEPS, digest);
+    return retrieve_many(worker, history, length, digest);
 }
 
 // select SOCKETS SEED CUT_SEED: prints the digest of all that was selected.

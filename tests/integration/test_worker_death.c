@@ -165,7 +165,7 @@ static void killed_at_any_moment(void **state)
 {
     const struct daemon *daemon = *state;
     uint64_t seed = random_seed("killed_at_any_moment");
-    const uint32_t rounds = scaled_count(20, 100);
+    const uint32_t rounds = scaled_rounds(20, 100);
     uint64_t slowest = 0;
     struct child survivor;
     struct stats_held before;

@@ -21,6 +21,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#define HAND_OVER_US 1000000u // that a submit waits for a daemon that does not empty the session's ring
+
 _Static_assert((EXCHANGE_REQUESTS_MAX & (EXCHANGE_REQUESTS_MAX - 1)) == 0, "a place is a mask of the id");
 
 struct pending *pending_create(void)
@@ -465,8 +467,9 @@ static bool handed_over(void *argument)
 }
 
 // Until all of the message that was submitted last is in the ring: what is kept goes on only while somebody looks at
-// the ring, and its sender may not be about to. At the deadline the message is the ring's all the same: it goes on with
-// the next call, and its reply will come.
+// the ring, and its sender may not be about to. The daemon takes it in less than a millisecond unless it stands still;
+// then, and at the deadline, the message is the ring's all the same: it goes on with the next call, and its reply will
+// come.
 static ice_status hand_over(ice_client *client, uint64_t generation, uint64_t until_us)
 {
     if (client->session.ring == NULL) {
@@ -476,8 +479,10 @@ static ice_status hand_over(ice_client *client, uint64_t generation, uint64_t un
     if (handed_over(&handover)) {
         return ICE_OK;
     }
+    const uint64_t patient_us = clock_us() + HAND_OVER_US;
     error_hold();
-    const ice_status ignored = exchange_wait_until(client, generation, handed_over, &handover, until_us);
+    const ice_status ignored =
+        exchange_wait_until(client, generation, handed_over, &handover, until_us < patient_us ? until_us : patient_us);
     (void)ignored;
     error_let_go();
     return exchange_check(client, generation);

@@ -461,8 +461,9 @@ ICE_CHECKED ice_status ice_retrieve_submit_gpu(ice_client *client, const struct 
 // answer ICE_BUSY. All memory in options is copied. *out is owned by the caller until ice_ticket_close. A client has at
 // most 256 requests in flight, fewer where the daemon's --inflight-max is smaller; more answer ICE_QUEUE_FULL.
 // Returns when the request is sent, so that it needs no further call to reach the daemon. A request larger than the
-// session's ring (--ring-bytes) is sent as the daemon takes it; where the deadline passes first the ticket is there all
-// the same, and the rest is sent in later calls of the client, such as ice_retrieve_wait.
+// session's ring (--ring-bytes) is sent as the daemon takes it; where it takes nothing for a second, or the deadline
+// passes first, the ticket is there all the same, and the rest is sent in later calls of the client, such as
+// ice_retrieve_wait.
 ICE_CHECKED ice_status ice_retrieve_submit(ice_client *client, const struct ice_retrieve_options *options,
                                            ice_ticket **out);
 // Waits until the reply or the time-out. ICE_TIMEOUT: the ticket stays open and may be waited for again; a reply that
@@ -531,9 +532,9 @@ struct ice_hint_result {
 // many of the pages that hints brought were asked for before they left again; below one in four it follows one hint in
 // sixteen there, until it is more (icecachectl stats: hinted, hinted_used).
 //
-// result NULL: returns when the hint is sent, or at its deadline (as ice_retrieve_submit, for both), and whatever the
-// daemon answers is dropped; it is in flight until then (ICE_QUEUE_FULL). Otherwise waits for the answer, which comes
-// when the reads have been asked for, not when they have ended.
+// result NULL: returns when the hint is sent (as ice_retrieve_submit says it), and whatever the daemon answers is
+// dropped; it is in flight until then (ICE_QUEUE_FULL). Otherwise waits for the answer, which comes when the reads have
+// been asked for, not when they have ended.
 // Hints have no order with other requests of the client.
 ICE_CHECKED ice_status ice_hint(ice_client *client, const struct ice_hint_options *options,
                                 struct ice_hint_result *result);

@@ -666,8 +666,7 @@ class Client:
         """Predicted queries: brings what a retrieve with them would select from the daemon's disk into its memory.
 
         queries are packed [sequence, query, query head, head_dim] in host memory; the other arguments are those of the
-        retrieve to come. Returns None when the hint is sent or its deadline has passed, or with wait=True a Hint when
-        the reads are asked for.
+        retrieve to come. Returns None when the hint is sent, or with wait=True a Hint when the reads are asked for.
         """
         count = len(sequences)
         if count == 0 or query_count < 1:

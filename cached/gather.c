@@ -17,6 +17,7 @@ struct gather {
     struct op_lane *part;
     size_t bytes;
     uint64_t deadline_ns;
+    bool has_waited; // since places were found
     struct gather_plan plan;
     uint32_t next_number; // of the first token that has not been looked at
     uint32_t waiting_count, waiting_capacity;
@@ -113,7 +114,8 @@ static void look_up(struct gather_token *token)
 // long as one that is needed always.
 static ice_status take(struct gather *gather, struct gather_token token, bool waited)
 {
-    look_up(&token);
+    if (gather->has_waited)
+        look_up(&token);
     struct page *page = &token.lane->pages[token.place.page];
     const uint8_t visited = page->visited;
     const uint8_t *row = gather_row(&token, 2 * token.lane->stem->row_bytes);
@@ -227,6 +229,7 @@ static bool run(struct gather *gather, struct shard *shard, uint64_t now_ns)
 
 static void queue_push(struct shard *shard, struct gather *gather)
 {
+    gather->has_waited = true;
     gather->next = NULL;
     if (shard->gathers)
         shard->gathers_tail->next = gather;

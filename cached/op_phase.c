@@ -118,7 +118,7 @@ void op_lane_finish(struct op_lane *part, struct shard *shard, ice_status status
     } else if (status == ICE_OK && part->op->kind == OP_SLEEP) {
         status = fall_asleep(part, shard);
     }
-    shard->stalled = false; // a plan may have waited for the gather
+    shard->stalled = false; // a plan may have waited for the gather's memory
     finish(part, status);
 }
 

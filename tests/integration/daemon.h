@@ -21,6 +21,10 @@ struct daemon {
 // Small shares, two shards.
 extern const char *const daemon_default_options[];
 #define DAEMON_SPILL_FOLDER "SPILL" // stands for the folder in a list of options
+// The options of a small daemon with a disk, for such a list.
+#define DAEMON_WITH_DISK(pool_bytes, spill_bytes)                                                                      \
+    "--pool-bytes", pool_bytes, "--index-bytes", "64m", "--shared-bytes", "64m", "--shards", "2", "--spill-dir",       \
+        DAEMON_SPILL_FOLDER, "--spill-bytes", spill_bytes
 
 // cmocka's set-up and tear-down: *state holds the options before, the running struct daemon after. The tear-down stops
 // it by SIGTERM where it still runs, and fails where it does not end well or a sanitizer has reported something.

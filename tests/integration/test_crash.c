@@ -6,21 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const options[] = {"--pool-bytes",
-                                      "2m",
-                                      "--index-bytes",
-                                      "64m",
-                                      "--shared-bytes",
-                                      "64m",
-                                      "--shards",
-                                      "2",
-                                      "--spill-dir",
-                                      DAEMON_SPILL_FOLDER,
-                                      "--spill-bytes",
-                                      "128m",
-                                      "--hibernate-ms",
-                                      LOAD_HIBERNATION,
-                                      NULL};
+static const char *const options[] = {DAEMON_WITH_DISK("2m", "128m"), "--hibernate-ms", LOAD_HIBERNATION, NULL};
 
 enum { KEEP = 6 };
 

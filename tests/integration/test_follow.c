@@ -222,21 +222,7 @@ static void on_the_disk(void **state)
     history_destroy(&history);
 }
 
-static const char *const spill_options[] = {"--pool-bytes",
-                                            "4m",
-                                            "--index-bytes",
-                                            "64m",
-                                            "--shared-bytes",
-                                            "64m",
-                                            "--shards",
-                                            "2",
-                                            "--spill-dir",
-                                            DAEMON_SPILL_FOLDER,
-                                            "--spill-bytes",
-                                            "64m",
-                                            "--hibernate-ms",
-                                            "60",
-                                            NULL};
+static const char *const spill_options[] = {DAEMON_WITH_DISK("4m", "64m"), "--hibernate-ms", "60", NULL};
 
 int main(void)
 {

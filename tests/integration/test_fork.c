@@ -10,19 +10,7 @@ static const struct shape shape = {2, 2, 4, 64, ICE_BF16};
 
 static const char *const large[] = {
     "--pool-bytes", "512m", "--index-bytes", "256m", "--shared-bytes", "64m", "--shards", "2", NULL};
-static const char *const with_disk[] = {"--pool-bytes",
-                                        "64m",
-                                        "--index-bytes",
-                                        "64m",
-                                        "--shared-bytes",
-                                        "64m",
-                                        "--shards",
-                                        "2",
-                                        "--spill-dir",
-                                        DAEMON_SPILL_FOLDER,
-                                        "--spill-bytes",
-                                        "256m",
-                                        NULL};
+static const char *const with_disk[] = {DAEMON_WITH_DISK("64m", "256m"), NULL};
 
 enum { FORKS = 100, DEPTH = 63 }; // of forks where each was appended to
 

@@ -7,24 +7,9 @@
 #include <string.h>
 
 // 512 pages of 16 tokens at head_dim 64 in two bytes.
-#define SMALL                                                                                                          \
-    "--pool-bytes", "2m", "--index-bytes", "64m", "--shared-bytes", "64m", "--shards", "2", "--spill-dir",             \
-        DAEMON_SPILL_FOLDER, "--spill-bytes", "256m"
-static const char *const tiny_pool[] = {SMALL, NULL};
-static const char *const sleeps_soon[] = {SMALL, "--hibernate-ms", "200", NULL};
-static const char *const large_pool[] = {"--pool-bytes",
-                                         "256m",
-                                         "--index-bytes",
-                                         "64m",
-                                         "--shared-bytes",
-                                         "64m",
-                                         "--shards",
-                                         "2",
-                                         "--spill-dir",
-                                         DAEMON_SPILL_FOLDER,
-                                         "--spill-bytes",
-                                         "512m",
-                                         NULL};
+static const char *const tiny_pool[] = {DAEMON_WITH_DISK("2m", "256m"), NULL};
+static const char *const sleeps_soon[] = {DAEMON_WITH_DISK("2m", "256m"), "--hibernate-ms", "200", NULL};
+static const char *const large_pool[] = {DAEMON_WITH_DISK("256m", "512m"), NULL};
 
 static const struct shape shape = {2, 2, 4, 64, ICE_BF16};
 enum { LENGTH = 4096, SLOTS = 400, BUDGET = 200, SINKS = 16, WINDOW = 64 };
@@ -83,7 +68,7 @@ static void push_out(const struct worker *worker, ice_sequence *other)
 }
 
 struct counts {
-    uint64_t read, hinted, used, wasted, late, dropped, ahead, hints, late_hints;
+    uint64_t read, hinted, used, wasted, dropped, in_flight, asleep, hints, late_hints;
 };
 
 static struct counts counts_of(const struct daemon *daemon)
@@ -94,9 +79,9 @@ static struct counts counts_of(const struct daemon *daemon)
         .hinted = stats_number(stats, "spill.hinted"),
         .used = stats_number(stats, "spill.hinted_used"),
         .wasted = stats_number(stats, "spill.hinted_wasted"),
-        .late = stats_number(stats, "spill.hinted_late"),
         .dropped = stats_number(stats, "spill.hinted_dropped"),
-        .ahead = stats_number(stats, "spill.ahead"),
+        .in_flight = stats_number(stats, "spill.in_flight"),
+        .asleep = stats_number(stats, "spill.hibernated"),
         .hints = stats_number(stats, "hints"),
         .late_hints = stats_number(stats, "service.hints_late"),
     };
@@ -109,10 +94,7 @@ static struct counts wait_read(const struct daemon *daemon, uint64_t pages)
 {
     for (const uint64_t until = now_us() + TEST_DEADLINE_US;; sleep_us(1000)) {
         const struct counts counts = counts_of(daemon);
-        json_t *stats = stats_read(daemon);
-        const bool idle = stats_number(stats, "spill.in_flight") == 0;
-        json_decref(stats);
-        if (counts.hinted >= pages && idle)
+        if (counts.hinted >= pages && counts.in_flight == 0)
             return counts;
         assert_true(now_us() < until);
     }
@@ -257,14 +239,8 @@ static void keeps_nobody_waiting(void **state)
 
 static void wait_asleep(const struct daemon *daemon, uint64_t lanes)
 {
-    for (const uint64_t until = now_us() + TEST_DEADLINE_US;; sleep_us(1000)) {
-        json_t *stats = stats_read(daemon);
-        const uint64_t asleep = stats_number(stats, "spill.hibernated");
-        json_decref(stats);
-        if (asleep == lanes)
-            return;
+    for (const uint64_t until = now_us() + TEST_DEADLINE_US; counts_of(daemon).asleep != lanes; sleep_us(1000))
         assert_true(now_us() < until);
-    }
 }
 
 // The first hint lets it wake, and is no more than that.

@@ -14,21 +14,7 @@ static const struct shape shape = {2, 2, 4, 32, ICE_BF16};
 static const char *const in_memory[] = {
     "--pool-bytes", "64m", "--index-bytes", "64m", "--shared-bytes", "64m", "--shards", "2", NULL};
 // A pool that holds a part of what is there, and sequences that sleep.
-static const char *const on_disk[] = {"--pool-bytes",
-                                      "4m",
-                                      "--index-bytes",
-                                      "64m",
-                                      "--shared-bytes",
-                                      "64m",
-                                      "--shards",
-                                      "2",
-                                      "--spill-dir",
-                                      DAEMON_SPILL_FOLDER,
-                                      "--spill-bytes",
-                                      "256m",
-                                      "--hibernate-ms",
-                                      "100",
-                                      NULL};
+static const char *const on_disk[] = {DAEMON_WITH_DISK("4m", "256m"), "--hibernate-ms", "100", NULL};
 
 struct modelled {
     ice_sequence *handle; // NULL: not open

@@ -4,18 +4,7 @@
 #include "load.h"
 #include "power.h"
 
-static const char *const options[] = {"--pool-bytes",
-                                      "2m",
-                                      "--index-bytes",
-                                      "64m",
-                                      "--shared-bytes",
-                                      "64m",
-                                      "--shards",
-                                      "2",
-                                      "--spill-dir",
-                                      DAEMON_SPILL_FOLDER,
-                                      "--spill-bytes",
-                                      "64m",
+static const char *const options[] = {DAEMON_WITH_DISK("2m", "64m"),
                                       "--spill-engine",
                                       "threads", // whose calls go through the table
                                       "--hibernate-ms",

@@ -9,36 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-static const char *const with_disk[] = {"--pool-bytes",
-                                        "4m",
-                                        "--index-bytes",
-                                        "64m",
-                                        "--shared-bytes",
-                                        "64m",
-                                        "--shards",
-                                        "2",
-                                        "--spill-dir",
-                                        DAEMON_SPILL_FOLDER,
-                                        "--spill-bytes",
-                                        "128m",
-                                        "--hibernate-ms",
-                                        "0",
-                                        NULL};
-static const char *const sleepy[] = {"--pool-bytes",
-                                     "4m",
-                                     "--index-bytes",
-                                     "64m",
-                                     "--shared-bytes",
-                                     "64m",
-                                     "--shards",
-                                     "2",
-                                     "--spill-dir",
-                                     DAEMON_SPILL_FOLDER,
-                                     "--spill-bytes",
-                                     "128m",
-                                     "--hibernate-ms",
-                                     "150",
-                                     NULL};
+static const char *const with_disk[] = {DAEMON_WITH_DISK("4m", "128m"), "--hibernate-ms", "0", NULL};
+static const char *const sleepy[] = {DAEMON_WITH_DISK("4m", "128m"), "--hibernate-ms", "150", NULL};
 
 enum { LENGTH = 3000, BLOCKS = LENGTH / 16, SEALED = BLOCKS * 16, LOOKS = 12 };
 

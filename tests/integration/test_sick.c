@@ -13,9 +13,7 @@
 
 #define OPTIONS(engine)                                                                                                \
     {                                                                                                                  \
-        "--pool-bytes", "2m", "--index-bytes", "64m", "--shared-bytes", "64m", "--shards", "2", "--spill-dir",         \
-            DAEMON_SPILL_FOLDER, "--spill-bytes", "64m", "--drain-ms", "500", "--hibernate-ms", "0", "--spill-engine", \
-            engine, NULL                                                                                               \
+        DAEMON_WITH_DISK("2m", "64m"), "--drain-ms", "500", "--hibernate-ms", "0", "--spill-engine", engine, NULL      \
     }
 static const char *const by_threads[] = OPTIONS("threads"), *const by_either[] = OPTIONS("auto");
 

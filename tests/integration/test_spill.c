@@ -6,32 +6,8 @@
 #include <string.h>
 
 // The smallest pool there is: 512 pages of 16 tokens at head_dim 64 in two bytes.
-static const char *const tiny_pool[] = {"--pool-bytes",
-                                        "2m",
-                                        "--index-bytes",
-                                        "64m",
-                                        "--shared-bytes",
-                                        "64m",
-                                        "--shards",
-                                        "2",
-                                        "--spill-dir",
-                                        DAEMON_SPILL_FOLDER,
-                                        "--spill-bytes",
-                                        "64m",
-                                        NULL};
-static const char *const small_disk[] = {"--pool-bytes",
-                                         "2m",
-                                         "--index-bytes",
-                                         "64m",
-                                         "--shared-bytes",
-                                         "64m",
-                                         "--shards",
-                                         "2",
-                                         "--spill-dir",
-                                         DAEMON_SPILL_FOLDER,
-                                         "--spill-bytes",
-                                         "4m",
-                                         NULL};
+static const char *const tiny_pool[] = {DAEMON_WITH_DISK("2m", "64m"), NULL};
+static const char *const small_disk[] = {DAEMON_WITH_DISK("2m", "4m"), NULL};
 
 static const struct shape shape = {2, 2, 4, 64, ICE_BF16};
 

@@ -24,21 +24,7 @@
 #define CANNOT_TRY 77
 #define TMPFS      0x01021994
 
-static const char *const options[] = {"--pool-bytes",
-                                      "2m",
-                                      "--index-bytes",
-                                      "64m",
-                                      "--shared-bytes",
-                                      "64m",
-                                      "--shards",
-                                      "2",
-                                      "--spill-dir",
-                                      DAEMON_SPILL_FOLDER,
-                                      "--spill-bytes",
-                                      "64m",
-                                      "--hibernate-ms",
-                                      "0",
-                                      NULL};
+static const char *const options[] = {DAEMON_WITH_DISK("2m", "64m"), "--hibernate-ms", "0", NULL};
 
 #define FOLDER_TEST_HERE(function)                                                                                     \
     cmocka_unit_test_prestate_setup_teardown(function, daemon_setup_stopped, daemon_teardown,                          \

@@ -25,7 +25,7 @@ struct session;
 enum admission_mode {
     ADMIT_READ,   // others that read, and hints
     ADMIT_APPEND, // hints
-    ADMIT_ALONE,  // nobody: the chain of stems changes
+    ADMIT_ALONE,  // nobody: the chain of stems, or where its lanes are, changes
     ADMIT_HINT,   // all but those that must be alone
 };
 

@@ -467,7 +467,7 @@ static bool handed_over(void *argument)
 }
 
 // Until all of the message that was submitted last is in the ring: what is kept goes on only while somebody looks at
-// the ring, and its sender may not be about to. The daemon takes it in less than a millisecond unless it stands still;
+// the ring, and its sender may not be about to. The daemon takes it at once unless it stands still;
 // then, and at the deadline, the message is the ring's all the same: it goes on with the next call, and its reply will
 // come.
 static ice_status hand_over(ice_client *client, uint64_t generation, uint64_t until_us)
